@@ -1,0 +1,156 @@
+"""Guidance: from what the network believes the clean image is to one tensor that the sampler adds.
+
+The contract, the same under every sampler (docs in README, "Writing a guidance rule"):
+
+    step = GuidanceStep(index, num_steps, variance, variance_max, sigma)    made by the sampler
+    shift = guidance(x, y, step)                                            same shape, dtype and device as x, detached
+
+x is (N, C, H, W), the predicted clean image (or latent); y is (N,) int64, the wanted classes. A rule that reshapes the logits is a
+function like `log_prob`; a rule about when or how strongly is a wrapper around a guidance, like `within_interval`.
+
+Method: "Elucidating The Design Space of Classifier-Guided Diffusion Generation" (Ma et al., ICLR 2024), section 3.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Guidance = Callable[[Tensor, Tensor, "GuidanceStep"], Tensor]
+
+
+@dataclass(frozen=True)
+class GuidanceStep:
+    """Where the sampler stands.
+
+    index: the respaced t, T-1 .. 0 (DDPM, DDIM). num_steps: T. variance: what one unit of gradient is worth at this step, a float or a
+    tensor that broadcasts to x. variance_max: float, the largest variance so far. sigma: noise level of the sample in EDM's units.
+    """
+
+    index: int
+    num_steps: int
+    variance: float | Tensor
+    variance_max: float
+    sigma: float | None = None
+
+
+class NonFiniteGradientError(FloatingPointError):
+    """The classifier's gradient is NaN or infinite; `step_index` and `positions` (in the batch) say where."""
+
+    def __init__(self, step_index: int, positions: list[int]):
+        self.step_index, self.positions = step_index, positions
+        super().__init__(f"non-finite guidance gradient at step {step_index} for batch positions {positions}")
+
+
+# The four choices of the paper, one function each: the input is chosen by the sampler (the predicted clean image) and by the
+# classifier's input transform, the smoothness by the classifier; direction, gradient and schedule stand here.
+
+
+def log_prob(logits: Tensor, y: Tensor, joint_temperature: float = 1.0, marginal_temperature: float = 1.0) -> Tensor:
+    """tau_1 f_y - log sum_i exp(tau_2 f_i): (N, classes) logits, (N,) labels -> (N,) float32 (float64 if the logits are).
+
+    tau_1 = tau_2 = 1 is the log-probability; a smaller tau_2 leans from the conditional to the joint direction (Ma et al., eq. 9).
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    f_y = logits.gather(1, y[:, None])[:, 0]
+    return joint_temperature * f_y - torch.logsumexp(marginal_temperature * logits, dim=1)
+
+
+def input_gradient(objective: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Gradient of the sum of `objective(x)`, (N,), with respect to x: like x, detached."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(objective(x).sum(), x)[0]
+
+
+def sine_schedule(step: GuidanceStep, gamma_factor: float) -> float | Tensor:
+    """variance + gamma * variance_max * sin(pi t / T), the strength of a step (Ma et al., section 3.4)."""
+    sine = max(math.sin(math.pi * step.index / step.num_steps), 0.0)
+    return step.variance + gamma_factor * step.variance_max * sine
+
+
+def drop_nonfinite(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient with the images that hold a NaN or Inf set to zero, and (N,) bool, which images those are."""
+    bad = ~gradient.isfinite().flatten(1).all(dim=1)
+    return torch.where(bad.view(-1, *[1] * (gradient.ndim - 1)), 0, gradient), bad
+
+
+def no_shift(x: Tensor) -> Tensor:
+    """The shift that changes no bit of what it is added to: -0.0, since -0.0 + 0.0 would be 0.0."""
+    return torch.full_like(x, -0.0)
+
+
+class ClassifierGuidance:
+    """Off-the-shelf classifier guidance: strength of the step x gradient of `log_prob` at x.
+
+    classifier: any callable, [-1, 1] (N, C, H, W) -> logits (N, classes). The marginal temperature is absolute; the flag
+    `margin_temperature_discount` is its ratio to the joint one. on_nonfinite: "stop" raises NonFiniteGradientError, "skip" drops the
+    guidance of those images at this step. observe(step, gradient, bad): called each step with the scaled gradient and (N,) bool,
+    the images that were skipped.
+    """
+
+    def __init__(
+        self,
+        classifier: Callable[[Tensor], Tensor],
+        *,
+        joint_temperature: float = 1.0,
+        marginal_temperature: float = 1.0,
+        classifier_scale: float = 1.0,
+        gamma_factor: float = 0.0,
+        on_nonfinite: str = "stop",
+        observe: Callable[[GuidanceStep, Tensor, Tensor], None] | None = None,
+    ):
+        if on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"unknown on_nonfinite {on_nonfinite!r}; choose stop or skip")
+        self.classifier = classifier
+        self.joint_temperature = joint_temperature
+        self.marginal_temperature = marginal_temperature
+        self.classifier_scale = classifier_scale
+        self.gamma_factor = gamma_factor
+        self.on_nonfinite = on_nonfinite
+        self.observe = observe
+
+    def __call__(self, x: Tensor, y: Tensor, step: GuidanceStep) -> Tensor:
+        if self.classifier_scale == 0:
+            return no_shift(x)
+        gradient = input_gradient(lambda x: self._objective(x, y), x) * self.classifier_scale
+        finite_gradient, bad = drop_nonfinite(gradient)
+        if self.on_nonfinite == "stop" and bad.any():
+            raise NonFiniteGradientError(step.index, bad.nonzero()[:, 0].tolist())
+        if self.observe is not None:
+            self.observe(step, finite_gradient, bad)
+        return (sine_schedule(step, self.gamma_factor) * finite_gradient).to(x.dtype)
+
+    def _objective(self, x: Tensor, y: Tensor) -> Tensor:
+        return log_prob(self.classifier(x), y, self.joint_temperature, self.marginal_temperature)
+
+
+def within_interval(guidance: Guidance, sigma_lo: float, sigma_hi: float) -> Guidance:
+    """Guide only where sigma_lo < step.sigma <= sigma_hi (Kynkäänniemi et al., 2024); elsewhere the classifier is not called."""
+    if not 0 <= sigma_lo < sigma_hi:
+        raise ValueError(f"guidance interval {sigma_lo},{sigma_hi} is empty; it takes 0 <= lo < hi, noise levels sigma")
+
+    def guided(x: Tensor, y: Tensor, step: GuidanceStep) -> Tensor:
+        if step.sigma is None:
+            raise ValueError("a guidance interval needs step.sigma, which this sampler does not give")
+        return guidance(x, y, step) if sigma_lo < step.sigma <= sigma_hi else no_shift(x)
+
+    return guided
+
+
+def noisy_classifier_gradient(classifier: Callable[[Tensor, Tensor], Tensor], classifier_scale: float = 1.0):
+    """Return the classic `cond_fn(x, t, y)` of a classifier that was trained on noisy images (Dhariwal and Nichol, 2021, section 4).
+
+    classifier(x_t, t) -> logits. The result goes to the loops as `cond_fn=`, not as `guidance=`: it is taken at x_t.
+    """
+
+    def cond_fn(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        def objective(x_t: Tensor) -> Tensor:
+            return F.log_softmax(classifier(x_t, t).float(), dim=1).gather(1, y[:, None])[:, 0]
+
+        return input_gradient(objective, x) * classifier_scale
+
+    return cond_fn

@@ -1,0 +1,26 @@
+"""Likelihood terms of the variational bound, in nats, elementwise."""
+
+import math
+
+import torch
+
+
+def normal_kl(mean1, logvar1, mean2, logvar2):
+    """KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))), tensors of one shape."""
+    return 0.5 * (logvar2 - logvar1 - 1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
+
+
+def discretized_gaussian_log_likelihood(x, *, means, log_scales):
+    """Log-probability of 8-bit values x, scaled to [-1, 1], under a Gaussian integrated over each value's bin of width 2/255.
+
+    The outermost bins reach to infinity. Ho et al., 2020, eq. 13.
+    """
+    inv_std = torch.exp(-log_scales)
+    upper = _normal_cdf((x - means + 1 / 255) * inv_std)
+    lower = _normal_cdf((x - means - 1 / 255) * inv_std)
+    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return torch.log(mass.clamp(min=1e-12))
+
+
+def _normal_cdf(x):
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2)))

@@ -1,0 +1,63 @@
+"""Noise schedules and timestep respacing, as pure float64 functions."""
+
+import math
+
+import numpy as np
+
+
+def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
+    """Return (T,) float64 betas of the "linear" (Ho et al., 2020) or "cosine" (Nichol and Dhariwal, 2021, eq. 17) schedule.
+
+    The linear schedule runs from 1e-4 to 0.02 at T = 1000 and is scaled to keep the same total noise at other T.
+    Raises ValueError for another name.
+    """
+    if schedule_name == "linear":
+        scale = 1000 / num_diffusion_timesteps
+        return np.linspace(scale * 1e-4, scale * 0.02, num_diffusion_timesteps, dtype=np.float64)
+    if schedule_name == "cosine":
+        return betas_for_alpha_bar(num_diffusion_timesteps, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
+    raise ValueError(f"unknown noise schedule {schedule_name!r}; choose linear or cosine")
+
+
+def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
+    """Return the (T,) float64 betas whose cumulative product of 1 - beta follows `alpha_bar`, a function on [0, 1]."""
+    edges = [alpha_bar(i / num_diffusion_timesteps) for i in range(num_diffusion_timesteps + 1)]
+    return np.array([min(1 - b / a, max_beta) for a, b in zip(edges, edges[1:], strict=False)])
+
+
+def space_timesteps(num_timesteps, section_counts):
+    """Return the set of original timesteps that a respaced process keeps.
+
+    section_counts: "250" (evenly over the whole range), "10,15,20" or a list of ints (that many in each of equal sections), or
+    "ddimN" (exactly N steps at an integer stride from 0, as in the DDIM paper). Raises ValueError where that cannot be done.
+    """
+    if isinstance(section_counts, str):
+        if section_counts.startswith("ddim"):
+            return _integer_stride(num_timesteps, _positive_int(section_counts[4:], section_counts))
+        section_counts = [_positive_int(part, section_counts) for part in section_counts.split(",")]
+    size, longer = divmod(num_timesteps, len(section_counts))
+    kept, start = set(), 0
+    for i, count in enumerate(section_counts):
+        section = size + (i < longer)
+        if section < count:
+            raise ValueError(f"cannot divide section of {section} steps into {count}")
+        # A float accumulated step by step and Python's rounding of halves to even decide which steps a published run used.
+        stride, position = (section - 1) / max(count - 1, 1), 0.0
+        for _ in range(count):
+            kept.add(start + round(position))
+            position += stride
+        start += section
+    return kept
+
+
+def _integer_stride(num_timesteps, count):
+    for stride in range(1, num_timesteps):
+        if len(range(0, num_timesteps, stride)) == count:
+            return set(range(0, num_timesteps, stride))
+    raise ValueError(f"cannot create exactly {count} of {num_timesteps} steps with an integer stride")
+
+
+def _positive_int(text, whole):
+    if not text.strip().isdigit() or int(text) < 1:
+        raise ValueError(f"timestep_respacing {whole!r} is not understood; write 250, 10,10,20 or ddim25")
+    return int(text)

@@ -1,0 +1,261 @@
+"""Flags <-> networks and processes. The names and defaults of the first half are openai/guided-diffusion's, which much research imports."""
+
+import argparse
+
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
+from guided_diffusion.schedules import get_named_beta_schedule, space_timesteps
+from guided_diffusion.unet import EncoderUNetModel, UNetModel
+
+NUM_CLASSES = 1000
+
+_CHANNEL_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
+
+
+def diffusion_defaults():
+    """Flags of the diffusion process with their defaults."""
+    return {
+        "learn_sigma": False,
+        "diffusion_steps": 1000,
+        "noise_schedule": "linear",
+        "timestep_respacing": "",
+        "use_kl": False,
+        "predict_xstart": False,
+        "rescale_timesteps": False,
+        "rescale_learned_sigmas": False,
+    }
+
+
+def model_and_diffusion_defaults():
+    """Flags of the U-Net and the diffusion process with their defaults."""
+    return {
+        "image_size": 64,
+        "num_channels": 128,
+        "num_res_blocks": 2,
+        "num_heads": 4,
+        "num_heads_upsample": -1,
+        "num_head_channels": -1,
+        "attention_resolutions": "16,8",
+        "channel_mult": "",
+        "dropout": 0.0,
+        "class_cond": False,
+        "use_checkpoint": False,
+        "use_scale_shift_norm": True,
+        "resblock_updown": False,
+        "use_fp16": False,
+        "use_new_attention_order": False,
+        **diffusion_defaults(),
+    }
+
+
+def classifier_defaults():
+    """Flags of the noisy classifier with their defaults."""
+    return {
+        "image_size": 64,
+        "classifier_use_fp16": False,
+        "classifier_width": 128,
+        "classifier_depth": 2,
+        "classifier_attention_resolutions": "32,16,8",
+        "classifier_use_scale_shift_norm": True,
+        "classifier_resblock_updown": True,
+        "classifier_pool": "attention",
+    }
+
+
+def create_model_and_diffusion(
+    image_size,
+    class_cond,
+    learn_sigma,
+    num_channels,
+    num_res_blocks,
+    channel_mult,
+    num_heads,
+    num_head_channels,
+    num_heads_upsample,
+    attention_resolutions,
+    dropout,
+    diffusion_steps,
+    noise_schedule,
+    timestep_respacing,
+    use_kl,
+    predict_xstart,
+    rescale_timesteps,
+    rescale_learned_sigmas,
+    use_checkpoint,
+    use_scale_shift_norm,
+    resblock_updown,
+    use_fp16,
+    use_new_attention_order,
+    num_classes=NUM_CLASSES,
+):
+    """Return (UNetModel, GaussianDiffusion) for the flags of `model_and_diffusion_defaults`; `num_classes` counts if `class_cond`."""
+    model = create_model(
+        image_size,
+        num_channels,
+        num_res_blocks,
+        channel_mult=channel_mult,
+        learn_sigma=learn_sigma,
+        class_cond=class_cond,
+        use_checkpoint=use_checkpoint,
+        attention_resolutions=attention_resolutions,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        dropout=dropout,
+        resblock_updown=resblock_updown,
+        use_fp16=use_fp16,
+        use_new_attention_order=use_new_attention_order,
+        num_classes=num_classes,
+    )
+    diffusion = create_gaussian_diffusion(
+        steps=diffusion_steps,
+        learn_sigma=learn_sigma,
+        noise_schedule=noise_schedule,
+        use_kl=use_kl,
+        predict_xstart=predict_xstart,
+        rescale_timesteps=rescale_timesteps,
+        rescale_learned_sigmas=rescale_learned_sigmas,
+        timestep_respacing=timestep_respacing,
+    )
+    return model, diffusion
+
+
+def create_model(
+    image_size,
+    num_channels,
+    num_res_blocks,
+    channel_mult="",
+    learn_sigma=False,
+    class_cond=False,
+    use_checkpoint=False,
+    attention_resolutions="16",
+    num_heads=1,
+    num_head_channels=-1,
+    num_heads_upsample=-1,
+    use_scale_shift_norm=False,
+    dropout=0,
+    resblock_updown=False,
+    use_fp16=False,
+    use_new_attention_order=False,
+    num_classes=NUM_CLASSES,
+):
+    """Return the UNetModel for images of image_size x image_size x 3; attention_resolutions in pixels, comma-separated."""
+    multipliers = _channel_multipliers(image_size, channel_mult)
+    return UNetModel(
+        image_size=image_size,
+        in_channels=3,
+        model_channels=num_channels,
+        out_channels=6 if learn_sigma else 3,
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=_downsampling_factors(image_size, attention_resolutions),
+        dropout=dropout,
+        channel_mult=multipliers,
+        num_classes=num_classes if class_cond else None,
+        use_checkpoint=use_checkpoint,
+        use_fp16=use_fp16,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        resblock_updown=resblock_updown,
+        use_new_attention_order=use_new_attention_order,
+    )
+
+
+def create_classifier(
+    image_size,
+    classifier_use_fp16,
+    classifier_width,
+    classifier_depth,
+    classifier_attention_resolutions,
+    classifier_use_scale_shift_norm,
+    classifier_resblock_updown,
+    classifier_pool,
+    num_classes=NUM_CLASSES,
+):
+    """Return the EncoderUNetModel, a classifier of noisy images, for the flags of `classifier_defaults`."""
+    return EncoderUNetModel(
+        image_size=image_size,
+        in_channels=3,
+        model_channels=classifier_width,
+        out_channels=num_classes,
+        num_res_blocks=classifier_depth,
+        attention_resolutions=_downsampling_factors(image_size, classifier_attention_resolutions),
+        channel_mult=_channel_multipliers(image_size, ""),
+        use_fp16=classifier_use_fp16,
+        num_head_channels=64,
+        use_scale_shift_norm=classifier_use_scale_shift_norm,
+        resblock_updown=classifier_resblock_updown,
+        pool=classifier_pool,
+    )
+
+
+def create_gaussian_diffusion(
+    *,
+    steps=1000,
+    learn_sigma=False,
+    sigma_small=False,
+    noise_schedule="linear",
+    use_kl=False,
+    predict_xstart=False,
+    rescale_timesteps=False,
+    rescale_learned_sigmas=False,
+    timestep_respacing="",
+):
+    """Return the GaussianDiffusion for the flags of `diffusion_defaults`; without respacing all steps are kept."""
+    fixed = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
+    mse = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
+    return GaussianDiffusion(
+        betas=get_named_beta_schedule(noise_schedule, steps),
+        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
+        model_var_type=ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
+        loss_type=LossType.RESCALED_KL if use_kl else mse,
+        rescale_timesteps=rescale_timesteps,
+        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
+    )
+
+
+def add_dict_to_argparser(parser, default_dict):
+    """Add one flag per key, of the type of its default; booleans are written True or False, None means a string."""
+    for key, value in default_dict.items():
+        kind = str if value is None else str2bool if isinstance(value, bool) else type(value)
+        parser.add_argument(f"--{key}", default=value, type=kind)
+
+
+def args_to_dict(args, keys):
+    """The attributes `keys` of parsed arguments as a dict."""
+    return {key: getattr(args, key) for key in keys}
+
+
+def str2bool(text):
+    """True, yes, y, t, 1 and their opposites, in any case; raises argparse's error for another word."""
+    if isinstance(text, bool):
+        return text
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"boolean value expected, got {text!r}: write True or False")
+
+
+def _channel_multipliers(image_size, channel_mult):
+    if channel_mult:
+        try:
+            multipliers = tuple(float(m) if "." in m else int(m) for m in channel_mult.split(","))
+        except ValueError:
+            raise ValueError(f"channel_mult {channel_mult!r} is not understood; write factors such as 1,2,2") from None
+    elif image_size in _CHANNEL_MULT:
+        multipliers = _CHANNEL_MULT[image_size]
+    else:
+        sizes = ", ".join(map(str, _CHANNEL_MULT))
+        raise ValueError(f"no default channel_mult for image_size {image_size} (there is for {sizes}); give --channel_mult")
+    if image_size % 2 ** (len(multipliers) - 1):
+        raise ValueError(f"image_size {image_size} cannot be halved {len(multipliers) - 1} times, as channel_mult {multipliers} asks")
+    return multipliers
+
+
+def _downsampling_factors(image_size, resolutions):
+    try:
+        return tuple(image_size // int(r) for r in resolutions.split(","))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"attention resolutions {resolutions!r} are not understood; write pixels such as 32,16,8") from None

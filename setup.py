@@ -1,0 +1,25 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="elucd",
+    version="0.1.0",
+    description="Off-the-shelf classifier guidance for diffusion models, with an honest account of how good the result is",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["guided_diffusion*", "classifiers*", "evaluation*"]),
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "numpy",
+        "scipy",
+        "pillow",
+        "tqdm",
+        "pytorch-fid",
+        "safetensors",
+    ],
+    extras_require={
+        "test": ["pytest"],
+        "train": ["scikit-learn"],
+        "dev": ["pytest", "ruff", "mypy"],
+    },
+)
