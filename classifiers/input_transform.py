@@ -1,0 +1,30 @@
+"""From the sampler's [-1, 1] image to what a classifier expects, differentiable throughout."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+INPUTS = ("paper", "imagenet")
+
+
+@dataclass(frozen=True)
+class InputTransform:
+    """What a classifier's weights were trained on: square images of `size` pixels in [0, 1], minus `mean`, over `std`, per channel."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) in [-1, 1] -> (N, 3, size, size), normalised: a bilinear resize, antialiased where it shrinks."""
+        x = (x + 1) / 2
+        if x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)
+        mean, std = (x.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (x - mean) / std
+
+
+def raw_image(x: Tensor) -> Tensor:
+    """The image as it is, in [-1, 1] at its own resolution: what the paper's published numbers were made with."""
+    return x

@@ -1,0 +1,42 @@
+"""ReLU -> Softplus, so that the gradient of a classifier is smooth (Ma et al., ICLR 2024, section 3.2)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+# Activations with a kink that have no counterpart here: a network that holds one is refused rather than left half smooth.
+_KINKED = (nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardswish, nn.Threshold)
+_FUNCTIONAL_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_)
+
+
+def smooth_relus(network: nn.Module, beta: float) -> int:
+    """Replace every nn.ReLU below `network`, in place, by Softplus_beta(x) = log(1 + exp(beta x)) / beta; return how many.
+
+    A ReLU that several parents share counts once for each. Raises ValueError for activations that are kinked in another way.
+    """
+    names = sorted({type(m).__name__ for m in network.modules() if isinstance(m, _KINKED)})
+    if names:
+        raise ValueError(f"{type(network).__name__} has {', '.join(names)} activations, which cannot be smoothed; use softplus_beta inf")
+    count = 0
+    for module in network.modules():
+        # Not named_children(), which passes over the second name of a shared module.
+        for name, child in module._modules.items():
+            if isinstance(child, nn.ReLU):
+                module._modules[name] = nn.Softplus(beta)
+                count += 1
+    return count
+
+
+class SmoothFunctionalRelus(TorchFunctionMode):
+    """While active, relu called as a function is Softplus_beta; `count` says how many calls were met."""
+
+    def __init__(self, beta: float):
+        super().__init__()
+        self.beta, self.count = beta, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func not in _FUNCTIONAL_RELUS:
+            return func(*args, **(kwargs or {}))
+        self.count += 1
+        return F.softplus(args[0] if args else kwargs["input"], self.beta)

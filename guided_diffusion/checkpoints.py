@@ -1,0 +1,101 @@
+"""The one place that reads weights: safe, hashed, strict.
+
+Reading a checkpoint never runs code that it carries: torch files are read with `weights_only=True`, safetensors hold no code at all.
+This module imports no other of the project, so that every room may use it.
+"""
+
+import hashlib
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+PRETRAINED_DIR = Path(__file__).resolve().parent.parent / "pretrained_models"
+
+
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read name -> tensor from a .pt, .pth or .safetensors file, onto the CPU.
+
+    Torch files are mapped into memory, not copied, where their format allows. Raises FileNotFoundError, and ValueError for a file that
+    is truncated, holds something other than tensors by name, or has another ending.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; fetch it with scripts/download.py or give another path")
+    if path.suffix not in (".pt", ".pth", ".safetensors"):
+        raise ValueError(f"cannot read {path}: the ending must be .pt, .pth or .safetensors")
+    try:
+        if path.suffix == ".safetensors":
+            state_dict = load_file(path)
+        else:
+            # The format before torch 1.6, which the published ADM files have, is not a zip and cannot be mapped.
+            state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"refused to read {path}: it holds more than tensors, or is damaged ({_first_line(error)})") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        size = path.stat().st_size
+        raise ValueError(f"{path} ({size:,} bytes) is truncated or not a checkpoint ({_first_line(error)})") from error
+    if not isinstance(state_dict, Mapping) or not all(isinstance(v, Tensor) for v in state_dict.values()):
+        raise ValueError(f"{path} does not hold a state dict, that is tensors by name")
+    return dict(state_dict)
+
+
+def load_into(module: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy `state_dict` into `module`, strictly. `source` names it in the error.
+
+    Raises ValueError with the first missing, unexpected or misshapen name, both shapes, and how many there are of each.
+    """
+    own = module.state_dict()
+    missing = [k for k in own if k not in state_dict]
+    unexpected = [k for k in state_dict if k not in own]
+    misshapen = [k for k in own if k in state_dict and own[k].shape != state_dict[k].shape]
+    problems = []
+    if misshapen:
+        k = misshapen[0]
+        problems.append(f"{k} is {list(state_dict[k].shape)} in the file but {list(own[k].shape)} in the network{_more(misshapen)}")
+    if missing:
+        problems.append(f"the file lacks {missing[0]}{_more(missing)}")
+    if unexpected:
+        problems.append(f"the network lacks {unexpected[0]}{_more(unexpected)}")
+    if problems:
+        raise ValueError(f"{source} does not fit the architecture flags: {'; '.join(problems)}")
+    module.load_state_dict(state_dict)
+
+
+def find_pretrained(*names: str, folder: Path | None = None) -> Path:
+    """Return the first of `names`, or of the names under which `files.json` also knows them, that lies in pretrained_models/.
+
+    Raises FileNotFoundError that says which file to put where.
+    """
+    folder = PRETRAINED_DIR if folder is None else folder
+    table = json.loads((PRETRAINED_DIR / "files.json").read_text())["files"]
+    candidates = [folder / alias for name in names for alias in (name, *table.get(name, {}).get("also_named", []))]
+    for path in candidates:
+        if path.is_file():
+            return path
+    url = table.get(names[0], {}).get("url")
+    hint = f"run `python scripts/download.py {names[0]}`, or put {url} there by hand" if url else "put it there or give its path"
+    raise FileNotFoundError(f"no weights at {candidates[0]}; {hint}")
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _more(names):
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
