@@ -1,0 +1,43 @@
+"""What every script does with its flags and its errors."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+
+_NOT_GIVEN = object()
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None, presets: Mapping[str, Mapping]) -> argparse.Namespace:
+    """Parse flags over those of the preset that `--preset` names, over the defaults; `given` holds the names that the user wrote.
+
+    The parser must have `--preset` and no positional arguments. Unknown presets end the program as argparse does.
+    """
+    defaults = vars(parser.parse_args([]))
+    written = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, _NOT_GIVEN))))
+    given = {key: value for key, value in written.items() if value is not _NOT_GIVEN}
+    preset = given.get("preset", defaults["preset"])
+    if preset and preset not in presets:
+        parser.error(f"unknown preset {preset!r}; choose {', '.join(presets)}")
+    return argparse.Namespace(**{**defaults, **presets.get(preset, {}), **given}, given=set(given))
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Call a script's main: what a user can mend ends in one line on stderr and exit code 1, Ctrl-C in exit code 130."""
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; what is finished is kept, the same command goes on from there\n")
+        sys.exit(130)
+
+
+def parse_numbers(text: str, flag: str) -> list[int]:
+    """ "1,2,5-10" as a list of ints, in order. Raises ValueError that names the flag."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not (last.isdigit() and int(first) <= int(last))):
+            raise ValueError(f"{flag} {text!r} is not understood at {part!r}; write numbers and ranges such as 1,2,5-10")
+        numbers.extend(range(int(first), int(last or first) + 1))
+    return numbers

@@ -1,0 +1,33 @@
+"""Ranks under torchrun; plain python is rank 0 of 1. No MPI."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from guided_diffusion import checkpoints
+
+
+def setup_dist():
+    """Join the process group that torchrun's environment describes, or make one of a single process; once per process."""
+    if dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(dev())
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def dev():
+    """This rank's device: its CUDA device by local rank, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def load_state_dict(path, map_location="cpu"):
+    """Read a checkpoint as `checkpoints.load_state_dict` does, and move it to `map_location`."""
+    return {name: tensor.to(map_location) for name, tensor in checkpoints.load_state_dict(path).items()}

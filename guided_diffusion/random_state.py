@@ -1,0 +1,92 @@
+"""Noise and labels as functions of (seed, sample index): whatever the batch, the rank or the interruption, image i is image i.
+
+A counter-based generator, Philox (Salmon et al., 2011), takes seed and index as its 128-bit key, so that no two samples share a stream.
+It runs on the CPU, so that an accelerator changes nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guided_diffusion.cli import parse_numbers
+
+# What a stream is for. It goes to the top of Philox's counter, 2**192 draws away from the next.
+_NOISE, _LABELS = 0, 1
+
+
+class SampleNoise:
+    """The noise of the samples `indices`, in the order in which the loops ask for it: x_T by `randn`, then one draw per step.
+
+    Each sample has a stream of its own, so draws for one never move those of another.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int]):
+        self._generators = [_generator(seed, index, _NOISE) for index in indices]
+
+    def randn(self, shape: Sequence[int]) -> Tensor:
+        """(len(indices), ...) standard normal float32 on the CPU. Raises ValueError where the first size is another."""
+        if shape[0] != len(self._generators):
+            raise ValueError(f"shape {tuple(shape)} does not start with the number of samples, {len(self._generators)}")
+        draws = np.empty(shape, dtype=np.float32)
+        for generator, out in zip(self._generators, draws, strict=True):
+            generator.standard_normal(out=out, dtype=np.float32)
+        return torch.from_numpy(draws)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The next draw, like x."""
+        return self.randn(x.shape).to(x)
+
+
+def random_labels(seed: int, indices: Sequence[int], num_classes: int) -> np.ndarray:
+    """(len(indices),) int64 labels, each drawn uniformly from [0, num_classes)."""
+    return np.array([_generator(seed, i, _LABELS).integers(num_classes) for i in indices], dtype=np.int64)
+
+
+def shuffled_labels(seed: int, indices: Sequence[int], pool: Sequence[int]) -> np.ndarray:
+    """(len(indices),) int64 labels that go through `pool` again and again, in a new order each time.
+
+    With pool = range(num_classes) the classes are balanced over any number of samples; shuffled, since an Inception Score
+    is taken over splits in file order.
+    """
+    rounds = {i // len(pool) for i in indices}
+    order = {r: _generator(seed, r, _LABELS).permutation(np.asarray(pool, dtype=np.int64)) for r in rounds}
+    return np.array([order[i // len(pool)][i % len(pool)] for i in indices], dtype=np.int64)
+
+
+def label_source(labels: str, seed: int, num_classes: int) -> Callable[[Sequence[int]], np.ndarray]:
+    """Return the function indices -> labels that `labels` describes.
+
+    "random"; "balanced"; a list such as "1,2,5-10"; or a file, .npy or text with whole numbers. Lists and files are gone through
+    again and again, shuffled. Raises ValueError for a class outside [0, num_classes), FileNotFoundError for a file that is not there.
+    """
+    if labels == "random":
+        return lambda indices: random_labels(seed, indices, num_classes)
+    pool = _label_pool(labels, num_classes)
+    outside = [label for label in pool if not 0 <= label < num_classes]
+    if outside or not pool:
+        fault = f"class {outside[0]} is" if outside else "no class is"
+        raise ValueError(f"labels {labels!r}: {fault} in the range 0 to {num_classes - 1}")
+    return lambda indices: shuffled_labels(seed, indices, pool)
+
+
+def _label_pool(labels: str, num_classes: int) -> list[int]:
+    if labels == "balanced":
+        return list(range(num_classes))
+    if labels and labels[0].isdigit() and not Path(labels).exists():
+        return parse_numbers(labels, "labels")
+    if not Path(labels).is_file():
+        raise FileNotFoundError(f"labels {labels!r}: no such file; write random, balanced, a list such as 1,2,5-10, or a file's path")
+    try:
+        if labels.endswith(".npy"):
+            return [int(label) for label in np.load(labels, allow_pickle=False).ravel()]
+        return [int(word) for word in Path(labels).read_text().split()]
+    except ValueError as error:
+        raise ValueError(f"labels file {labels} does not hold whole numbers ({error})") from error
+
+
+def _generator(seed: int, index: int, purpose: int) -> np.random.Generator:
+    key = np.array([seed % 2**64, index], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, purpose]))

@@ -1,0 +1,159 @@
+"""Measure the guided step of a preset: network, guidance and the rest, and the memory that they need.
+
+    python scripts/benchmark.py --preset imagenet128-resnet101
+
+Weights are random where the preset's files are absent: speed does not depend on them. On a CPU the network's rate is set against that
+of one plain convolution, and bfloat16 against float32, all in one run. On CUDA it reports images per second over batch sizes.
+Run it with nothing else on the machine; the lines it prints are meant for docs/benchmarks.md.
+"""
+
+import argparse
+import platform
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from classifiers.registry import load_classifier, weights_path
+from guided_diffusion import dist_util
+from guided_diffusion.checkpoints import load_into, load_state_dict
+from guided_diffusion.cli import parse_flags, parse_numbers, run_main
+from guided_diffusion.guidance import ClassifierGuidance
+from guided_diffusion.presets import PRESETS
+from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.stopwatch import Stopwatch
+
+
+def main():
+    args = parse_flags(create_argparser(), None, PRESETS)
+    device = torch.device(args.device) if args.device else dist_util.dev()
+    print(f"machine: {machine(device)}")
+    step = GuidedStep(args, device)
+    print(f"preset {args.preset}: {step.weights} weights, {step.gflop(1):.1f} GFLOP per image and forward pass of the network")
+    if device.type == "cpu":
+        report_cpu(step, args.repeats)
+    else:
+        report_cuda(step, parse_numbers(args.batch_sizes, "--batch_sizes"), args.repeats)
+
+
+def create_argparser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--preset", default="imagenet128-resnet101", help="a preset with an off-the-shelf classifier")
+    parser.add_argument("--device", default="", help="cpu or cuda; by default CUDA where there is one")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps per figure, after one that is not; the median counts")
+    parser.add_argument("--batch_sizes", default="1,8,16,32,64", help="on CUDA")
+    parser.add_argument("--compile", action="store_true", help="on CUDA: torch.compile the network")
+    return parser
+
+
+class GuidedStep:
+    """One ancestral step of a preset with guidance, and how long its parts took; float32 until `halve` is called."""
+
+    def __init__(self, args, device):
+        flags = {**model_and_diffusion_defaults(), **PRESETS[args.preset]}
+        self.size = flags["image_size"]
+        if "classifier_type" not in flags:
+            raise ValueError(f"preset {args.preset} has no off-the-shelf classifier; choose one that has, such as imagenet128-resnet101")
+        classes = flags.get("num_classes", 1000)
+        model_flags = {key: flags[key] for key in model_and_diffusion_defaults()}
+        self.model, self.diffusion = create_model_and_diffusion(**model_flags, num_classes=classes + flags.get("null_class", False))
+        self.weights = "published" if Path(flags["model_path"]).is_file() else "random"
+        if self.weights == "published":
+            load_into(self.model, load_state_dict(flags["model_path"]), flags["model_path"])
+        self.device = device
+        self.model.to(device).eval().convert_to_fp32()
+        self.classifier = load_classifier(
+            flags["classifier_type"],
+            "random" if self.weights == "random" else weights_path(flags["classifier_type"], None),
+            num_classes=classes,
+            softplus_beta=flags["softplus_beta"],
+        ).to(device)
+        self.guidance = ClassifierGuidance(
+            self.classifier,
+            marginal_temperature=flags["margin_temperature_discount"],
+            classifier_scale=flags["classifier_scale"],
+            gamma_factor=flags["gamma_factor"],
+        )
+        self.network = torch.compile(self.model) if args.compile and device.type == "cuda" else self.model
+
+    def halve(self):
+        self.model.convert_to_fp16()
+        if self.device.type != "cpu":
+            self.classifier.half()
+
+    def gflop(self, batch_size):
+        x, t, y = self._inputs(batch_size)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.model(x, t, y)
+        return counter.get_total_flops() / 1e9
+
+    def time(self, batch_size, repeats):
+        """Return the median seconds of the whole step, of the network and of guidance."""
+        x, t, y = self._inputs(batch_size)
+        rows = []
+        for _ in range(repeats + 1):
+            whole, network, guidance = (Stopwatch(self.device) for _ in range(3))
+            step = whole.wrap(self.diffusion.p_sample)
+            step(network.wrap(self.network), x, t, model_kwargs={"y": y}, guidance=guidance.wrap(self.guidance))
+            rows.append((whole.seconds, network.seconds, guidance.seconds))
+        return tuple(statistics.median(column) for column in zip(*rows[1:], strict=True))
+
+    def _inputs(self, batch_size):
+        x = torch.randn(batch_size, 3, self.size, self.size, device=self.device)
+        t = torch.full((batch_size,), self.diffusion.num_timesteps // 2, device=self.device)
+        return x, t, torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+
+
+def report_cpu(step, repeats):
+    gflop = step.gflop(1)
+    whole, network, guidance = step.time(1, repeats)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    plain = plain_convolution_rate(repeats)
+    step.halve()
+    whole_half, network_half, guidance_half = step.time(1, repeats)
+    print(f"float32 step, batch 1:  {parts(whole, network, guidance)}; peak resident memory {memory:.2f} GiB")
+    print(f"bfloat16 step, batch 1: {parts(whole_half, network_half, guidance_half)}")
+    print(f"network, float32: {gflop / network:.0f} GFLOP/s, {gflop / network / plain:.0%} of a plain 3x3 convolution's {plain:.0f} GFLOP/s")
+    print(f"bfloat16 makes the guided step {whole / whole_half:.2f} times as fast")
+    print(f"guidance takes {guidance / whole:.1%} of the float32 step")
+
+
+def report_cuda(step, batch_sizes, repeats):
+    step.halve()
+    for batch_size in batch_sizes:
+        torch.cuda.reset_peak_memory_stats()
+        whole, network, guidance = step.time(batch_size, repeats)
+        memory = torch.cuda.max_memory_allocated() / 2**30
+        rate = batch_size / whole / step.diffusion.num_timesteps
+        print(f"float16 step, batch {batch_size}: {parts(whole, network, guidance)}; {rate:.2f} images/s; peak memory {memory:.2f} GiB")
+
+
+def plain_convolution_rate(repeats, channels=256, size=128):
+    """GFLOP/s of a 3x3 convolution on one channels-last float32 image: about the best that the network's kernels could do."""
+    convolution = torch.nn.Conv2d(channels, channels, 3, padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(1, channels, size, size).to(memory_format=torch.channels_last)
+    times = []
+    with torch.no_grad():
+        for _ in range(10 * repeats):
+            start = time.perf_counter()
+            convolution(x)
+            times.append(time.perf_counter() - start)
+    return 2 * 9 * channels**2 * size**2 / statistics.median(times) / 1e9
+
+
+def parts(whole, network, guidance):
+    return f"{whole:.3f} s (network {network:.3f}, guidance {guidance:.3f}, rest {whole - network - guidance:.3f})"
+
+
+def machine(device):
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    run_main(main)

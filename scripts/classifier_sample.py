@@ -1,0 +1,283 @@
+"""Sample an ADM diffusion model, guided by an off-the-shelf classifier, by a noisy classifier, or by nothing.
+
+    python scripts/classifier_sample.py --preset imagenet128-resnet101 --num_samples 1000 --out results/resnet101
+
+Writes samples_NxHxWx3.npz (arr_0 uint8 images, arr_1 int64 labels), grid.png and run.json. A run that was interrupted goes on when the
+same command is given again. The flags are those of guided-diffusion and EluCD, and a few more.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torchvision
+
+from classifiers.input_transform import INPUTS
+from classifiers.registry import load_classifier, weights_path
+from guided_diffusion import __version__, dist_util, logger
+from guided_diffusion.checkpoints import load_into, load_state_dict, sha256
+from guided_diffusion.cli import parse_flags, run_main
+from guided_diffusion.engine import Tally, sample_missing
+from guided_diffusion.guidance import ClassifierGuidance, noisy_classifier_gradient, within_interval
+from guided_diffusion.presets import PRESETS
+from guided_diffusion.random_state import SampleNoise, label_source
+from guided_diffusion.sample_store import SampleStore, to_uint8
+from guided_diffusion.script_util import (
+    NUM_CLASSES,
+    add_dict_to_argparser,
+    args_to_dict,
+    classifier_defaults,
+    create_classifier,
+    create_model_and_diffusion,
+    model_and_diffusion_defaults,
+    str2bool,
+)
+
+# What a flag needs in order to mean anything; guidance by an off-the-shelf classifier alone reads these.
+OFF_THE_SHELF_FLAGS = (
+    "softplus_beta",
+    "joint_temperature",
+    "margin_temperature_discount",
+    "gamma_factor",
+    "classifier_input",
+    "guidance_interval",
+    "on_nonfinite",
+    "variance_max",
+)
+TRAINING_FLAGS = ("use_kl", "rescale_learned_sigmas", "dropout", "use_checkpoint")
+NOISY_CLASSIFIER_FLAGS = tuple(key for key in classifier_defaults() if key not in ("image_size", "classifier_use_fp16"))
+# Where results lie and how they are made, but not what they are.
+PLACE_FLAGS = ("out", "log_dir", "overwrite", "device", "preset")
+
+
+def main():
+    args = parse_flags(create_argparser(), None, PRESETS)
+    refuse_contradictions(args)
+    dist_util.setup_dist()
+    device = choose_device(args.device)
+    folder = prepare_folder(args)
+    labels_of = label_source(args.labels, args.seed, args.num_classes)
+    say_what_has_no_effect(args, device)
+    model, diffusion = build_model(args, device)
+    tally = Tally(device)
+    conditioning = build_conditioning(args, device, tally)
+    store = open_store(args, folder)
+
+    def sample(indices, tick):
+        labels = torch.from_numpy(labels_of(indices)).to(device)
+        loop = diffusion.ddim_sample_loop_progressive if args.use_ddim else diffusion.p_sample_loop_progressive
+        shape = (len(indices), 3, args.image_size, args.image_size)
+        noise = SampleNoise(args.seed, indices)
+        conditions = {"clip_denoised": args.clip_denoised, "model_kwargs": {"y": labels}, **conditioning}
+        for out in loop(model, shape, device=device, randn_like=noise, **conditions):
+            images = out["sample"]
+            tick()
+        return to_uint8(images), labels
+
+    sample_missing(store, sample, diffusion.num_timesteps, tally)
+    if dist.get_rank() == 0:
+        print(store.finish())
+    dist.barrier()
+
+
+def create_argparser():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Taken from guided-diffusion's command lines but without effect on sampling: "
+        f"{_names(TRAINING_FLAGS)}; with --classifier_type also {_names(NOISY_CLASSIFIER_FLAGS)}. The start names those that you wrote.",
+    )
+    add_dict_to_argparser(parser, {**model_and_diffusion_defaults(), **classifier_defaults()})
+    sampling = {"clip_denoised": True, "num_samples": 10000, "batch_size": 16, "use_ddim": False, "model_path": ""}
+    add_dict_to_argparser(parser, sampling)
+    flag = parser.add_argument_group("guidance").add_argument
+    flag("--classifier_path", default="", help="weights of a noisy classifier, or of --classifier_type: a file, IMAGENET1K_V2, random")
+    flag("--classifier_type", default="", help="off-the-shelf classifier: a torchvision name, or FILE.py:builder")
+    flag("--classifier_scale", type=float, default=1.0, help="factor of the gradient; 0 is unguided")
+    flag("--softplus_beta", type=float, default=float("inf"), help="sharpness of the Softplus in the place of each ReLU; inf keeps ReLU")
+    flag("--joint_temperature", type=float, default=1.0, help="tau_1, factor of the wanted class's logit")
+    flag("--margin_temperature_discount", type=float, default=1.0, help="tau_2 / tau_1, tau_2 the factor inside the logsumexp")
+    flag("--gamma_factor", type=float, default=0.0, help="weight of the sine term in the strength of a step")
+    flag("--classifier_input", choices=INPUTS, default="paper", help="paper: the raw image; imagenet: resized and normalised")
+    flag("--guidance_interval", default="", help="LO,HI: guide only while the noise level sigma is in (LO, HI]")
+    flag("--variance_max", choices=("schedule", "first_pixel"), default="schedule", help="first_pixel is EluCD's, where batches matter")
+    flag("--on_nonfinite", choices=("stop", "skip"), default="stop", help="skip drops that image's guidance for that step and counts it")
+    flag = parser.add_argument_group("labels and places").add_argument
+    flag("--preset", default="", help=f"flags by name: {', '.join(PRESETS)}; flags that you write win")
+    flag("--labels", default="random", help="random, balanced, a list such as 1,2,5-10, or a file of classes; stored shuffled")
+    flag("--fix_class", type=str2bool, default=False, help="every sample is of class --fix_class_index")
+    flag("--fix_class_index", type=int, default=0)
+    flag("--num_classes", type=int, default=NUM_CLASSES)
+    flag("--null_class", type=str2bool, default=False, help="the network was trained with one label more, num_classes, for no class")
+    flag("--unconditional", type=str2bool, default=False, help="give the network the null class; guidance still wants the labels")
+    flag("--seed", type=int, default=0)
+    flag("--out", default="", help="output folder; by default --log_dir, $OPENAI_LOGDIR or results/PRESET")
+    flag("--log_dir", default="", help="the same under EluCD's name")
+    flag("--overwrite", type=str2bool, default=False, help="remove what an earlier run wrote into the output folder")
+    flag("--device", default="", help="cpu, cuda or cuda:1; by default this rank's CUDA device, else the CPU")
+    return parser
+
+
+def refuse_contradictions(args):
+    """Raise ValueError for flags that cannot both be meant, and resolve those that are two names of one thing."""
+    given = args.given
+    if not args.model_path:
+        raise ValueError(f"--model_path is missing: give the U-Net's checkpoint, or --preset {', '.join(PRESETS)}")
+    without_meaning = [f for f in OFF_THE_SHELF_FLAGS if f in given and not args.classifier_type]
+    if without_meaning:
+        raise ValueError(f"{_names(without_meaning)} need an off-the-shelf classifier: add --classifier_type, for example resnet101")
+    if "classifier_scale" in given and args.classifier_scale != 0 and not (args.classifier_type or args.classifier_path):
+        raise ValueError(f"--classifier_scale {args.classifier_scale} needs a classifier: add --classifier_type or --classifier_path")
+    if args.fix_class and "labels" in given:
+        raise ValueError(f"--fix_class True and --labels {args.labels} contradict each other: keep one")
+    if "fix_class_index" in given and not args.fix_class:
+        raise ValueError(f"--fix_class_index {args.fix_class_index} needs --fix_class True")
+    if args.out and args.log_dir and args.out != args.log_dir:
+        raise ValueError(f"--out {args.out} and --log_dir {args.log_dir} are two names of one folder: keep one")
+    if args.null_class and not args.class_cond:
+        raise ValueError("--null_class True needs a class-conditional network: add --class_cond True")
+    if args.unconditional and args.class_cond and not args.null_class:
+        raise ValueError("--unconditional True needs a network with a null class: add --null_class True if it has one")
+    if args.use_ddim and args.variance_max != "schedule":
+        raise ValueError(f"--variance_max {args.variance_max} belongs to the ancestral sampler: drop it or --use_ddim")
+    for name in ("num_samples", "batch_size", "num_classes"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.fix_class:
+        args.labels = str(args.fix_class_index)
+
+
+def choose_device(name):
+    if not name:
+        return dist_util.dev()
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); write cpu, cuda or cuda:1") from error
+    return torch.device(name)
+
+
+def prepare_folder(args):
+    """Make the output folder, or fail before minutes go into loading."""
+    folder = Path(args.out or args.log_dir or os.environ.get("OPENAI_LOGDIR") or Path("results", args.preset or "samples"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to the output folder {folder} ({error.strerror}); choose another --out") from error
+    return folder
+
+
+def say_what_has_no_effect(args, device):
+    if dist.get_rank() != 0:
+        return
+    idle = [*TRAINING_FLAGS, *([] if args.classifier_path and not args.classifier_type else NOISY_CLASSIFIER_FLAGS)]
+    if not (args.classifier_type or args.classifier_path):
+        idle.append("classifier_use_fp16")
+    if idle := [flag for flag in idle if flag in args.given]:
+        logger.log(f"without effect in this run: {_names(idle)}")
+    if device.type == "cpu" and args.use_fp16:
+        logger.log("--use_fp16 on a CPU: the U-Net runs in bfloat16")
+    if device.type == "cpu" and args.classifier_use_fp16 and "classifier_use_fp16" not in idle:
+        logger.log("--classifier_use_fp16 on a CPU: the classifier stays in float32, bfloat16 gradients are off by over 10%")
+
+
+def build_model(args, device):
+    """Return the network as a function (x, t, y) -> output, and the diffusion."""
+    flags = args_to_dict(args, model_and_diffusion_defaults().keys())
+    model, diffusion = create_model_and_diffusion(**flags, num_classes=args.num_classes + args.null_class)
+    load_into(model, load_state_dict(args.model_path), args.model_path)
+    model.to(device).eval()
+    if args.use_fp16:
+        model.convert_to_fp16()
+
+    def network(x, t, y):
+        if not args.class_cond:
+            return model(x, t)
+        return model(x, t, torch.full_like(y, args.num_classes) if args.unconditional else y)
+
+    return network, diffusion
+
+
+def build_conditioning(args, device, tally):
+    """Return what the loops are to be given: guidance, cond_fn, or nothing."""
+    if args.classifier_type:
+        guidance = build_guidance(args, device, tally)
+        return {"guidance": tally.stopwatch.wrap(guidance), "variance_max": args.variance_max}
+    if args.classifier_path:
+        classifier = build_noisy_classifier(args, device)
+        return {"cond_fn": tally.stopwatch.wrap(noisy_classifier_gradient(classifier, args.classifier_scale))}
+    return {}
+
+
+def build_guidance(args, device, tally):
+    classifier = load_classifier(
+        args.classifier_type,
+        args.classifier_path or None,
+        num_classes=args.num_classes,
+        softplus_beta=args.softplus_beta,
+        classifier_input=args.classifier_input,
+        image_size=args.image_size,
+    ).to(device)
+    if args.classifier_use_fp16 and device.type != "cpu":
+        classifier.half()
+
+    def count_skipped(step, gradient, bad):
+        tally.skipped += int(bad.sum())
+
+    guidance = ClassifierGuidance(
+        classifier,
+        joint_temperature=args.joint_temperature,
+        marginal_temperature=args.joint_temperature * args.margin_temperature_discount,
+        classifier_scale=args.classifier_scale,
+        gamma_factor=args.gamma_factor,
+        on_nonfinite=args.on_nonfinite,
+        observe=count_skipped if args.on_nonfinite == "skip" else None,
+    )
+    return within_interval(guidance, *parse_interval(args.guidance_interval)) if args.guidance_interval else guidance
+
+
+def build_noisy_classifier(args, device):
+    flags = args_to_dict(args, classifier_defaults().keys())
+    classifier = create_classifier(**flags, num_classes=args.num_classes)
+    load_into(classifier, load_state_dict(args.classifier_path), args.classifier_path)
+    classifier.to(device).eval().requires_grad_(False)
+    if args.classifier_use_fp16 and device.type != "cpu":
+        classifier.convert_to_fp16()
+    return classifier
+
+
+def parse_interval(text):
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise ValueError(f"--guidance_interval {text!r} is not understood; write LO,HI, noise levels such as 0.3,5") from None
+    return low, high
+
+
+def open_store(args, folder):
+    """Open the output folder on rank 0 first; the others then find the same settings in it."""
+    settings = {key: value for key, value in vars(args).items() if key not in (*PLACE_FLAGS, "given")}
+    weights = {"model": args.model_path, "classifier": args.classifier_path}
+    if args.classifier_type:
+        weights["classifier"] = weights_path(args.classifier_type, args.classifier_path or None)
+    settings["sha256"] = {name: sha256(path) for name, path in weights.items() if path}
+    settings["versions"] = {"elucd": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
+    if dist.get_rank() == 0:
+        if args.overwrite:
+            SampleStore.clear(folder)
+        SampleStore(folder, settings, args.num_samples, args.batch_size)
+    dist.barrier()
+    return SampleStore(folder, settings, args.num_samples, args.batch_size)
+
+
+def _names(flags):
+    return ", ".join(f"--{flag}" for flag in flags)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,127 @@
+"""Train the networks of the `digits` presets on scikit-learn's 1,797 handwritten digits, and write them with a record of the training.
+
+    pip install -e ".[train]" && python scripts/train_digits.py
+
+Writes unet.safetensors, guide.safetensors, judge.safetensors and training.json. The digits are cut once, with a fixed seed, into 1,437
+that all networks learn from and 360 that only measure the classifiers.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tqdm import trange
+
+from classifiers.registry import DIGITS
+from guided_diffusion.checkpoints import PRETRAINED_DIR
+from guided_diffusion.presets import PRESETS
+from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+
+NUM_CLASSES = 10
+SIZE = 16
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=PRETRAINED_DIR / "digits", help="folder for the files")
+    parser.add_argument("--only", choices=["unet", "guide", "judge"], help="train just this one; the record of the others stays")
+    parser.add_argument("--iterations", type=int, default=4000, help="steps of batch 64 for the U-Net; the classifiers take 1500")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    train, test = digits()
+    record_file = args.out / "training.json"
+    record = json.loads(record_file.read_text()) if record_file.exists() else {}
+    jobs = {
+        "unet": lambda: train_unet(train, args.iterations, args.seed),
+        "guide": lambda: train_classifier("digits_guide", train, test, seed=args.seed + 1),
+        "judge": lambda: train_classifier("digits_judge", train, test, seed=args.seed + 2),
+    }
+    for name in [args.only] if args.only else jobs:
+        start = time.time()
+        state_dict, figures = jobs[name]()
+        save_file({k: v.contiguous() for k, v in state_dict.items()}, args.out / f"{name}.safetensors")
+        record[name] = {**figures, "seconds": round(time.time() - start), "torch": torch.__version__, "machine": platform.machine()}
+        print(name, json.dumps(record[name]))
+        record_file.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def digits():
+    """Return (images, labels) for training and for testing: (N, 3, 16, 16) float32 in [-1, 1], (N,) int64."""
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
+    images = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear").expand(-1, 3, -1, -1).contiguous()
+    labels = torch.tensor(data.target)
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, random_state=0, stratify=data.target)
+    return (images[train], labels[train]), (images[test], labels[test])
+
+
+def train_unet(train, iterations, seed, batch_size=64, learning_rate=1e-3, ema_rate=0.998):
+    """Return the averaged weights and the losses. One label in ten is dropped to the null class, for unconditional sampling."""
+    torch.manual_seed(seed)
+    flags = {**model_and_diffusion_defaults(), **PRESETS["digits"]}
+    flags |= {"timestep_respacing": "", "rescale_learned_sigmas": True}
+    flags = {key: flags[key] for key in model_and_diffusion_defaults()}
+    model, diffusion = create_model_and_diffusion(**flags, num_classes=NUM_CLASSES + 1)
+    averaged = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=iterations, pct_start=0.1)
+    losses = []
+    images, labels = train
+    for _ in (progress := trange(iterations, desc="unet")):
+        pick = torch.randint(len(images), (batch_size,))
+        y = torch.where(torch.rand(batch_size) < 0.1, NUM_CLASSES, labels[pick])
+        t = torch.randint(diffusion.num_timesteps, (batch_size,))
+        terms = diffusion.training_losses(model, images[pick], t, {"y": y})
+        optimizer.zero_grad()
+        terms["loss"].mean().backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - ema_rate)
+        losses.append({name: value.mean().item() for name, value in terms.items()})
+        progress.set_postfix(loss=f"{losses[-1]['loss']:.4f}")
+    last = {name: round(float(np.mean([x[name] for x in losses[-200:]])), 5) for name in losses[0]}
+    parameters = sum(p.numel() for p in model.parameters())
+    figures = {"seed": seed, "iterations": iterations, "batch_size": batch_size, "parameters": parameters, "loss_of_last_200": last}
+    return averaged.state_dict(), figures
+
+
+def train_classifier(name, train, test, seed, iterations=1500, batch_size=64, learning_rate=2e-3):
+    """Return the weights, rounded to float16, and loss and accuracy; shifts by up to one pixel are the only augmentation."""
+    torch.manual_seed(seed)
+    model = DIGITS[name].build(NUM_CLASSES).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=iterations)
+    images, labels = train
+    losses = []
+    for _ in trange(iterations, desc=name):
+        pick = torch.randint(len(images), (batch_size,))
+        shift = tuple(torch.randint(-1, 2, (2,)).tolist())
+        loss = F.cross_entropy(model(torch.roll(images[pick], shift, dims=(2, 3))), labels[pick])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    state_dict = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    model.load_state_dict(state_dict)
+    model.eval()
+    with torch.no_grad():
+        accuracy = {part: float((model(x).argmax(1) == y).float().mean()) for part, (x, y) in (("train", train), ("test", test))}
+    parameters = sum(p.numel() for p in model.parameters())
+    figures = {"seed": seed, "iterations": iterations, "batch_size": batch_size, "parameters": parameters}
+    return state_dict, {**figures, "loss_of_last_200": round(float(np.mean(losses[-200:])), 5), "accuracy": accuracy}
+
+
+if __name__ == "__main__":
+    main()
