@@ -20,14 +20,16 @@ from guided_diffusion.checkpoints import find_pretrained, load_into, load_state_
 
 @dataclass(frozen=True)
 class ClassifierSpec:
-    """One entry: builder(num_classes) -> network, its weights as name -> file, first the default, the input they want, their licence.
+    """One entry: builder(num_classes) -> network, and its weights as name -> file, the default first.
 
-    `trained_on` is None for a classifier that takes the raw image.
+    image_size: pixels of the images that the weights were trained on, None where it is not known. trained_on: how those were normalised,
+    None where they were raw.
     """
 
     name: str
     build: Callable[[int], nn.Module]
     weights_files: Mapping[str, str]
+    image_size: int | None
     trained_on: InputTransform | None
     licence: str
 
@@ -64,7 +66,8 @@ def load_classifier(
     weights: None for the default file in pretrained_models/, "random", a torchvision weights name such as "IMAGENET1K_V2", a path, or a
     state dict with the network's own names. softplus_beta: replaces every ReLU by Softplus; inf keeps them.
     classifier_input: "paper" feeds the raw image, "imagenet" resizes and normalises it to what the weights were trained on.
-    image_size: if given, a forward pass checks that the network takes such images and answers num_classes logits.
+    image_size: if given, a forward pass checks that the network takes such images and answers num_classes logits. One's own network
+    needs it to be smoothed.
     Raises FileNotFoundError for missing weights and ValueError for everything that does not fit.
     """
     if classifier_input not in INPUTS:
@@ -79,9 +82,8 @@ def load_classifier(
     network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     transform = spec.trained_on if classifier_input == "imagenet" else raw_image
     classifier = Classifier(network, transform).eval()
-    native_size = spec.trained_on.size if spec.trained_on else image_size
     if not math.isinf(softplus_beta):
-        _smooth(classifier, name, softplus_beta, image_size or native_size)
+        _smooth(classifier, name, softplus_beta, image_size or spec.image_size)
     if image_size is not None:
         _check_answer(classifier, name, image_size, num_classes)
     return classifier
@@ -100,6 +102,8 @@ def find_classifier(name: str) -> ClassifierSpec:
 
 
 def _smooth(classifier, name, beta, size):
+    if size is None:
+        raise ValueError(f"to smooth {name}, pass image_size: a forward pass shows which relus it calls as functions")
     count = smooth_relus(classifier.network, beta)
     with SmoothFunctionalRelus(beta) as functional:
         _probe(classifier, name, size)
@@ -162,6 +166,7 @@ def _from_torchvision(name):
         name=name,
         build=lambda num_classes: torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options),
         weights_files={key: table[key].url.rpartition("/")[2] for key in [default.name, *table]},
+        image_size=preset.crop_size[0],
         trained_on=InputTransform(preset.crop_size[0], tuple(preset.mean), tuple(preset.std)),
         licence="BSD-3-Clause (torchvision); trained on ImageNet, whose terms allow research only",
     )
@@ -176,7 +181,7 @@ def _from_file(name):
     module_spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise ValueError(f"{file} has no function {function!r}; write FILE.py:builder, where builder(num_classes) returns the network")
-    return ClassifierSpec(name, getattr(module, function), {}, None, "your own")
+    return ClassifierSpec(name, getattr(module, function), {}, None, None, "your own")
 
 
 def _digits_resnet(num_classes):
@@ -191,7 +196,7 @@ _DIGITS_LICENCE = "MIT; trained on the digits of scikit-learn (UCI, CC BY 4.0)"
 DIGITS = {
     spec.name: spec
     for spec in (
-        ClassifierSpec("digits_guide", _digits_resnet, {"digits": "digits/guide.safetensors"}, None, _DIGITS_LICENCE),
-        ClassifierSpec("digits_judge", _digits_judge, {"digits": "digits/judge.safetensors"}, None, _DIGITS_LICENCE),
+        ClassifierSpec("digits_guide", _digits_resnet, {"digits": "digits/guide.safetensors"}, 16, None, _DIGITS_LICENCE),
+        ClassifierSpec("digits_judge", _digits_judge, {"digits": "digits/judge.safetensors"}, 16, None, _DIGITS_LICENCE),
     )
 }

@@ -1,4 +1,4 @@
-"""A thin face on `logging`: lines go to stderr and to log.txt in one folder, so that stdout stays free for results."""
+"""A thin face on `logging`: lines go to stderr, so that stdout stays free for results, and to log.txt once a folder is configured."""
 
 import logging
 import os
@@ -7,31 +7,35 @@ import tempfile
 from pathlib import Path
 
 _logger = logging.getLogger("guided_diffusion")
-_state = {"dir": None}
+_logger.setLevel(logging.INFO)
+_logger.propagate = False
+_folder = None
 
 
 def configure(dir=None):
     """Log to stderr and to log.txt in `dir`, by default $OPENAI_LOGDIR, else a new folder for temporary files. Made if missing."""
-    folder = dir or os.environ.get("OPENAI_LOGDIR") or tempfile.mkdtemp(prefix="guided-diffusion-")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for handler in list(_logger.handlers):
-        _logger.removeHandler(handler)
-        handler.close()
-    for handler in (logging.StreamHandler(sys.stderr), logging.FileHandler(Path(folder) / "log.txt")):
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        _logger.addHandler(handler)
-    _logger.setLevel(logging.INFO)
-    _logger.propagate = False
-    _state["dir"] = str(folder)
+    global _folder
+    _folder = str(dir or os.environ.get("OPENAI_LOGDIR") or tempfile.mkdtemp(prefix="guided-diffusion-"))
+    Path(_folder).mkdir(parents=True, exist_ok=True)
+    _replace_handlers(logging.StreamHandler(sys.stderr), logging.FileHandler(Path(_folder) / "log.txt"))
 
 
 def log(*args):
-    """Write the arguments, separated by spaces, as one line. Configures with the defaults if nobody has."""
-    if _state["dir"] is None:
-        configure()
+    """Write the arguments, separated by spaces, as one line."""
+    if not _logger.handlers:
+        _replace_handlers(logging.StreamHandler(sys.stderr))
     _logger.info(" ".join(map(str, args)))
 
 
 def get_dir():
-    """The folder that `configure` was given or made; None before it was called."""
-    return _state["dir"]
+    """The folder that `configure` was given or made, a string; None before it was called."""
+    return _folder
+
+
+def _replace_handlers(*handlers):
+    for old in list(_logger.handlers):
+        _logger.removeHandler(old)
+        old.close()
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        _logger.addHandler(handler)

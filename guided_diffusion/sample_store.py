@@ -1,6 +1,7 @@
 """The output folder of a run: settings, one shard per batch, and in the end one npz in the published layout.
 
     run.json                      the settings, written first; totals are added last
+    log.txt, grid.png             what was said, and a look at the first images
     shards/000000-000016.npz      images and labels of a fixed range of sample indices, while the run lasts
     samples_NxHxWx3.npz           arr_0: uint8 NHWC, arr_1: int64 labels, in index order
 
@@ -58,7 +59,7 @@ class SampleStore:
         """Remove what a run wrote into `folder`, and nothing else."""
         folder = Path(folder)
         shutil.rmtree(folder / "shards", ignore_errors=True)
-        for path in [folder / "run.json", folder / "grid.png", *folder.glob("samples_*.npz")]:
+        for path in [folder / "run.json", folder / "log.txt", folder / "grid.png", *folder.glob("samples_*.npz")]:
             path.unlink(missing_ok=True)
 
     def samples_file(self) -> Path | None:

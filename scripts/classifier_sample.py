@@ -59,6 +59,8 @@ def main():
     dist_util.setup_dist()
     device = choose_device(args.device)
     folder = prepare_folder(args)
+    if dist.get_rank() == 0:
+        logger.configure(folder)
     labels_of = label_source(args.labels, args.seed, args.num_classes)
     say_what_has_no_effect(args, device)
     model, diffusion = build_model(args, device)

@@ -1,0 +1,139 @@
+"""Make the small golden files beside this script from the full golden sets:
+
+    python tests/goldens/extract.py PATH_OF_THE_FULL_SET
+
+The full sets hold outputs of the published implementations on networks whose weights follow a rule
+(`goldens_util.set_golden_weights`). What is kept: the key manifests of the ADM and torchvision networks (set A), ADM
+U-Net and classifier forwards (B, C), classifier guidance gradients (D), DDPM and DDIM chains (E) and schedule tables
+(E_tables). What is dropped: inputs that are RandomState draws (checked here, drawn again in the tests), and most
+entries of large arrays, of which `goldens_util.thin` keeps a fixed subset. The norms of whole arrays stay in the json.
+The output depends on the input alone, byte for byte.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from goldens_util import GOLDENS, random_image, random_input, thin
+
+MANIFESTS = (
+    "adm_64_cond",
+    "adm_128_cond",
+    "adm_256_cond",
+    "adm_classifier_64",
+    "adm_classifier_128",
+    "torchvision_resnet50",
+    "torchvision_resnet101",
+)
+
+
+def read(folder, name):
+    with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
+        return json.loads((folder / f"{name}.json").read_text()), {key: arrays[key] for key in arrays.files}
+
+
+def write(name, configuration, arrays):
+    (GOLDENS / f"{name}.json").write_text(json.dumps(configuration, indent=1) + "\n")
+    np.savez_compressed(GOLDENS / f"{name}.npz", **arrays)
+
+
+def select(mapping, *keys):
+    return {key: mapping[key] for key in keys if key in mapping}
+
+
+def extract_manifests(folder):
+    (GOLDENS / "manifests").mkdir(exist_ok=True)
+    for name in MANIFESTS:
+        full = json.loads(gzip.decompress((folder / "A_manifests" / f"{name}.json.gz").read_bytes()))
+        _, _, flags = full["how"].partition("overridden by ")
+        small = {
+            "flags": json.loads(flags or "{}"),
+            "parameters": full["total_parameters"],
+            "shapes": {key: shape for key, shape, *_ in sorted(full["entries"])},
+        }
+        packed = gzip.compress(json.dumps(small, separators=(",", ":")).encode(), mtime=0)
+        (GOLDENS / "manifests" / f"{name}.json.gz").write_bytes(packed)
+
+
+def extract_forwards(folder, name):
+    """Sets B and C: one forward (and, for C, one gradient) per case."""
+    full, arrays = read(folder, name)
+    cases, small = {}, {}
+    for case, configuration in full["cases"].items():
+        x = arrays[f"{case}/x"]
+        assert np.array_equal(x, random_input(configuration["input"]["seed"], x.shape)), case
+        cases[case] = select(configuration, "constructor", "config", "input", "out_rms", "logits_rms", "grad_rms")
+        cases[case]["x_shape"] = x.shape
+        for key in ("out", "logits", "selected", "grad"):
+            if f"{case}/{key}" in arrays:
+                small[f"{case}/{key}"] = thin(arrays[f"{case}/{key}"])
+    write(name, cases, small)
+
+
+def extract_guidance(folder):
+    full, arrays = read(folder, "D_offtheshelf_guidance")
+    seeds = {}
+    for name, spec in full["inputs"].items():
+        seeds[name] = spec["seed"]
+        x = random_image(spec["seed"], spec["shape"]).numpy()
+        assert hashlib.sha256(x.tobytes()).hexdigest()[:16] == spec["sha256_16"], name
+    cases, small = {}, {}
+    for case, configuration in full["cases"].items():
+        cases[case] = select(configuration, "net", "size", "softplus_beta", "y")
+        cases[case]["seed"] = seeds[configuration["x"]]
+        cases[case]["temperatures"] = [
+            select(temps, "joint_temperature", "margin_temperature_discount", "stored", "grad_rms", "grad_l2_per_image")
+            for temps in configuration["temps"]
+        ]
+        small |= {key: thin(value) for key, value in arrays.items() if key.startswith(f"{case}/")}
+    write("D_offtheshelf_guidance", cases, small)
+
+
+def extract_sampling(folder):
+    full, arrays = read(folder, "E_ddpm_sampling")
+    cases, small = {}, {}
+    for case, configuration in full["cases"].items():
+        cases[case] = select(configuration, "spec", "unet_config", "diffusion_config", "n_steps", "final_rms", "classifier_timesteps")
+        steps, x = arrays[f"{case}/steps"], arrays[f"{case}/x"]
+        middle = configuration["n_steps"] // 2
+        small[f"{case}/steps"] = steps
+        # whole, because the single-step test starts from it
+        small[f"{case}/x_before_middle"] = x[list(steps).index(middle - 1)]
+        small[f"{case}/x"] = np.stack([thin(one) for one in x])
+        for key in ("final", "pred_xstart_mid", "timesteps_seen_by_model", "max_variance"):
+            small[f"{case}/{key}"] = thin(arrays[f"{case}/{key}"])
+    classifier = full["classifier_config(EncoderUNetModel)"]
+    write("E_ddpm_sampling", {"cases": cases, "noisy_classifier": classifier}, small)
+
+
+def extract_tables(folder):
+    full, arrays = read(folder, "E_tables")
+    for key, seed in (("x", 3000), ("model_out", 3001), ("grad", 3002)):
+        for case in sorted({name.split("/")[1] for name in arrays if name.startswith("step/")}):
+            stored = arrays.pop(f"step/{case}/{key}")
+            assert np.array_equal(stored, random_input(seed, stored.shape)), (case, key)
+    dropped = ("condition_score_mean", "edm_uint8", "edm_uint8_from_float64")
+    small = {key: value for key, value in arrays.items() if not key.endswith(dropped)}
+    write("E_tables", {"refused": sorted(full["cases"]["respace"]["errors"])}, small)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("full_set", type=Path, help="folder with the full golden sets")
+    folder = parser.parse_args().full_set
+    extract_manifests(folder)
+    for name in ("B_adm_unet", "C_adm_classifier"):
+        extract_forwards(folder, name)
+    extract_guidance(folder)
+    extract_sampling(folder)
+    extract_tables(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""ADM U-Net forwards (golden set B), ADM classifier forwards and gradients (golden set C)."""
+
+import pytest
+import torch
+from goldens_util import load_golden, max_abs, random_input, rms, rms_relative, set_golden_weights, thin
+
+from guided_diffusion.script_util import classifier_defaults, create_classifier, create_model
+from guided_diffusion.unet import EncoderUNetModel, UNetModel
+
+UNETS, UNET_ARRAYS = load_golden("B_adm_unet")
+CLASSIFIERS, CLASSIFIER_ARRAYS = load_golden("C_adm_classifier")
+CONSTRUCTORS = {
+    "create_model": create_model,
+    "UNetModel": UNetModel,
+    "create_classifier": lambda **flags: create_classifier(**{**classifier_defaults(), **flags}),
+    "EncoderUNetModel": EncoderUNetModel,
+}
+
+
+def build(case):
+    return set_golden_weights(CONSTRUCTORS[case["constructor"]](**case["config"]))
+
+
+def inputs(case):
+    spec = case["input"]
+    x = random_input(spec["seed"], case["x_shape"])
+    return x, torch.tensor(spec["t"]), torch.tensor(spec["y"]) if "y" in spec else None
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_unet(name):
+    x, t, y = inputs(UNETS[name])
+    with torch.no_grad():
+        out = build(UNETS[name])(x, t) if y is None else build(UNETS[name])(x, t, y)
+    # set B: atol 2e-4. The rms of the whole output cannot differ by more than its worst entry does.
+    assert max_abs(thin(out), UNET_ARRAYS[f"{name}/out"]) <= 2e-4
+    assert abs(rms(out) - UNETS[name]["out_rms"]) <= 2e-4
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_noisy_classifier(name):
+    case = CLASSIFIERS[name]
+    x, t, y = inputs(case)
+    x.requires_grad_()
+    logits = build(case)(x, t)
+    selected = logits.log_softmax(dim=-1)[range(len(y)), y]
+    (grad,) = torch.autograd.grad(selected.sum(), x)
+    # set C: logits and selected atol 1e-4, gradient 1e-3 of its rms
+    assert max_abs(thin(logits), CLASSIFIER_ARRAYS[f"{name}/logits"]) <= 1e-4
+    assert max_abs(selected, CLASSIFIER_ARRAYS[f"{name}/selected"]) <= 1e-4
+    assert rms_relative(thin(grad), CLASSIFIER_ARRAYS[f"{name}/grad"], case["grad_rms"]) <= 1e-3
+    assert abs(rms(grad) / case["grad_rms"] - 1) <= 1e-3
