@@ -27,7 +27,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; fetch it with scripts/download.py or give another path")
+        raise FileNotFoundError(f"no checkpoint at {path}; a published file is fetched by `python scripts/download.py {path.name}`")
     if path.suffix not in (".pt", ".pth", ".safetensors"):
         raise ValueError(f"cannot read {path}: the ending must be .pt, .pth or .safetensors")
     try:

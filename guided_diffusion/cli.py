@@ -3,11 +3,22 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 _NOT_GIVEN = object()
 
 
-def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None, presets: Mapping[str, Mapping]) -> argparse.Namespace:
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations, shows its description as written, and ends a wrong call in one line, exit code 2."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
+
+
+def parse_flags(parser: Parser, argv: list[str] | None, presets: Mapping[str, Mapping]) -> argparse.Namespace:
     """Parse flags over those of the preset that `--preset` names, over the defaults; `given` holds the names that the user wrote.
 
     The parser must have `--preset` and no positional arguments. Unknown presets end the program as argparse does.

@@ -28,6 +28,17 @@ def dev():
     return torch.device("cpu")
 
 
+def choose_device(name):
+    """The device that a flag names, or this rank's if it is empty. Raises ValueError for one that is not there."""
+    if not name:
+        return dev()
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); write cpu, cuda or cuda:1") from error
+    return torch.device(name)
+
+
 def load_state_dict(path, map_location="cpu"):
     """Read a checkpoint as `checkpoints.load_state_dict` does, and move it to `map_location`."""
     return {name: tensor.to(map_location) for name, tensor in checkpoints.load_state_dict(path).items()}

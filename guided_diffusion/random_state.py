@@ -65,10 +65,11 @@ def label_source(labels: str, seed: int, num_classes: int) -> Callable[[Sequence
     if labels == "random":
         return lambda indices: random_labels(seed, indices, num_classes)
     pool = _label_pool(labels, num_classes)
+    if not pool:
+        raise ValueError(f"labels {labels!r} names no class")
     outside = [label for label in pool if not 0 <= label < num_classes]
-    if outside or not pool:
-        fault = f"class {outside[0]} is" if outside else "no class is"
-        raise ValueError(f"labels {labels!r}: {fault} in the range 0 to {num_classes - 1}")
+    if outside:
+        raise ValueError(f"labels {labels!r}: class {outside[0]} is out of range, the classes are 0 to {num_classes - 1}")
     return lambda indices: shuffled_labels(seed, indices, pool)
 
 

@@ -120,6 +120,16 @@ def create_model_and_diffusion(
     return model, diffusion
 
 
+def create_from_flags(flags):
+    """Return (UNetModel, GaussianDiffusion) for a preset or for parsed flags, a mapping; flags that are not there take their defaults.
+
+    With `null_class` the network has one label more than `num_classes`.
+    """
+    values = {**model_and_diffusion_defaults(), "num_classes": NUM_CLASSES, "null_class": False, **flags}
+    known = {key: values[key] for key in model_and_diffusion_defaults()}
+    return create_model_and_diffusion(**known, num_classes=values["num_classes"] + values["null_class"])
+
+
 def create_model(
     image_size,
     num_channels,

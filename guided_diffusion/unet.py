@@ -78,7 +78,7 @@ class UNetModel(nn.Module):
             options = replace(options, num_heads=num_heads_upsample)
         self.output_blocks = _decoder(skip_channels, model_channels, channel_mult, num_res_blocks, attention_resolutions, options)
         width = int(channel_mult[0] * model_channels)
-        self.out = nn.Sequential(GroupNorm32(32, width), nn.SiLU(), _zeroed(nn.Conv2d(width, out_channels, 3, padding=1)))
+        self.out = nn.Sequential(GroupNorm32(32, width), SiLU(), _zeroed(nn.Conv2d(width, out_channels, 3, padding=1)))
         self.to(memory_format=torch.channels_last)
 
     def convert_to_fp16(self):
@@ -243,22 +243,22 @@ def _classifier_head(pool, block_channels, final_size, num_head_channels, out_ch
     ch, features = block_channels[-1], sum(block_channels)
     if pool == "adaptive":
         conv = _zeroed(nn.Conv2d(ch, out_channels, 1))
-        return nn.Sequential(GroupNorm32(32, ch), nn.SiLU(), nn.AdaptiveAvgPool2d((1, 1)), conv, nn.Flatten())
+        return nn.Sequential(GroupNorm32(32, ch), SiLU(), nn.AdaptiveAvgPool2d((1, 1)), conv, nn.Flatten())
     if pool == "attention":
         if num_head_channels == -1:
             raise ValueError("pool 'attention' needs num_head_channels (the published classifiers use 64), got -1")
         attention = AttentionPool2d(final_size, ch, num_head_channels, out_channels)
-        return nn.Sequential(GroupNorm32(32, ch), nn.SiLU(), attention)
+        return nn.Sequential(GroupNorm32(32, ch), SiLU(), attention)
     if pool == "spatial":
         return nn.Sequential(nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, out_channels))
     if pool == "spatial_v2":
-        return nn.Sequential(nn.Linear(features, 2048), GroupNorm32(32, 2048), nn.SiLU(), nn.Linear(2048, out_channels))
+        return nn.Sequential(nn.Linear(features, 2048), GroupNorm32(32, 2048), SiLU(), nn.Linear(2048, out_channels))
     raise ValueError(f"unknown pool {pool!r}; choose attention, adaptive, spatial or spatial_v2")
 
 
 def _time_embed(model_channels):
     width = 4 * model_channels
-    return nn.Sequential(nn.Linear(model_channels, width), nn.SiLU(), nn.Linear(width, width))
+    return nn.Sequential(nn.Linear(model_channels, width), SiLU(), nn.Linear(width, width))
 
 
 def _check_dims(dims):
@@ -298,15 +298,15 @@ class ResBlock(nn.Module):
         super().__init__()
         self.use_scale_shift_norm = options.use_scale_shift_norm
         self.use_checkpoint = options.use_checkpoint
-        self.in_layers = nn.Sequential(GroupNorm32(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.in_layers = nn.Sequential(GroupNorm32(32, channels), SiLU(), Conv3x3(channels, out_channels))
         self.resample = Upsample(channels, False) if up else Downsample(channels, False) if down else nn.Identity()
         emb_out = 2 * out_channels if options.use_scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(options.emb_channels, emb_out))
         self.out_layers = nn.Sequential(
             GroupNorm32(32, out_channels),
-            nn.SiLU(),
+            SiLU(),
             nn.Dropout(options.dropout),
-            _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            _zeroed(Conv3x3(out_channels, out_channels)),
         )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
@@ -320,12 +320,13 @@ class ResBlock(nn.Module):
         norm, *rest = self.out_layers
         if self.use_scale_shift_norm:
             scale, shift = emb.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
+            h = norm(h)
+            h = h * (1 + scale) + shift if torch.is_grad_enabled() else h.mul_(1 + scale).add_(shift)
         else:
             h = norm(h + emb)
         for layer in rest:
             h = layer(h)
-        return self.skip_connection(self.resample(x)) + h
+        return _add(h, self.skip_connection(self.resample(x)))
 
 
 class AttentionBlock(nn.Module):
@@ -347,7 +348,7 @@ class AttentionBlock(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, T, C), a view of channels-last memory
         h = _attention(_pointwise(self.qkv, tokens), self.num_heads, self.use_new_attention_order)
         h = _pointwise(self.proj_out, h)
-        return x + h.transpose(1, 2).reshape(x.shape)
+        return _add(h.transpose(1, 2).unflatten(2, x.shape[2:]), x)
 
 
 class AttentionPool2d(nn.Module):
@@ -398,11 +399,40 @@ class Downsample(nn.Module):
 # Small layers and functions
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution with padding 1, written as a matrix product where that is faster: for few pixels on a CPU.
+
+    There the stock kernel spends most of its time on copying the weights, 37 MB at 1024 channels, into a layout of its own.
+    """
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        if x.device.type != "cpu" or torch.is_grad_enabled() or n * h * w > 128:
+            return super().forward(x)
+        patches = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)  # (N, H, W, C, 3, 3)
+        patches = patches.permute(0, 1, 2, 4, 5, 3).reshape(n * h * w, 9 * c)
+        weight = self.weight.permute(0, 2, 3, 1).reshape(-1, 9 * c)  # a view of channels-last memory
+        out = torch.addmm(self.bias[:, None], weight, patches.T)  # (out, N * H * W)
+        return out.view(-1, n, h, w).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+
+
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation in float32 whatever the dtype of the input."""
 
     def forward(self, x):
+        if x.device.type == "cpu":  # this kernel takes a bfloat16 input with float32 weights, and computes in float32
+            return super().forward(x)
         return super().forward(x.float()).to(x.dtype)
+
+
+class SiLU(nn.SiLU):
+    """x * sigmoid(x), in place where no graph is recorded; for inputs that nobody else reads."""
+
+    def forward(self, x):
+        return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def timestep_embedding(timesteps, dim, max_period=10000):
@@ -441,6 +471,11 @@ def _run(function, *inputs, recompute):
     if recompute and torch.is_grad_enabled():
         return checkpoint(function, *inputs, use_reentrant=False)
     return function(*inputs)
+
+
+def _add(h, residual):
+    """h + residual, into h's own memory where no graph is recorded."""
+    return h + residual if torch.is_grad_enabled() else h.add_(residual)
 
 
 def _zeroed(module):

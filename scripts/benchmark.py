@@ -7,7 +7,6 @@ of one plain convolution, and bfloat16 against float32, all in one run. On CUDA 
 Run it with nothing else on the machine; the lines it prints are meant for docs/benchmarks.md.
 """
 
-import argparse
 import platform
 import resource
 import statistics
@@ -20,16 +19,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from classifiers.registry import load_classifier, weights_path
 from guided_diffusion import dist_util
 from guided_diffusion.checkpoints import load_into, load_state_dict
-from guided_diffusion.cli import parse_flags, parse_numbers, run_main
+from guided_diffusion.cli import Parser, parse_flags, parse_numbers, run_main
 from guided_diffusion.guidance import ClassifierGuidance
 from guided_diffusion.presets import PRESETS
-from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.script_util import create_from_flags
 from guided_diffusion.stopwatch import Stopwatch
 
 
 def main():
     args = parse_flags(create_argparser(), None, PRESETS)
-    device = torch.device(args.device) if args.device else dist_util.dev()
+    device = dist_util.choose_device(args.device)
     print(f"machine: {machine(device)}")
     step = GuidedStep(args, device)
     print(f"preset {args.preset}: {step.weights} weights, {step.gflop(1):.1f} GFLOP per image and forward pass of the network")
@@ -40,7 +39,7 @@ def main():
 
 
 def create_argparser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--preset", default="imagenet128-resnet101", help="a preset with an off-the-shelf classifier")
     parser.add_argument("--device", default="", help="cpu or cuda; by default CUDA where there is one")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps per figure, after one that is not; the median counts")
@@ -53,15 +52,14 @@ class GuidedStep:
     """One ancestral step of a preset with guidance, and how long its parts took; float32 until `halve` is called."""
 
     def __init__(self, args, device):
-        flags = {**model_and_diffusion_defaults(), **PRESETS[args.preset]}
+        flags = PRESETS[args.preset]
         self.size = flags["image_size"]
         if "classifier_type" not in flags:
             raise ValueError(f"preset {args.preset} has no off-the-shelf classifier; choose one that has, such as imagenet128-resnet101")
         classes = flags.get("num_classes", 1000)
-        model_flags = {key: flags[key] for key in model_and_diffusion_defaults()}
-        self.model, self.diffusion = create_model_and_diffusion(**model_flags, num_classes=classes + flags.get("null_class", False))
-        self.weights = "published" if Path(flags["model_path"]).is_file() else "random"
-        if self.weights == "published":
+        self.model, self.diffusion = create_from_flags(flags)
+        self.weights = "trained" if Path(flags["model_path"]).is_file() else "random"
+        if self.weights == "trained":
             load_into(self.model, load_state_dict(flags["model_path"]), flags["model_path"])
         self.device = device
         self.model.to(device).eval().convert_to_fp32()
@@ -116,7 +114,9 @@ def report_cpu(step, repeats):
     whole_half, network_half, guidance_half = step.time(1, repeats)
     print(f"float32 step, batch 1:  {parts(whole, network, guidance)}; peak resident memory {memory:.2f} GiB")
     print(f"bfloat16 step, batch 1: {parts(whole_half, network_half, guidance_half)}")
-    print(f"network, float32: {gflop / network:.0f} GFLOP/s, {gflop / network / plain:.0%} of a plain 3x3 convolution's {plain:.0f} GFLOP/s")
+    print(
+        f"network, float32: {gflop / network:.0f} GFLOP/s, {gflop / network / plain:.0%} of a plain 3x3 convolution's {plain:.0f} GFLOP/s"
+    )
     print(f"bfloat16 makes the guided step {whole / whole_half:.2f} times as fast")
     print(f"guidance takes {guidance / whole:.1%} of the float32 step")
 

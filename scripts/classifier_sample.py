@@ -6,7 +6,6 @@ Writes samples_NxHxWx3.npz (arr_0 uint8 images, arr_1 int64 labels), grid.png an
 same command is given again. The flags are those of guided-diffusion and EluCD, and a few more.
 """
 
-import argparse
 import os
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ from classifiers.input_transform import INPUTS
 from classifiers.registry import load_classifier, weights_path
 from guided_diffusion import __version__, dist_util, logger
 from guided_diffusion.checkpoints import load_into, load_state_dict, sha256
-from guided_diffusion.cli import parse_flags, run_main
+from guided_diffusion.cli import Parser, parse_flags, run_main
 from guided_diffusion.engine import Tally, sample_missing
 from guided_diffusion.guidance import ClassifierGuidance, noisy_classifier_gradient, within_interval
 from guided_diffusion.presets import PRESETS
@@ -31,7 +30,7 @@ from guided_diffusion.script_util import (
     args_to_dict,
     classifier_defaults,
     create_classifier,
-    create_model_and_diffusion,
+    create_from_flags,
     model_and_diffusion_defaults,
     str2bool,
 )
@@ -57,7 +56,7 @@ def main():
     args = parse_flags(create_argparser(), None, PRESETS)
     refuse_contradictions(args)
     dist_util.setup_dist()
-    device = choose_device(args.device)
+    device = dist_util.choose_device(args.device)
     folder = prepare_folder(args)
     if dist.get_rank() == 0:
         logger.configure(folder)
@@ -86,12 +85,10 @@ def main():
 
 
 def create_argparser():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         epilog="Taken from guided-diffusion's command lines but without effect on sampling: "
-        f"{_names(TRAINING_FLAGS)}; with --classifier_type also {_names(NOISY_CLASSIFIER_FLAGS)}. The start names those that you wrote.",
+        f"{_names(TRAINING_FLAGS)}; with --classifier_type also {_names(NOISY_CLASSIFIER_FLAGS)}.\nThe start names those that you wrote.",
     )
     add_dict_to_argparser(parser, {**model_and_diffusion_defaults(), **classifier_defaults()})
     sampling = {"clip_denoised": True, "num_samples": 10000, "batch_size": 16, "use_ddim": False, "model_path": ""}
@@ -131,7 +128,9 @@ def refuse_contradictions(args):
         raise ValueError(f"--model_path is missing: give the U-Net's checkpoint, or --preset {', '.join(PRESETS)}")
     without_meaning = [f for f in OFF_THE_SHELF_FLAGS if f in given and not args.classifier_type]
     if without_meaning:
-        raise ValueError(f"{_names(without_meaning)} need an off-the-shelf classifier: add --classifier_type, for example resnet101")
+        raise ValueError(
+            f"{_names(without_meaning)} given without an off-the-shelf classifier: add --classifier_type, for example resnet101"
+        )
     if "classifier_scale" in given and args.classifier_scale != 0 and not (args.classifier_type or args.classifier_path):
         raise ValueError(f"--classifier_scale {args.classifier_scale} needs a classifier: add --classifier_type or --classifier_path")
     if args.fix_class and "labels" in given:
@@ -151,16 +150,6 @@ def refuse_contradictions(args):
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.fix_class:
         args.labels = str(args.fix_class_index)
-
-
-def choose_device(name):
-    if not name:
-        return dist_util.dev()
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); write cpu, cuda or cuda:1") from error
-    return torch.device(name)
 
 
 def prepare_folder(args):
@@ -190,8 +179,7 @@ def say_what_has_no_effect(args, device):
 
 def build_model(args, device):
     """Return the network as a function (x, t, y) -> output, and the diffusion."""
-    flags = args_to_dict(args, model_and_diffusion_defaults().keys())
-    model, diffusion = create_model_and_diffusion(**flags, num_classes=args.num_classes + args.null_class)
+    model, diffusion = create_from_flags(vars(args))
     load_into(model, load_state_dict(args.model_path), args.model_path)
     model.to(device).eval()
     if args.use_fp16:
@@ -268,6 +256,8 @@ def open_store(args, folder):
     if args.classifier_type:
         weights["classifier"] = weights_path(args.classifier_type, args.classifier_path or None)
     settings["sha256"] = {name: sha256(path) for name, path in weights.items() if path}
+    # Standard JSON has no infinity.
+    settings = {key: "inf" if value == float("inf") else value for key, value in settings.items()}
     settings["versions"] = {"elucd": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
     if dist.get_rank() == 0:
         if args.overwrite:

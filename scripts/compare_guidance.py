@@ -6,7 +6,6 @@ Every flag that is not listed here goes on to scripts/classifier_sample.py, whic
 judge is a classifier of another architecture and seed than the guide. Writes comparison.json and comparison.png beside the runs.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from classifiers.registry import load_classifier
-from guided_diffusion.cli import parse_numbers, run_main
+from guided_diffusion.cli import Parser, parse_numbers, run_main
 from guided_diffusion.sample_store import read_run, save_grid
 
 NETWORKS = {"class-conditional": "False", "unconditional": "True"}
@@ -25,7 +24,7 @@ GUIDANCE = {"unguided": ["--classifier_scale", "0"], "guided": []}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--preset", default="digits", help="a preset whose network has a null class")
     parser.add_argument("--judge", default="digits_judge", help="the classifier that counts hits; it must not be the guide")
     parser.add_argument("--seeds", default="0", help="one comparison per seed, for example 0-2")

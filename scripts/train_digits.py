@@ -6,7 +6,6 @@ Writes unet.safetensors, guide.safetensors, judge.safetensors and training.json.
 that all networks learn from and 360 that only measure the classifiers.
 """
 
-import argparse
 import copy
 import json
 import platform
@@ -23,15 +22,16 @@ from tqdm import trange
 
 from classifiers.registry import DIGITS
 from guided_diffusion.checkpoints import PRETRAINED_DIR
+from guided_diffusion.cli import Parser
 from guided_diffusion.presets import PRESETS
-from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.script_util import create_from_flags
 
 NUM_CLASSES = 10
 SIZE = 16
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=PRETRAINED_DIR / "digits", help="folder for the files")
     parser.add_argument("--only", choices=["unet", "guide", "judge"], help="train just this one; the record of the others stays")
     parser.add_argument("--iterations", type=int, default=4000, help="steps of batch 64 for the U-Net; the classifiers take 1500")
@@ -68,10 +68,7 @@ def digits():
 def train_unet(train, iterations, seed, batch_size=64, learning_rate=1e-3, ema_rate=0.998):
     """Return the averaged weights and the losses. One label in ten is dropped to the null class, for unconditional sampling."""
     torch.manual_seed(seed)
-    flags = {**model_and_diffusion_defaults(), **PRESETS["digits"]}
-    flags |= {"timestep_respacing": "", "rescale_learned_sigmas": True}
-    flags = {key: flags[key] for key in model_and_diffusion_defaults()}
-    model, diffusion = create_model_and_diffusion(**flags, num_classes=NUM_CLASSES + 1)
+    model, diffusion = create_from_flags(PRESETS["digits"] | {"timestep_respacing": "", "rescale_learned_sigmas": True})
     averaged = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=iterations, pct_start=0.1)
