@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from guided_diffusion.checkpoints import find_pretrained, load_into, load_state_
 
 @dataclass(frozen=True)
 class ClassifierSpec:
-    """One entry: builder(num_classes) -> network, and its weights as name -> file, the default first.
+    """One entry: builder(num_classes) -> network, and its weights as name -> url or file in pretrained_models/, the default first.
 
     image_size: pixels of the images that the weights were trained on, None where it is not known. trained_on: how those were normalised,
     None where they were raw.
@@ -78,8 +79,10 @@ def load_classifier(
     if classifier_input == "imagenet" and spec.trained_on is None:
         raise ValueError(f"{name} takes the raw image: classifier_input must be paper, not imagenet")
     network = spec.build(num_classes)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{name} built {type(network).__name__}, not a torch.nn.Module")
     _fill(network, name, weights)
-    network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    network.float().eval().requires_grad_(False).to(memory_format=torch.channels_last)
     transform = spec.trained_on if classifier_input == "imagenet" else raw_image
     classifier = Classifier(network, transform).eval()
     if not math.isinf(softplus_beta):
@@ -107,6 +110,8 @@ def _smooth(classifier, name, beta, size):
     count = smooth_relus(classifier.network, beta)
     with SmoothFunctionalRelus(beta) as functional:
         _probe(classifier, name, size)
+    if functional.kinked:
+        raise ValueError(f"{name} calls {', '.join(sorted(functional.kinked))}, which cannot be smoothed; use softplus_beta inf")
     if functional.count:
         classifier.softplus_beta = beta
     if count + functional.count == 0:
@@ -132,12 +137,15 @@ def _check_answer(classifier, name, size, num_classes):
 
 def weights_path(name: str, weights: str | Path | None) -> Path | None:
     """The file that `load_classifier` would read; None where it would read none. Raises FileNotFoundError if it is not there."""
-    spec = find_classifier(name)
-    if weights == "random" or (weights is None and not spec.weights_files):
+    files = {} if ".py:" in name else find_classifier(name).weights_files
+    if weights == "random" or (weights is None and not files):
         return None
     # "ResNet50_Weights.IMAGENET1K_V2" and "IMAGENET1K_V2" mean the same.
-    wanted = next(iter(spec.weights_files)) if weights is None else str(weights).rpartition(".")[2]
-    return find_pretrained(spec.weights_files[wanted]) if wanted in spec.weights_files else Path(weights)
+    wanted = next(iter(files)) if weights is None else str(weights).rpartition(".")[2]
+    if wanted not in files:
+        return Path(weights)
+    url = files[wanted]
+    return find_pretrained(url.rpartition("/")[2], url=url) if "://" in url else find_pretrained(url)
 
 
 def _fill(network, name, weights):
@@ -165,7 +173,7 @@ def _from_torchvision(name):
     return ClassifierSpec(
         name=name,
         build=lambda num_classes: torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options),
-        weights_files={key: table[key].url.rpartition("/")[2] for key in [default.name, *table]},
+        weights_files={key: table[key].url for key in [default.name, *table]},
         image_size=preset.crop_size[0],
         trained_on=InputTransform(preset.crop_size[0], tuple(preset.mean), tuple(preset.std)),
         licence="BSD-3-Clause (torchvision); trained on ImageNet, whose terms allow research only",
@@ -176,8 +184,9 @@ def _from_file(name):
     file, _, function = name.rpartition(":")
     if not Path(file).is_file():
         raise FileNotFoundError(f"no file {file}, named by classifier {name!r}")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module_spec = importlib.util.spec_from_file_location(f"own_classifier_{Path(file).stem}", file)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses, for one, look their module up there
     module_spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise ValueError(f"{file} has no function {function!r}; write FILE.py:builder, where builder(num_classes) returns the network")

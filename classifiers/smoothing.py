@@ -6,7 +6,19 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 # Activations with a kink that have no counterpart here: a network that holds one is refused rather than left half smooth.
-_KINKED = (nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardswish, nn.Threshold)
+_KINKED = (nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Threshold)
+_FUNCTIONAL_KINKED = (
+    F.relu6,
+    F.leaky_relu,
+    F.leaky_relu_,
+    F.prelu,
+    F.rrelu,
+    F.hardtanh,
+    F.hardtanh_,
+    F.hardswish,
+    F.hardsigmoid,
+    F.threshold,
+)
 _FUNCTIONAL_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_)
 
 
@@ -29,14 +41,23 @@ def smooth_relus(network: nn.Module, beta: float) -> int:
 
 
 class SmoothFunctionalRelus(TorchFunctionMode):
-    """While active, relu called as a function is Softplus_beta; `count` says how many calls were met."""
+    """While active, relu called as a function is Softplus_beta.
+
+    `count` says how many such calls were met, `kinked` names the calls that have no counterpart.
+    """
 
     def __init__(self, beta: float):
         super().__init__()
         self.beta, self.count = beta, 0
+        self.kinked: set[str] = set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _FUNCTIONAL_KINKED:
+            self.kinked.add(func.__name__)
         if func not in _FUNCTIONAL_RELUS:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         self.count += 1
-        return F.softplus(args[0] if args else kwargs["input"], self.beta)
+        x = args[0] if args else kwargs["input"]
+        in_place = func.__name__.endswith("_") or kwargs.get("inplace", args[1:] == (True,))
+        return x.copy_(F.softplus(x.clone(), self.beta)) if in_place else F.softplus(x, self.beta)

@@ -7,7 +7,6 @@ This module imports no other of the project, so that every room may use it.
 import hashlib
 import json
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +21,7 @@ PRETRAINED_DIR = Path(__file__).resolve().parent.parent / "pretrained_models"
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read name -> tensor from a .pt, .pth or .safetensors file, onto the CPU.
 
-    Torch files are mapped into memory, not copied, where their format allows. Raises FileNotFoundError, and ValueError for a file that
+    Raises FileNotFoundError, and ValueError for a file that
     is truncated, holds something other than tensors by name, or has another ending.
     """
     path = Path(path)
@@ -31,11 +30,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     if path.suffix not in (".pt", ".pth", ".safetensors"):
         raise ValueError(f"cannot read {path}: the ending must be .pt, .pth or .safetensors")
     try:
-        if path.suffix == ".safetensors":
-            state_dict = load_file(path)
-        else:
-            # The format before torch 1.6, which the published ADM files have, is not a zip and cannot be mapped.
-            state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state_dict = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"refused to read {path}: it holds more than tensors, or is damaged ({_first_line(error)})") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
@@ -68,20 +63,19 @@ def load_into(module: nn.Module, state_dict: Mapping[str, Tensor], source: str |
     module.load_state_dict(state_dict)
 
 
-def find_pretrained(*names: str, folder: Path | None = None) -> Path:
-    """Return the first of `names`, or of the names under which `files.json` also knows them, that lies in pretrained_models/.
+def find_pretrained(name: str, *, url: str | None = None, folder: Path | None = None) -> Path:
+    """Return where `name`, or another name under which `files.json` knows it, lies in pretrained_models/ (or `folder`).
 
-    Raises FileNotFoundError that says which file to put where.
+    Raises FileNotFoundError that says which file to put where; `url` is where it comes from if the table does not know.
     """
     folder = PRETRAINED_DIR if folder is None else folder
-    table = json.loads((PRETRAINED_DIR / "files.json").read_text())["files"]
-    candidates = [folder / alias for name in names for alias in (name, *table.get(name, {}).get("also_named", []))]
-    for path in candidates:
-        if path.is_file():
-            return path
-    url = table.get(names[0], {}).get("url")
-    hint = f"run `python scripts/download.py {names[0]}`, or put {url} there by hand" if url else "put it there or give its path"
-    raise FileNotFoundError(f"no weights at {candidates[0]}; {hint}")
+    entry = json.loads((PRETRAINED_DIR / "files.json").read_text())["files"].get(name, {})
+    for alias in (name, *entry.get("also_named", [])):
+        if (folder / alias).is_file():
+            return folder / alias
+    hint = f"run `python scripts/download.py {name}`" if entry else "give its path"
+    source = f", or put {entry.get('url', url)} there by hand" if entry or url else ""
+    raise FileNotFoundError(f"no weights at {folder / name}; {hint}{source}")
 
 
 def sha256(path: str | Path) -> str:
@@ -98,4 +92,5 @@ def _more(names):
 
 
 def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    """What an error says, up to the end of its first line or sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]

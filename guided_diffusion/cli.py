@@ -1,6 +1,8 @@
 """What every script does with its flags and its errors."""
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import NoReturn
@@ -21,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 def parse_flags(parser: Parser, argv: list[str] | None, presets: Mapping[str, Mapping]) -> argparse.Namespace:
     """Parse flags over those of the preset that `--preset` names, over the defaults; `given` holds the names that the user wrote.
 
-    The parser must have `--preset` and no positional arguments. Unknown presets end the program as argparse does.
+    The parser must have `--preset` and no positional arguments. Unknown presets end the program as argparse does; a NaN is a ValueError.
     """
     defaults = vars(parser.parse_args([]))
     written = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, _NOT_GIVEN))))
@@ -29,6 +31,9 @@ def parse_flags(parser: Parser, argv: list[str] | None, presets: Mapping[str, Ma
     preset = given.get("preset", defaults["preset"])
     if preset and preset not in presets:
         parser.error(f"unknown preset {preset!r}; choose {', '.join(presets)}")
+    for key, value in given.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"--{key} must be a number, got {value}")
     return argparse.Namespace(**{**defaults, **presets.get(preset, {}), **given}, given=set(given))
 
 
@@ -47,8 +52,8 @@ def parse_numbers(text: str, flag: str) -> list[int]:
     """ "1,2,5-10" as a list of ints, in order. Raises ValueError that names the flag."""
     numbers: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not (last.isdigit() and int(first) <= int(last))):
+        match = re.fullmatch(r"(-?\d+)(?:-(\d+))?", part.strip())
+        if not match or (match[2] and int(match[2]) < int(match[1])):
             raise ValueError(f"{flag} {text!r} is not understood at {part!r}; write numbers and ranges such as 1,2,5-10")
-        numbers.extend(range(int(first), int(last or first) + 1))
+        numbers.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
     return numbers

@@ -33,10 +33,13 @@ def choose_device(name):
     if not name:
         return dev()
     try:
-        torch.empty(0, device=name)
+        device = torch.device(name)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); write cpu, cuda or cuda:1") from error
-    return torch.device(name)
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name} cannot sample; write cpu, cuda or cuda:1")
+    return device
 
 
 def load_state_dict(path, map_location="cpu"):

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from guided_diffusion import logger
 from guided_diffusion.guidance import NonFiniteGradientError
-from guided_diffusion.sample_store import SampleStore
+from guided_diffusion.sample_store import NonFinitePixelsError, SampleStore
 from guided_diffusion.stopwatch import Stopwatch
 
 
@@ -56,11 +56,17 @@ def sample_missing(
 
 
 def _named_failure(sample, indices, tick):
+    """Call `sample`; batch positions in its errors become sample indices."""
     try:
         return sample(indices, tick)
     except NonFiniteGradientError as error:
-        where = ", ".join(str(indices[i]) for i in error.positions)
         raise FloatingPointError(
-            f"non-finite guidance gradient at step {error.step_index} for sample {where}; "
+            f"non-finite guidance gradient at step {error.step_index} for sample {_at(error, indices)}; "
             "--on_nonfinite skip drops that guidance and goes on"
         ) from error
+    except NonFinitePixelsError as error:
+        raise FloatingPointError(f"non-finite pixels in sample {_at(error, indices)}: the network itself answers NaN or Inf") from error
+
+
+def _at(error, indices):
+    return ", ".join(str(indices[i]) for i in error.positions)

@@ -8,6 +8,7 @@ respaced process, T-1 the noisiest. Every model and `cond_fn` sees the original 
 import enum
 import math
 from collections import deque
+from functools import wraps
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ class LossType(enum.Enum):
 
 
 class GaussianDiffusion:
-    """A diffusion over `use_timesteps` (default: all) of the process that `betas`, (T_original,) float64 in (0, 1], defines.
+    """A diffusion over `use_timesteps` (default: all) of the process that `betas`, (T_original,) float64 in (0, 1), defines.
 
     Attributes, all float64 arrays over the respaced steps: betas, alphas_cumprod, alphas_cumprod_prev, posterior_variance, ...;
     `timestep_map` holds the original timestep of each.
@@ -49,8 +50,8 @@ class GaussianDiffusion:
 
     def __init__(self, *, betas, model_mean_type, model_var_type, loss_type=LossType.MSE, rescale_timesteps=False, use_timesteps=None):
         betas = np.asarray(betas, dtype=np.float64)
-        if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError("betas must be a one-dimensional array of numbers in (0, 1]")
+        if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
+            raise ValueError("betas must be numbers above 0 and below 1; the linear schedule has such for diffusion_steps above 20")
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
         self.loss_type = loss_type
@@ -99,13 +100,7 @@ class GaussianDiffusion:
         `model(x, timesteps, **model_kwargs)` answers (N, C, H, W), or (N, 2C, H, W) where the variance is learned.
         `denoised_fn` is applied to pred_xstart before the clamp.
         """
-        output = model(x, self._model_timesteps(t), **(model_kwargs or {}))
-        channels = 2 * x.shape[1] if self.model_var_type is ModelVarType.LEARNED_RANGE else x.shape[1]
-        if output.shape != (x.shape[0], channels, *x.shape[2:]):
-            raise ValueError(
-                f"the network answered {tuple(output.shape)} to an input of {tuple(x.shape)}; "
-                f"with {self.model_var_type.name} variance it must have {channels} channels (check learn_sigma)"
-            )
+        output = self._output(model, x, t, model_kwargs)
         if self.model_var_type is ModelVarType.LEARNED_RANGE:
             output, fraction = output.split(x.shape[1], dim=1)
             low = _extract(self.posterior_log_variance_clipped, t, x)
@@ -121,6 +116,16 @@ class GaussianDiffusion:
             pred_xstart = pred_xstart.clamp(-1, 1)
         mean = self.q_posterior_mean(pred_xstart, x, t)
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
+
+    def _output(self, model, x, t, model_kwargs):
+        output = model(x, self._model_timesteps(t), **(model_kwargs or {}))
+        channels = 2 * x.shape[1] if self.model_var_type is ModelVarType.LEARNED_RANGE else x.shape[1]
+        if output.shape != (x.shape[0], channels, *x.shape[2:]):
+            raise ValueError(
+                f"the network answered {tuple(output.shape)} to an input of {tuple(x.shape)}; "
+                f"with {self.model_var_type.name} variance it must have {channels} channels (check learn_sigma)"
+            )
+        return output
 
     def _fixed_variance(self):
         if self.model_var_type is ModelVarType.FIXED_LARGE:
@@ -218,10 +223,6 @@ class GaussianDiffusion:
 
     # The loops
 
-    def p_sample_loop(self, *args, **kwargs):
-        """Sample by the ancestral process; arguments as in `p_sample_loop_progressive`. Returns x_0, (N, C, H, W)."""
-        return _last(self.p_sample_loop_progressive(*args, **kwargs))["sample"]
-
     def p_sample_loop_progressive(
         self,
         model,
@@ -260,9 +261,10 @@ class GaussianDiffusion:
             yield out
             x, first_pixel_max = out["sample"], out.get("first_pixel_max")
 
-    def ddim_sample_loop(self, *args, **kwargs):
-        """Sample by DDIM; arguments as in `ddim_sample_loop_progressive`. Returns x_0, (N, C, H, W)."""
-        return _last(self.ddim_sample_loop_progressive(*args, **kwargs))["sample"]
+    @wraps(p_sample_loop_progressive, assigned=())
+    def p_sample_loop(self, *args, **kwargs):
+        """Sample by the ancestral process; arguments as in `p_sample_loop_progressive`. Returns x_0, (N, C, H, W)."""
+        return _last(self.p_sample_loop_progressive(*args, **kwargs))["sample"]
 
     def ddim_sample_loop_progressive(
         self,
@@ -296,6 +298,11 @@ class GaussianDiffusion:
             yield out
             x = out["sample"]
 
+    @wraps(ddim_sample_loop_progressive, assigned=())
+    def ddim_sample_loop(self, *args, **kwargs):
+        """Sample by DDIM; arguments as in `ddim_sample_loop_progressive`. Returns x_0, (N, C, H, W)."""
+        return _last(self.ddim_sample_loop_progressive(*args, **kwargs))["sample"]
+
     def _descending(self, x, progress):
         for index in tqdm(range(self.num_timesteps - 1, -1, -1), disable=not progress):
             yield torch.full((len(x),), index, dtype=torch.int64, device=x.device)
@@ -311,7 +318,7 @@ class GaussianDiffusion:
         x_t = self.q_sample(x_start, t, noise)
         if self.loss_type is LossType.RESCALED_KL:
             return {"loss": self.num_timesteps * self._bound(model, x_start, x_t, t, model_kwargs)}
-        output = model(x_t, self._model_timesteps(t), **(model_kwargs or {}))
+        output = self._output(model, x_t, t, model_kwargs)
         terms = {}
         if self.model_var_type is ModelVarType.LEARNED_RANGE:
             prediction, fraction = output.split(x_t.shape[1], dim=1)

@@ -42,7 +42,7 @@ class NonFiniteGradientError(FloatingPointError):
 
     def __init__(self, step_index: int, positions: list[int]):
         self.step_index, self.positions = step_index, positions
-        super().__init__(f"non-finite guidance gradient at step {step_index} for batch positions {positions}")
+        super().__init__(f"non-finite guidance gradient at step {step_index} at batch positions {positions}")
 
 
 # The four choices of the paper, one function each: the input is chosen by the sampler (the predicted clean image) and by the
@@ -72,9 +72,14 @@ def sine_schedule(step: GuidanceStep, gamma_factor: float) -> float | Tensor:
     return step.variance + gamma_factor * step.variance_max * sine
 
 
-def drop_nonfinite(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient with the images that hold a NaN or Inf set to zero, and (N,) bool, which images those are."""
+def without_nonfinite(gradient: Tensor, on_nonfinite: str, step_index: int) -> tuple[Tensor, Tensor]:
+    """Return the gradient with the images that hold a NaN or Inf set to zero, and (N,) bool, which images those are.
+
+    Raises NonFiniteGradientError if there are any and `on_nonfinite` is "stop".
+    """
     bad = ~gradient.isfinite().flatten(1).all(dim=1)
+    if on_nonfinite == "stop" and bad.any():
+        raise NonFiniteGradientError(step_index, bad.nonzero()[:, 0].tolist())
     return torch.where(bad.view(-1, *[1] * (gradient.ndim - 1)), 0, gradient), bad
 
 
@@ -103,8 +108,7 @@ class ClassifierGuidance:
         on_nonfinite: str = "stop",
         observe: Callable[[GuidanceStep, Tensor, Tensor], None] | None = None,
     ):
-        if on_nonfinite not in ("stop", "skip"):
-            raise ValueError(f"unknown on_nonfinite {on_nonfinite!r}; choose stop or skip")
+        _check_policy(on_nonfinite)
         self.classifier = classifier
         self.joint_temperature = joint_temperature
         self.marginal_temperature = marginal_temperature
@@ -117,12 +121,10 @@ class ClassifierGuidance:
         if self.classifier_scale == 0:
             return no_shift(x)
         gradient = input_gradient(lambda x: self._objective(x, y), x) * self.classifier_scale
-        finite_gradient, bad = drop_nonfinite(gradient)
-        if self.on_nonfinite == "stop" and bad.any():
-            raise NonFiniteGradientError(step.index, bad.nonzero()[:, 0].tolist())
+        gradient, bad = without_nonfinite(gradient, self.on_nonfinite, step.index)
         if self.observe is not None:
-            self.observe(step, finite_gradient, bad)
-        return (sine_schedule(step, self.gamma_factor) * finite_gradient).to(x.dtype)
+            self.observe(step, gradient, bad)
+        return (sine_schedule(step, self.gamma_factor) * gradient).to(x.dtype).detach()
 
     def _objective(self, x: Tensor, y: Tensor) -> Tensor:
         return log_prob(self.classifier(x), y, self.joint_temperature, self.marginal_temperature)
@@ -141,16 +143,25 @@ def within_interval(guidance: Guidance, sigma_lo: float, sigma_hi: float) -> Gui
     return guided
 
 
-def noisy_classifier_gradient(classifier: Callable[[Tensor, Tensor], Tensor], classifier_scale: float = 1.0):
+def noisy_classifier_gradient(
+    classifier: Callable[[Tensor, Tensor], Tensor], classifier_scale: float = 1.0, on_nonfinite: str = "stop"
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return the classic `cond_fn(x, t, y)` of a classifier that was trained on noisy images (Dhariwal and Nichol, 2021, section 4).
 
-    classifier(x_t, t) -> logits. The result goes to the loops as `cond_fn=`, not as `guidance=`: it is taken at x_t.
+    classifier(x_t, t) -> logits. The result goes to the loops as `cond_fn=`, not as `guidance=`: it is taken at x_t. on_nonfinite: as in
+    `ClassifierGuidance`; the error names the original timestep.
     """
+    _check_policy(on_nonfinite)
 
     def cond_fn(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         def objective(x_t: Tensor) -> Tensor:
             return F.log_softmax(classifier(x_t, t).float(), dim=1).gather(1, y[:, None])[:, 0]
 
-        return input_gradient(objective, x) * classifier_scale
+        return without_nonfinite(input_gradient(objective, x) * classifier_scale, on_nonfinite, int(t[0]))[0]
 
     return cond_fn
+
+
+def _check_policy(on_nonfinite: str) -> None:
+    if on_nonfinite not in ("stop", "skip"):
+        raise ValueError(f"unknown on_nonfinite {on_nonfinite!r}; choose stop or skip")

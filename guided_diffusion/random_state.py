@@ -4,6 +4,7 @@ A counter-based generator, Philox (Salmon et al., 2011), takes seed and index as
 It runs on the CPU, so that an accelerator changes nothing.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -76,15 +77,18 @@ def label_source(labels: str, seed: int, num_classes: int) -> Callable[[Sequence
 def _label_pool(labels: str, num_classes: int) -> list[int]:
     if labels == "balanced":
         return list(range(num_classes))
-    if labels and labels[0].isdigit() and not Path(labels).exists():
+    if re.fullmatch(r"[-\d,\s]+", labels):
         return parse_numbers(labels, "labels")
     if not Path(labels).is_file():
         raise FileNotFoundError(f"labels {labels!r}: no such file; write random, balanced, a list such as 1,2,5-10, or a file's path")
     try:
         if labels.endswith(".npy"):
-            return [int(label) for label in np.load(labels, allow_pickle=False).ravel()]
+            array = np.load(labels, allow_pickle=False).ravel()
+            if array.dtype.kind not in "iu":
+                raise ValueError(f"it holds {array.dtype}")
+            return array.tolist()
         return [int(word) for word in Path(labels).read_text().split()]
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ValueError(f"labels file {labels} does not hold whole numbers ({error})") from error
 
 

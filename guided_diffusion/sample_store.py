@@ -12,8 +12,9 @@ other of the project, so that every room may read a folder.
 import json
 import math
 import os
-import shutil
+import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,14 +25,22 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 
+class NonFinitePixelsError(ValueError):
+    """A sample holds NaN or Inf; `positions` says where in the batch."""
+
+    def __init__(self, positions: list[int]):
+        self.positions = positions
+        super().__init__(f"non-finite pixels in the samples at batch positions {positions}")
+
+
 def to_uint8(x: Tensor) -> Tensor:
     """(N, C, H, W) float in [-1, 1] -> (N, H, W, C) uint8 by ADM's rule: (x + 1) * 127.5, clamped and truncated.
 
-    Raises ValueError for a NaN or Inf, which would turn into a black or white pixel.
+    Raises NonFinitePixelsError for a NaN or Inf, which would turn into a black or white pixel.
     """
     bad = ~x.isfinite().flatten(1).all(dim=1)
     if bad.any():
-        raise ValueError(f"non-finite pixels in the samples at batch positions {bad.nonzero()[:, 0].tolist()}")
+        raise NonFinitePixelsError(bad.nonzero()[:, 0].tolist())
     return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
@@ -56,15 +65,15 @@ class SampleStore:
 
     @staticmethod
     def clear(folder: str | Path) -> None:
-        """Remove what a run wrote into `folder`, and nothing else."""
+        """Remove what a run wrote into `folder` but its log, and nothing else."""
         folder = Path(folder)
-        shutil.rmtree(folder / "shards", ignore_errors=True)
-        for path in [folder / "run.json", folder / "log.txt", folder / "grid.png", *folder.glob("samples_*.npz")]:
+        for path in [folder / "run.json", folder / "grid.png", *_finished(folder), *folder.glob(".*.part")]:
             path.unlink(missing_ok=True)
+        _remove_shards(folder / "shards")
 
     def samples_file(self) -> Path | None:
         """The final npz, if it is there."""
-        return next(self.folder.glob("samples_*.npz"), None)
+        return next((path for path in _finished(self.folder) if path.name.startswith(f"samples_{self.num_samples}x")), None)
 
     def missing(self) -> list[range]:
         """The index ranges of the shards that are not complete."""
@@ -85,16 +94,17 @@ class SampleStore:
         """
         final = self.samples_file()
         if final is None:
-            first = self._read(next(self._ranges()))["arr_0"]
-            shape = (self.num_samples, *first.shape[1:])
+            shape = (self.num_samples, *self._read(next(self._ranges()), "arr_0").shape[1:])
             final = self.folder / f"samples_{'x'.join(map(str, shape))}.npz"
             totals = self._totals()
             save_grid(self.folder / "grid.png", [self._grid_images()])
             _write_json(self.folder / "run.json", {**read_run(self.folder), "totals": totals})
             with _renamed_when_complete(final) as file, zipfile.ZipFile(file, "w") as archive:
-                _stream(archive, "arr_0", np.uint8, shape, (self._read(r)["arr_0"] for r in self._ranges()))
-                _stream(archive, "arr_1", np.int64, shape[:1], (self._read(r)["arr_1"] for r in self._ranges()))
-        shutil.rmtree(self._shards, ignore_errors=True)
+                _stream(archive, "arr_0", np.uint8, shape, (self._read(r, "arr_0") for r in self._ranges()))
+                _stream(archive, "arr_1", np.int64, shape[:1], (self._read(r, "arr_1") for r in self._ranges()))
+        _remove_shards(self._shards)
+        for left_by_a_kill in self.folder.glob(".*.part"):
+            left_by_a_kill.unlink(missing_ok=True)
         return final
 
     def _ranges(self) -> Iterator[range]:
@@ -104,30 +114,40 @@ class SampleStore:
     def _shard_file(self, indices):
         return self._shards / f"{indices.start:06d}-{indices.stop:06d}.npz"
 
-    def _read(self, indices):
-        return np.load(self._shard_file(indices), allow_pickle=False)
+    def _read(self, indices, key):
+        with np.load(self._shard_file(indices), allow_pickle=False) as shard:
+            return shard[key]
 
     def _totals(self):
-        shards = [self._read(r) for r in self._ranges()]
-        names = [key for key in shards[0].files if key.startswith("stat_")]
-        return {key.removeprefix("stat_"): sum(float(shard[key]) for shard in shards) for key in names}
+        totals = Counter()
+        for indices in self._ranges():
+            with np.load(self._shard_file(indices), allow_pickle=False) as shard:
+                totals.update({key.removeprefix("stat_"): float(shard[key]) for key in shard.files if key.startswith("stat_")})
+        return dict(totals)
 
     def _grid_images(self, at_most=64):
         images = []
         for r in self._ranges():
-            images.extend(self._read(r)["arr_0"][: at_most - len(images)])
+            images.extend(self._read(r, "arr_0")[: at_most - len(images)])
             if len(images) == at_most:
                 break
         return np.stack(images)
 
     def _leftovers(self):
-        yield from self.folder.glob("samples_*.npz")
+        yield from _finished(self.folder)
         yield from self._shards.glob("*.npz")
 
 
 def read_run(folder: str | Path) -> dict:
-    """The content of run.json: settings, and totals once the run is complete."""
-    return json.loads((Path(folder) / "run.json").read_text())
+    """The content of run.json: settings, and totals once the run is complete. Raises ValueError if it is something else."""
+    path = Path(folder) / "run.json"
+    try:
+        run = json.loads(path.read_text())
+    except ValueError:
+        run = None
+    if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
+        raise ValueError(f"{path} was not written by a run: choose another --out, or pass --overwrite True")
+    return run
 
 
 def save_grid(
@@ -158,6 +178,19 @@ def _tile(images, columns):
     cells = np.pad(np.concatenate([images, blank]), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
     rows = cells.reshape(-1, columns, h + 2, w + 2, c).transpose(0, 2, 1, 3, 4)
     return rows.reshape(-1, columns * (w + 2), c)
+
+
+def _finished(folder):
+    return [path for path in folder.glob("samples_*.npz") if re.fullmatch(r"samples_\d+x\d+x\d+x3\.npz", path.name)]
+
+
+def _remove_shards(folder):
+    """Remove the shards, those that a killed process left half written, and the folder if nothing else is in it."""
+    for path in [*folder.glob("*.npz"), *folder.glob(".*.part")]:
+        if re.fullmatch(r"\.?\d+-\d+\.npz.*", path.name):
+            path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _require_same(folder, old, new):

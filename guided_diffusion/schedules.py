@@ -11,6 +11,8 @@ def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
     The linear schedule runs from 1e-4 to 0.02 at T = 1000 and is scaled to keep the same total noise at other T.
     Raises ValueError for another name.
     """
+    if num_diffusion_timesteps < 1:
+        raise ValueError(f"diffusion_steps must be at least 1, got {num_diffusion_timesteps}")
     if schedule_name == "linear":
         scale = 1000 / num_diffusion_timesteps
         return np.linspace(scale * 1e-4, scale * 0.02, num_diffusion_timesteps, dtype=np.float64)

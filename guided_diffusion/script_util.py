@@ -249,6 +249,8 @@ def str2bool(text):
 
 
 def _channel_multipliers(image_size, channel_mult):
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
     if channel_mult:
         try:
             multipliers = tuple(float(m) if "." in m else int(m) for m in channel_mult.split(","))
@@ -258,7 +260,7 @@ def _channel_multipliers(image_size, channel_mult):
         multipliers = _CHANNEL_MULT[image_size]
     else:
         sizes = ", ".join(map(str, _CHANNEL_MULT))
-        raise ValueError(f"no default channel_mult for image_size {image_size} (there is for {sizes}); give --channel_mult")
+        raise ValueError(f"image_size {image_size} has no default channel_mult ({sizes} have); a U-Net takes --channel_mult, such as 1,2,2")
     if image_size % 2 ** (len(multipliers) - 1):
         raise ValueError(f"image_size {image_size} cannot be halved {len(multipliers) - 1} times, as channel_mult {multipliers} asks")
     return multipliers

@@ -43,7 +43,6 @@ OFF_THE_SHELF_FLAGS = (
     "gamma_factor",
     "classifier_input",
     "guidance_interval",
-    "on_nonfinite",
     "variance_max",
 )
 TRAINING_FLAGS = ("use_kl", "rescale_learned_sigmas", "dropout", "use_checkpoint")
@@ -58,14 +57,16 @@ def main():
     dist_util.setup_dist()
     device = dist_util.choose_device(args.device)
     folder = prepare_folder(args)
-    if dist.get_rank() == 0:
-        logger.configure(folder)
     labels_of = label_source(args.labels, args.seed, args.num_classes)
-    say_what_has_no_effect(args, device)
+    # For --classifier_path random; the samples' noise has streams of its own.
+    torch.manual_seed(args.seed)
     model, diffusion = build_model(args, device)
     tally = Tally(device)
     conditioning = build_conditioning(args, device, tally)
     store = open_store(args, folder)
+    if dist.get_rank() == 0:
+        logger.configure(folder)
+        say_what_has_no_effect(args, device)
 
     def sample(indices, tick):
         labels = torch.from_numpy(labels_of(indices)).to(device)
@@ -116,7 +117,7 @@ def create_argparser():
     flag("--seed", type=int, default=0)
     flag("--out", default="", help="output folder; by default --log_dir, $OPENAI_LOGDIR or results/PRESET")
     flag("--log_dir", default="", help="the same under EluCD's name")
-    flag("--overwrite", type=str2bool, default=False, help="remove what an earlier run wrote into the output folder")
+    flag("--overwrite", type=str2bool, default=False, help="start anew: remove what an earlier run wrote into the output folder")
     flag("--device", default="", help="cpu, cuda or cuda:1; by default this rank's CUDA device, else the CPU")
     return parser
 
@@ -131,8 +132,9 @@ def refuse_contradictions(args):
         raise ValueError(
             f"{_names(without_meaning)} given without an off-the-shelf classifier: add --classifier_type, for example resnet101"
         )
-    if "classifier_scale" in given and args.classifier_scale != 0 and not (args.classifier_type or args.classifier_path):
-        raise ValueError(f"--classifier_scale {args.classifier_scale} needs a classifier: add --classifier_type or --classifier_path")
+    for name in {"classifier_scale", "on_nonfinite"} & given:
+        if getattr(args, name) != 0 and not (args.classifier_type or args.classifier_path):
+            raise ValueError(f"--{name} {getattr(args, name)} needs a classifier: add --classifier_type or --classifier_path")
     if args.fix_class and "labels" in given:
         raise ValueError(f"--fix_class True and --labels {args.labels} contradict each other: keep one")
     if "fix_class_index" in given and not args.fix_class:
@@ -148,6 +150,8 @@ def refuse_contradictions(args):
     for name in ("num_samples", "batch_size", "num_classes"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if "classifier_type" in given and "classifier_path" not in given:
+        args.classifier_path = ""  # the preset's belongs to the preset's own classifier
     if args.fix_class:
         args.labels = str(args.fix_class_index)
 
@@ -164,8 +168,6 @@ def prepare_folder(args):
 
 
 def say_what_has_no_effect(args, device):
-    if dist.get_rank() != 0:
-        return
     idle = [*TRAINING_FLAGS, *([] if args.classifier_path and not args.classifier_type else NOISY_CLASSIFIER_FLAGS)]
     if not (args.classifier_type or args.classifier_path):
         idle.append("classifier_use_fp16")
@@ -200,7 +202,7 @@ def build_conditioning(args, device, tally):
         return {"guidance": tally.stopwatch.wrap(guidance), "variance_max": args.variance_max}
     if args.classifier_path:
         classifier = build_noisy_classifier(args, device)
-        return {"cond_fn": tally.stopwatch.wrap(noisy_classifier_gradient(classifier, args.classifier_scale))}
+        return {"cond_fn": tally.stopwatch.wrap(noisy_classifier_gradient(classifier, args.classifier_scale, args.on_nonfinite))}
     return {}
 
 
@@ -232,11 +234,12 @@ def build_guidance(args, device, tally):
 
 
 def build_noisy_classifier(args, device):
-    flags = args_to_dict(args, classifier_defaults().keys())
+    half = args.classifier_use_fp16 and device.type != "cpu"
+    flags = {**args_to_dict(args, classifier_defaults().keys()), "classifier_use_fp16": half}
     classifier = create_classifier(**flags, num_classes=args.num_classes)
     load_into(classifier, load_state_dict(args.classifier_path), args.classifier_path)
     classifier.to(device).eval().requires_grad_(False)
-    if args.classifier_use_fp16 and device.type != "cpu":
+    if half:
         classifier.convert_to_fp16()
     return classifier
 
@@ -251,10 +254,11 @@ def parse_interval(text):
 
 def open_store(args, folder):
     """Open the output folder on rank 0 first; the others then find the same settings in it."""
-    settings = {key: value for key, value in vars(args).items() if key not in (*PLACE_FLAGS, "given")}
+    settings = {key: value for key, value in vars(args).items() if key not in (*PLACE_FLAGS, *TRAINING_FLAGS, "given")}
     weights = {"model": args.model_path, "classifier": args.classifier_path}
     if args.classifier_type:
         weights["classifier"] = weights_path(args.classifier_type, args.classifier_path or None)
+        weights["classifier_code"] = args.classifier_type.rpartition(":")[0]
     settings["sha256"] = {name: sha256(path) for name, path in weights.items() if path}
     # Standard JSON has no infinity.
     settings = {key: "inf" if value == float("inf") else value for key, value in settings.items()}

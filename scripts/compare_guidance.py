@@ -9,14 +9,16 @@ judge is a classifier of another architecture and seed than the guide. Writes co
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from classifiers.registry import load_classifier
+from classifiers.registry import find_classifier, load_classifier
 from guided_diffusion.cli import Parser, parse_numbers, run_main
+from guided_diffusion.presets import PRESETS
 from guided_diffusion.sample_store import read_run, save_grid
 
 NETWORKS = {"class-conditional": "False", "unconditional": "True"}
@@ -30,8 +32,7 @@ def main():
     parser.add_argument("--seeds", default="0", help="one comparison per seed, for example 0-2")
     parser.add_argument("--out", type=Path, help="output folder, by default results/PRESET")
     args, flags = parser.parse_known_args()
-    if "--seed" in flags:
-        raise ValueError("--seed would give every run the same seed: use --seeds")
+    refuse_overrides(args, flags)
     folder = args.out or Path("results", args.preset)
     runs = {}
     for seed in parse_numbers(args.seeds, "--seeds"):
@@ -46,6 +47,20 @@ def main():
     draw(folder / "comparison.png", {key: outs[0] for key, outs in runs.items()})
     print_table(rows)
     print(f"pictures from the same noise: {folder / 'comparison.png'}")
+
+
+def refuse_overrides(args, flags):
+    """Raise ValueError for flags that would make two rows the same, and for a judge that cannot be one."""
+    for flag, why in (
+        ("--seed", "would give every run the same seed: use --seeds"),
+        ("--unconditional", "would make rows of the table alike: both kinds of network are compared anyway"),
+    ):
+        if any(f == flag or f.startswith(f"{flag}=") for f in flags):
+            raise ValueError(f"{flag} {why}")
+    guides = [*(b for a, b in pairwise(flags) if a == "--classifier_type"), PRESETS.get(args.preset, {}).get("classifier_type")]
+    if args.judge in guides[:1]:
+        raise ValueError(f"--judge {args.judge} is the guide itself; choose another classifier, of another architecture")
+    find_classifier(args.judge)
 
 
 def sample(flags):
