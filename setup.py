@@ -18,8 +18,8 @@ setup(
         "safetensors",
     ],
     extras_require={
-        "test": ["pytest"],
+        "test": ["pytest", "scikit-learn"],
         "train": ["scikit-learn"],
-        "dev": ["pytest", "ruff", "mypy"],
+        "dev": ["pytest", "scikit-learn", "ruff", "mypy"],
     },
 )

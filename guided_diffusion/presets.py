@@ -49,7 +49,7 @@ PRESETS = {
         "labels": "balanced",
         "model_path": str(PRETRAINED_DIR / "digits/unet.safetensors"),
         "classifier_type": "digits_guide",
-        "classifier_scale": 4.0,
+        "classifier_scale": 2.0,
         "softplus_beta": 3.0,
         "margin_temperature_discount": 0.5,
         "gamma_factor": 0.3,

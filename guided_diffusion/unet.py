@@ -16,7 +16,29 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-class UNetModel(nn.Module):
+class _HalvableTorso(nn.Module):
+    """What both networks share: `dtype` is that of the blocks, and of their convolutions' weights once converted.
+
+    Embeddings, normalisations and the output head stay in float32, as in the published models.
+    """
+
+    def convert_to_fp16(self):
+        """Halve the blocks: float16 on an accelerator, bfloat16 on a CPU, where float16 arithmetic is emulated and slow."""
+        on_cpu = next(self.parameters()).device.type == "cpu"
+        self._convert(torch.bfloat16 if on_cpu else torch.float16)
+
+    def convert_to_fp32(self):
+        """Undo `convert_to_fp16` (the rounding of the weights stays)."""
+        self._convert(torch.float32)
+
+    def _convert(self, dtype):
+        self.dtype = dtype
+        for name, module in self.named_modules():
+            if not name.startswith("out.") and isinstance(module, (nn.Conv1d, nn.Conv2d)):
+                module.to(dtype)
+
+
+class UNetModel(_HalvableTorso):
     """eps (and variance) prediction network: forward(x, timesteps, y=None) -> (N, out_channels, H, W) in x's dtype.
 
     x: (N, in_channels, H, W) float, H and W divisible by 2**(levels - 1). timesteps: (N,) int or float, on the scale of the original
@@ -81,14 +103,6 @@ class UNetModel(nn.Module):
         self.out = nn.Sequential(GroupNorm32(32, width), SiLU(), _zeroed(nn.Conv2d(width, out_channels, 3, padding=1)))
         self.to(memory_format=torch.channels_last)
 
-    def convert_to_fp16(self):
-        """Halve the torso: float16 on an accelerator, bfloat16 on a CPU, where float16 arithmetic is emulated and slow."""
-        _convert_torso(self, _half_dtype(self))
-
-    def convert_to_fp32(self):
-        """Undo `convert_to_fp16` (the rounding of the weights stays)."""
-        _convert_torso(self, torch.float32)
-
     def forward(self, x, timesteps, y=None):
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("y must be given when and only when the network is class-conditional (num_classes)")
@@ -106,7 +120,7 @@ class UNetModel(nn.Module):
         return self.out(h.to(x.dtype))
 
 
-class EncoderUNetModel(nn.Module):
+class EncoderUNetModel(_HalvableTorso):
     """The noisy classifier: forward(x, timesteps) -> logits (N, out_channels) in x's dtype. Arguments as in `UNetModel`.
 
     `pool` turns features into logits: "attention" (the published classifiers), "adaptive", "spatial", "spatial_v2".
@@ -159,14 +173,6 @@ class EncoderUNetModel(nn.Module):
         final_size = image_size // 2 ** (len(channel_mult) - 1)
         self.out = _classifier_head(pool, [*block_channels, block_channels[-1]], final_size, num_head_channels, out_channels)
         self.to(memory_format=torch.channels_last)
-
-    def convert_to_fp16(self):
-        """Halve the torso: float16 on an accelerator, bfloat16 on a CPU."""
-        _convert_torso(self, _half_dtype(self))
-
-    def convert_to_fp32(self):
-        """Undo `convert_to_fp16` (the rounding of the weights stays)."""
-        _convert_torso(self, torch.float32)
 
     def forward(self, x, timesteps):
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
@@ -266,19 +272,6 @@ def _check_dims(dims):
         raise ValueError(f"dims={dims} is not supported: the published networks are two-dimensional")
 
 
-def _half_dtype(model):
-    return torch.bfloat16 if next(model.parameters()).device.type == "cpu" else torch.float16
-
-
-def _convert_torso(model, dtype):
-    """Convert the convolutions of the blocks; embeddings, normalisations and the output head stay in float32, as published."""
-    model.dtype = dtype
-    for name in ("input_blocks", "middle_block", "output_blocks"):
-        for module in getattr(model, name, nn.Module()).modules():
-            if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-                module.to(dtype)
-
-
 # Blocks
 
 
@@ -298,7 +291,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.use_scale_shift_norm = options.use_scale_shift_norm
         self.use_checkpoint = options.use_checkpoint
-        self.in_layers = nn.Sequential(GroupNorm32(32, channels), SiLU(), Conv3x3(channels, out_channels))
+        self.in_layers = nn.Sequential(GroupNorm32(32, channels), SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.resample = Upsample(channels, False) if up else Downsample(channels, False) if down else nn.Identity()
         emb_out = 2 * out_channels if options.use_scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(options.emb_channels, emb_out))
@@ -306,7 +299,7 @@ class ResBlock(nn.Module):
             GroupNorm32(32, out_channels),
             SiLU(),
             nn.Dropout(options.dropout),
-            _zeroed(Conv3x3(out_channels, out_channels)),
+            _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
@@ -345,10 +338,10 @@ class AttentionBlock(nn.Module):
         return _run(self._forward, x, recompute=self.use_checkpoint)
 
     def _forward(self, x):
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, T, C), a view of channels-last memory
-        h = _attention(_pointwise(self.qkv, tokens), self.num_heads, self.use_new_attention_order)
-        h = _pointwise(self.proj_out, h)
-        return _add(h.transpose(1, 2).unflatten(2, x.shape[2:]), x)
+        qkv = _pointwise(self.qkv, self.norm(x)).flatten(2).transpose(1, 2)  # (N, T, 3C), a view of channels-last memory
+        h = _attention(qkv, self.num_heads, self.use_new_attention_order)
+        h = h.transpose(1, 2).unflatten(2, x.shape[2:])  # (N, C, H, W)
+        return _add(_pointwise(self.proj_out, h), x)
 
 
 class AttentionPool2d(nn.Module):
@@ -367,8 +360,9 @@ class AttentionPool2d(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)  # (N, T, C)
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.positional_embedding.T
         # The heads lie inside q, k and v here whatever the order in the torso.
-        h = _attention(_pointwise(self.qkv_proj, tokens), self.num_heads, use_new_attention_order=True)
-        return _pointwise(self.c_proj, h[:, 0])
+        qkv = _pointwise(self.qkv_proj, tokens.transpose(1, 2)[..., None]).flatten(2).transpose(1, 2)
+        h = _attention(qkv, self.num_heads, use_new_attention_order=True)
+        return _pointwise(self.c_proj, h[:, :1].transpose(1, 2)[..., None])[:, :, 0, 0]
 
 
 class Upsample(nn.Module):
@@ -397,26 +391,6 @@ class Downsample(nn.Module):
 
 
 # Small layers and functions
-
-
-class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution with padding 1, written as a matrix product where that is faster: for few pixels on a CPU.
-
-    There the stock kernel spends most of its time on copying the weights, 37 MB at 1024 channels, into a layout of its own.
-    """
-
-    def __init__(self, in_channels, out_channels):
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x):
-        n, c, h, w = x.shape
-        if x.device.type != "cpu" or torch.is_grad_enabled() or n * h * w > 128:
-            return super().forward(x)
-        patches = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)  # (N, H, W, C, 3, 3)
-        patches = patches.permute(0, 1, 2, 4, 5, 3).reshape(n * h * w, 9 * c)
-        weight = self.weight.permute(0, 2, 3, 1).reshape(-1, 9 * c)  # a view of channels-last memory
-        out = torch.addmm(self.bias[:, None], weight, patches.T)  # (out, N * H * W)
-        return out.view(-1, n, h, w).transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -461,9 +435,9 @@ def _attention(qkv, num_heads, use_new_attention_order):
     return h.transpose(1, 2).reshape(n, length, width // 3)
 
 
-def _pointwise(conv, tokens):
-    """Apply a 1x1 Conv1d to (..., C) tokens: the same product as a linear layer, without moving the channels to the front."""
-    return F.linear(tokens, conv.weight[:, :, 0], conv.bias)
+def _pointwise(conv, x):
+    """Apply a 1x1 Conv1d to (N, C, H, W) as it lies in memory; the published weights are those of a Conv1d over H*W positions."""
+    return F.conv2d(x, conv.weight[..., None], conv.bias)
 
 
 def _run(function, *inputs, recompute):

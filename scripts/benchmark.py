@@ -25,6 +25,8 @@ from guided_diffusion.presets import PRESETS
 from guided_diffusion.script_util import create_from_flags
 from guided_diffusion.stopwatch import Stopwatch
 
+BATCH = 4  # of the CPU figures; memory is measured at batch 1
+
 
 def main():
     args = parse_flags(create_argparser(), None, PRESETS)
@@ -33,6 +35,7 @@ def main():
     step = GuidedStep(args, device)
     print(f"preset {args.preset}: {step.weights} weights, {step.gflop(1):.1f} GFLOP per image and forward pass of the network")
     if device.type == "cpu":
+        dist_util.keep_freed_memory()
         report_cpu(step, args.repeats)
     else:
         report_cuda(step, parse_numbers(args.batch_sizes, "--batch_sizes"), args.repeats)
@@ -89,14 +92,15 @@ class GuidedStep:
         return counter.get_total_flops() / 1e9
 
     def time(self, batch_size, repeats):
-        """Return the median seconds of the whole step, of the network and of guidance."""
+        """Return the median seconds of the whole step, of the network, of guidance and of the rest."""
         x, t, y = self._inputs(batch_size)
         rows = []
         for _ in range(repeats + 1):
             whole, network, guidance = (Stopwatch(self.device) for _ in range(3))
             step = whole.wrap(self.diffusion.p_sample)
             step(network.wrap(self.network), x, t, model_kwargs={"y": y}, guidance=guidance.wrap(self.guidance))
-            rows.append((whole.seconds, network.seconds, guidance.seconds))
+            rest = whole.seconds - network.seconds - guidance.seconds
+            rows.append((whole.seconds, network.seconds, guidance.seconds, rest))
         return tuple(statistics.median(column) for column in zip(*rows[1:], strict=True))
 
     def _inputs(self, batch_size):
@@ -106,46 +110,46 @@ class GuidedStep:
 
 
 def report_cpu(step, repeats):
-    gflop = step.gflop(1)
-    whole, network, guidance = step.time(1, repeats)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    plain = plain_convolution_rate(repeats)
+    single = step.time(1, repeats)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    plain = plain_convolution_rate(BATCH, repeats)
+    full = step.time(BATCH, repeats)
     step.halve()
-    whole_half, network_half, guidance_half = step.time(1, repeats)
-    print(f"float32 step, batch 1:  {parts(whole, network, guidance)}; peak resident memory {memory:.2f} GiB")
-    print(f"bfloat16 step, batch 1: {parts(whole_half, network_half, guidance_half)}")
-    print(
-        f"network, float32: {gflop / network:.0f} GFLOP/s, {gflop / network / plain:.0%} of a plain 3x3 convolution's {plain:.0f} GFLOP/s"
-    )
-    print(f"bfloat16 makes the guided step {whole / whole_half:.2f} times as fast")
-    print(f"guidance takes {guidance / whole:.1%} of the float32 step")
+    half = step.time(BATCH, repeats)
+    rate = BATCH * step.gflop(1) / full[1]
+    print(f"float32 step, batch 1:  {parts(*single)}; peak resident memory of the process {memory:.2f} GB")
+    print(f"float32 step, batch {BATCH}:  {parts(*full)}")
+    print(f"bfloat16 step, batch {BATCH}: {parts(*half)}")
+    print(f"network, float32: {rate:.0f} GFLOP/s, {rate / plain:.0%} of a plain 3x3 convolution's {plain:.0f} GFLOP/s")
+    print(f"bfloat16 makes the guided step {full[0] / half[0]:.2f} times as fast")
+    print(f"guidance takes {full[2] / full[0]:.1%} of the float32 step")
 
 
 def report_cuda(step, batch_sizes, repeats):
     step.halve()
     for batch_size in batch_sizes:
         torch.cuda.reset_peak_memory_stats()
-        whole, network, guidance = step.time(batch_size, repeats)
+        times = step.time(batch_size, repeats)
         memory = torch.cuda.max_memory_allocated() / 2**30
-        rate = batch_size / whole / step.diffusion.num_timesteps
-        print(f"float16 step, batch {batch_size}: {parts(whole, network, guidance)}; {rate:.2f} images/s; peak memory {memory:.2f} GiB")
+        rate = batch_size / times[0] / step.diffusion.num_timesteps
+        print(f"float16 step, batch {batch_size}: {parts(*times)}; {rate:.2f} images/s; peak memory {memory:.2f} GiB")
 
 
-def plain_convolution_rate(repeats, channels=256, size=128):
-    """GFLOP/s of a 3x3 convolution on one channels-last float32 image: about the best that the network's kernels could do."""
+def plain_convolution_rate(batch_size, repeats, channels=256, size=128):
+    """GFLOP/s of a 3x3 convolution on channels-last float32 images: about the best that the network's kernels could do."""
     convolution = torch.nn.Conv2d(channels, channels, 3, padding=1).to(memory_format=torch.channels_last)
-    x = torch.randn(1, channels, size, size).to(memory_format=torch.channels_last)
+    x = torch.randn(batch_size, channels, size, size).to(memory_format=torch.channels_last)
     times = []
     with torch.no_grad():
         for _ in range(10 * repeats):
             start = time.perf_counter()
             convolution(x)
             times.append(time.perf_counter() - start)
-    return 2 * 9 * channels**2 * size**2 / statistics.median(times) / 1e9
+    return batch_size * 2 * 9 * channels**2 * size**2 / statistics.median(times) / 1e9
 
 
-def parts(whole, network, guidance):
-    return f"{whole:.3f} s (network {network:.3f}, guidance {guidance:.3f}, rest {whole - network - guidance:.3f})"
+def parts(whole, network, guidance, rest):
+    return f"{whole:.3f} s (network {network:.3f}, guidance {guidance:.3f}, rest {rest:.3f})"
 
 
 def machine(device):

@@ -63,6 +63,7 @@ def main():
     model, diffusion = build_model(args, device)
     tally = Tally(device)
     conditioning = build_conditioning(args, device, tally)
+    dist_util.keep_freed_memory()
     store = open_store(args, folder)
     if dist.get_rank() == 0:
         logger.configure(folder)

@@ -34,7 +34,8 @@ def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=PRETRAINED_DIR / "digits", help="folder for the files")
     parser.add_argument("--only", choices=["unet", "guide", "judge"], help="train just this one; the record of the others stays")
-    parser.add_argument("--iterations", type=int, default=4000, help="steps of batch 64 for the U-Net; the classifiers take 1500")
+    parser.add_argument("--iterations", type=int, default=2500, help="steps of batch 64 for the U-Net")
+    parser.add_argument("--classifier_iterations", type=int, default=1500, help="steps of batch 64 for each classifier")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -43,8 +44,8 @@ def main():
     record = json.loads(record_file.read_text()) if record_file.exists() else {}
     jobs = {
         "unet": lambda: train_unet(train, args.iterations, args.seed),
-        "guide": lambda: train_classifier("digits_guide", train, test, seed=args.seed + 1),
-        "judge": lambda: train_classifier("digits_judge", train, test, seed=args.seed + 2),
+        "guide": lambda: train_classifier("digits_guide", train, test, args.classifier_iterations, args.seed + 1),
+        "judge": lambda: train_classifier("digits_judge", train, test, args.classifier_iterations, args.seed + 2),
     }
     for name in [args.only] if args.only else jobs:
         start = time.time()
@@ -93,7 +94,7 @@ def train_unet(train, iterations, seed, batch_size=64, learning_rate=1e-3, ema_r
     return averaged.state_dict(), figures
 
 
-def train_classifier(name, train, test, seed, iterations=1500, batch_size=64, learning_rate=2e-3):
+def train_classifier(name, train, test, iterations, seed, batch_size=64, learning_rate=2e-3):
     """Return the weights, rounded to float16, and loss and accuracy; shifts by up to one pixel are the only augmentation."""
     torch.manual_seed(seed)
     model = DIGITS[name].build(NUM_CLASSES).to(memory_format=torch.channels_last)
