@@ -427,6 +427,7 @@ def _head_count(channels, num_heads, num_head_channels):
 def _attention(qkv, num_heads, use_new_attention_order):
     """(N, T, 3C) -> (N, T, C). The channels lie as [head, qkv, C/heads], or as [qkv, head, C/heads] in the new order."""
     n, length, width = qkv.shape
+    qkv = qkv.contiguous()  # else the fused kernels refuse, and a slow one steps in
     if use_new_attention_order:
         q, k, v = qkv.view(n, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
     else:

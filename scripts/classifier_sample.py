@@ -201,7 +201,7 @@ def build_conditioning(args, device, tally):
     if args.classifier_type:
         guidance = build_guidance(args, device, tally)
         return {"guidance": tally.stopwatch.wrap(guidance), "variance_max": args.variance_max}
-    if args.classifier_path:
+    if args.classifier_path and args.classifier_scale != 0:
         classifier = build_noisy_classifier(args, device)
         return {"cond_fn": tally.stopwatch.wrap(noisy_classifier_gradient(classifier, args.classifier_scale, args.on_nonfinite))}
     return {}
