@@ -26,7 +26,9 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; a published file is fetched by `python scripts/download.py {path.name}`")
+        known = path.name in _published()
+        hint = f"fetch it with `python scripts/download.py {path.name}`" if known else "`python scripts/download.py --list` names the published"
+        raise FileNotFoundError(f"no checkpoint at {path}; {hint}")
     if path.suffix not in (".pt", ".pth", ".safetensors"):
         raise ValueError(f"cannot read {path}: the ending must be .pt, .pth or .safetensors")
     try:
@@ -44,6 +46,8 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 def load_into(module: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
     """Copy `state_dict` into `module`, strictly. `source` names it in the error.
 
+    A module that was built on the meta device takes the tensors themselves, as float32: nothing is held twice.
+
     Raises ValueError with the first missing, unexpected or misshapen name, both shapes, and how many there are of each.
     """
     own = module.state_dict()
@@ -60,7 +64,11 @@ def load_into(module: nn.Module, state_dict: Mapping[str, Tensor], source: str |
         problems.append(f"the network lacks {unexpected[0]}{_more(unexpected)}")
     if problems:
         raise ValueError(f"{source} does not fit the architecture flags: {'; '.join(problems)}")
-    module.load_state_dict(state_dict)
+    if any(tensor.is_meta for tensor in own.values()):
+        state_dict = {k: v.float() if v.is_floating_point() else v for k, v in state_dict.items()}
+        module.load_state_dict(state_dict, assign=True)
+    else:
+        module.load_state_dict(state_dict)
 
 
 def find_pretrained(name: str, *, url: str | None = None, folder: Path | None = None) -> Path:
@@ -69,7 +77,7 @@ def find_pretrained(name: str, *, url: str | None = None, folder: Path | None = 
     Raises FileNotFoundError that says which file to put where; `url` is where it comes from if the table does not know.
     """
     folder = PRETRAINED_DIR if folder is None else folder
-    entry = json.loads((PRETRAINED_DIR / "files.json").read_text())["files"].get(name, {})
+    entry = _published().get(name, {})
     for alias in (name, *entry.get("also_named", [])):
         if (folder / alias).is_file():
             return folder / alias
@@ -85,6 +93,11 @@ def sha256(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _published():
+    """The table of files that scripts/download.py knows, by name."""
+    return json.loads((PRETRAINED_DIR / "files.json").read_text())["files"]
 
 
 def _more(names):

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
+import torch
+
 _NOT_GIVEN = object()
 
 
@@ -37,14 +39,19 @@ def parse_flags(parser: Parser, argv: list[str] | None, presets: Mapping[str, Ma
     return argparse.Namespace(**{**defaults, **presets.get(preset, {}), **given}, given=set(given))
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Call a script's main: what a user can mend ends in one line on stderr and exit code 1, Ctrl-C in exit code 130."""
+def run_main(main: Callable[[], None], resumable: bool = False) -> None:
+    """Call a script's main: what a user can mend ends in one line on stderr and exit code 1, Ctrl-C in exit code 130.
+
+    resumable: whether the same command goes on where this one was stopped; Ctrl-C then says so.
+    """
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: {str(error).splitlines()[0]} Lower --batch_size, into another --out")
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted; what is finished is kept, the same command goes on from there\n")
+        sys.stderr.write(f"\ninterrupted{'; what is finished is kept, the same command goes on from there' if resumable else ''}\n")
         sys.exit(130)
 
 

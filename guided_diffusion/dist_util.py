@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -9,17 +10,25 @@ import torch.distributed as dist
 from guided_diffusion import checkpoints
 
 
+# A rank that is done waits for the slowest one, which may take hours; torchrun ends all of them when one fails.
+_TIMEOUT = timedelta(days=30)
+
+
 def setup_dist():
-    """Join the process group that torchrun's environment describes, or make one of a single process; once per process."""
+    """Join the process group that torchrun's environment describes, or make one of a single process; once per process.
+
+    CPU tensors go through gloo, CUDA tensors through NCCL, which needs a GPU of its own for every process.
+    """
     if dist.is_initialized():
         return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    gpu_each = torch.cuda.is_available() and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
+    backend = "cpu:gloo,cuda:nccl" if gpu_each and dist.is_nccl_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(dev())
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=_TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def dev():

@@ -9,13 +9,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from guided_diffusion import logger
+from guided_diffusion.gaussian_diffusion import NonFiniteOutputError
 from guided_diffusion.guidance import NonFiniteGradientError
 from guided_diffusion.sample_store import NonFinitePixelsError, SampleStore
 from guided_diffusion.stopwatch import Stopwatch
 
 
 class Tally:
-    """What guidance cost, a stopwatch to wrap it in, and how often it was dropped for one image at one step."""
+    """What a run keeps count of: the seconds that guidance took, and how often it was dropped for one image at one step."""
 
     def __init__(self, device: torch.device):
         self.stopwatch, self.skipped = Stopwatch(device), 0
@@ -30,12 +31,13 @@ def sample_missing(
     """Draw this rank's share of the batches that are not in the store yet.
 
     sample(indices, tick) -> ((n, H, W, 3) uint8 images, (n,) int64 labels); it calls tick() after each of `num_steps` steps.
-    Raises FloatingPointError that names step and sample where guidance is not finite.
+    Raises FloatingPointError that names step and sample where the network or the guidance is not finite.
     """
-    missing = store.missing()
-    # Nobody writes before everybody has looked, so that all ranks deal out the same list.
-    dist.barrier()
     rank = dist.get_rank()
+    # One look for all: a shared file system may show each rank something else.
+    shared = [store.missing() if rank == 0 else None]
+    dist.broadcast_object_list(shared)
+    missing: list[range] = shared[0] or []
     if not missing and rank == 0:
         logger.log(f"{store.folder}: complete, nothing to do")
     mine = missing[rank :: dist.get_world_size()]
@@ -64,8 +66,13 @@ def _named_failure(sample, indices, tick):
             f"non-finite guidance gradient at step {error.step_index} for sample {_at(error, indices)}; "
             "--on_nonfinite skip drops that guidance and goes on"
         ) from error
+    except NonFiniteOutputError as error:
+        raise FloatingPointError(
+            f"the network answered NaN or infinity at step {error.step_index} for sample {_at(error, indices)}; "
+            "if it runs in float16, try --use_fp16 False"
+        ) from error
     except NonFinitePixelsError as error:
-        raise FloatingPointError(f"non-finite pixels in sample {_at(error, indices)}: the network itself answers NaN or Inf") from error
+        raise FloatingPointError(f"non-finite pixels in sample {_at(error, indices)}") from error
 
 
 def _at(error, indices):

@@ -41,6 +41,14 @@ class LossType(enum.Enum):
     RESCALED_KL = enum.auto()
 
 
+class NonFiniteOutputError(FloatingPointError):
+    """The network answered NaN or infinity; `step_index` and `positions` (in the batch) say where."""
+
+    def __init__(self, step_index, positions):
+        self.step_index, self.positions = step_index, positions
+        super().__init__(f"the network answered NaN or infinity at step {step_index} at batch positions {positions}")
+
+
 class GaussianDiffusion:
     """A diffusion over `use_timesteps` (default: all) of the process that `betas`, (T_original,) float64 in (0, 1), defines.
 
@@ -98,9 +106,12 @@ class GaussianDiffusion:
         """Return p(x_{t-1} | x_t) as a dict of tensors like x: mean, variance, log_variance, pred_xstart (clamped if asked for).
 
         `model(x, timesteps, **model_kwargs)` answers (N, C, H, W), or (N, 2C, H, W) where the variance is learned.
-        `denoised_fn` is applied to pred_xstart before the clamp.
+        `denoised_fn` is applied to pred_xstart before the clamp. Raises NonFiniteOutputError, since the clamp would hide an infinity.
         """
         output = self._output(model, x, t, model_kwargs)
+        bad = ~output.isfinite().flatten(1).all(dim=1)
+        if bad.any():
+            raise NonFiniteOutputError(int(t[0]), bad.nonzero()[:, 0].tolist())
         if self.model_var_type is ModelVarType.LEARNED_RANGE:
             output, fraction = output.split(x.shape[1], dim=1)
             low = _extract(self.posterior_log_variance_clipped, t, x)
@@ -342,8 +353,10 @@ class GaussianDiffusion:
 
 
 def _extract(table, t, like):
-    """Entries of a float64 table at (N,) indices t, shaped to broadcast against `like`."""
-    values = torch.as_tensor(table.copy(), dtype=like.dtype, device=like.device)[t]
+    """Entries of a float64 table at (N,) indices t, shaped to broadcast against `like`; float32, or float64 where `like` is."""
+    # Not in half precision: 1 - alphas_cumprod would be 0 at the first steps.
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    values = torch.as_tensor(table.copy(), dtype=dtype, device=like.device)[t]
     return values.view(-1, *[1] * (like.ndim - 1))
 
 

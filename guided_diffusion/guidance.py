@@ -1,6 +1,6 @@
 """Guidance: from what the network believes the clean image is to one tensor that the sampler adds.
 
-The contract, the same under every sampler (docs in README, "Writing a guidance rule"):
+The contract, the same under every sampler (the README's "Writing a guidance rule" is an example):
 
     step = GuidanceStep(index, num_steps, variance, variance_max, sigma)    made by the sampler
     shift = guidance(x, y, step)                                            same shape, dtype and device as x, detached
@@ -8,7 +8,7 @@ The contract, the same under every sampler (docs in README, "Writing a guidance 
 x is (N, C, H, W), the predicted clean image (or latent); y is (N,) int64, the wanted classes. A rule that reshapes the logits is a
 function like `log_prob`; a rule about when or how strongly is a wrapper around a guidance, like `within_interval`.
 
-Method: "Elucidating The Design Space of Classifier-Guided Diffusion Generation" (Ma et al., ICLR 2024), section 3.
+Method: "Elucidating The Design Space of Classifier-Guided Diffusion Generation" (Ma et al., ICLR 2024).
 """
 
 import math
@@ -52,7 +52,7 @@ class NonFiniteGradientError(FloatingPointError):
 def log_prob(logits: Tensor, y: Tensor, joint_temperature: float = 1.0, marginal_temperature: float = 1.0) -> Tensor:
     """tau_1 f_y - log sum_i exp(tau_2 f_i): (N, classes) logits, (N,) labels -> (N,) float32 (float64 if the logits are).
 
-    tau_1 = tau_2 = 1 is the log-probability; a smaller tau_2 leans from the conditional to the joint direction (Ma et al., eq. 9).
+    tau_1 = tau_2 = 1 is the log-probability; a smaller tau_2 leans from the conditional to the joint direction.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     f_y = logits.gather(1, y[:, None])[:, 0]
@@ -67,7 +67,7 @@ def input_gradient(objective: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def sine_schedule(step: GuidanceStep, gamma_factor: float) -> float | Tensor:
-    """variance + gamma * variance_max * sin(pi t / T), the strength of a step (Ma et al., section 3.4)."""
+    """variance + gamma * variance_max * sin(pi t / T), the strength of a step (Ma et al., 2024)."""
     sine = max(math.sin(math.pi * step.index / step.num_steps), 0.0)
     return step.variance + gamma_factor * step.variance_max * sine
 
@@ -144,12 +144,15 @@ def within_interval(guidance: Guidance, sigma_lo: float, sigma_hi: float) -> Gui
 
 
 def noisy_classifier_gradient(
-    classifier: Callable[[Tensor, Tensor], Tensor], classifier_scale: float = 1.0, on_nonfinite: str = "stop"
+    classifier: Callable[[Tensor, Tensor], Tensor],
+    classifier_scale: float = 1.0,
+    on_nonfinite: str = "stop",
+    observe: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return the classic `cond_fn(x, t, y)` of a classifier that was trained on noisy images (Dhariwal and Nichol, 2021, section 4).
+    """Return the classic `cond_fn(x, t, y)` of a classifier that was trained on noisy images (Dhariwal and Nichol, 2021).
 
-    classifier(x_t, t) -> logits. The result goes to the loops as `cond_fn=`, not as `guidance=`: it is taken at x_t. on_nonfinite: as in
-    `ClassifierGuidance`; the error names the original timestep.
+    classifier(x_t, t) -> logits. The result goes to the loops as `cond_fn=`, not as `guidance=`: it is taken at x_t. on_nonfinite and
+    observe: as in `ClassifierGuidance`, but that the original timesteps t stand in the place of the step, in the error as well.
     """
     _check_policy(on_nonfinite)
 
@@ -157,7 +160,10 @@ def noisy_classifier_gradient(
         def objective(x_t: Tensor) -> Tensor:
             return F.log_softmax(classifier(x_t, t).float(), dim=1).gather(1, y[:, None])[:, 0]
 
-        return without_nonfinite(input_gradient(objective, x) * classifier_scale, on_nonfinite, int(t[0]))[0]
+        gradient, bad = without_nonfinite(input_gradient(objective, x) * classifier_scale, on_nonfinite, int(t[0]))
+        if observe is not None:
+            observe(t, gradient, bad)
+        return gradient
 
     return cond_fn
 

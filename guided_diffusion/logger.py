@@ -28,7 +28,9 @@ def log(*args):
 
 
 def get_dir():
-    """The folder that `configure` was given or made, a string; None before it was called."""
+    """The folder that `configure` was given or made, a string; the first call makes one where nobody configured any."""
+    if _folder is None:
+        configure()
     return _folder
 
 

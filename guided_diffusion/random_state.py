@@ -74,10 +74,15 @@ def label_source(labels: str, seed: int, num_classes: int) -> Callable[[Sequence
     return lambda indices: shuffled_labels(seed, indices, pool)
 
 
+def labels_file(labels: str) -> Path | None:
+    """The file that `labels` names; None where it is a word or a list."""
+    return None if labels in ("random", "balanced") or re.fullmatch(r"[-\d,\s]+", labels) else Path(labels)
+
+
 def _label_pool(labels: str, num_classes: int) -> list[int]:
     if labels == "balanced":
         return list(range(num_classes))
-    if re.fullmatch(r"[-\d,\s]+", labels):
+    if labels_file(labels) is None:
         return parse_numbers(labels, "labels")
     if not Path(labels).is_file():
         raise FileNotFoundError(f"labels {labels!r}: no such file; write random, balanced, a list such as 1,2,5-10, or a file's path")

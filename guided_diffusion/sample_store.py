@@ -1,6 +1,6 @@
 """The output folder of a run: settings, one shard per batch, and in the end one npz in the published layout.
 
-    run.json                      the settings, written first; totals are added last
+    run.json                      the settings and what else is worth a record, written first; totals are added last
     log.txt, grid.png             what was said, and a look at the first images
     shards/000000-000016.npz      images and labels of a fixed range of sample indices, while the run lasts
     samples_NxHxWx3.npz           arr_0: uint8 NHWC, arr_1: int64 labels, in index order
@@ -9,6 +9,7 @@ A file with one of these names is complete: it is written under another name in 
 other of the project, so that every room may read a folder.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -48,10 +50,10 @@ class SampleStore:
     """One folder for `num_samples` images, cut into shards of `shard_size` consecutive indices.
 
     Opening a folder that holds the same settings continues its run. Raises ValueError where it holds another run's output, with the
-    keys that differ, and OSError where it cannot be written.
+    keys that differ, and OSError where it cannot be written. `record` is kept in run.json beside the settings, but not compared.
     """
 
-    def __init__(self, folder: str | Path, settings: dict, num_samples: int, shard_size: int):
+    def __init__(self, folder: str | Path, settings: dict, num_samples: int, shard_size: int, record: dict | None = None):
         self.folder, self.num_samples, self.shard_size = Path(folder), num_samples, shard_size
         self._shards = self.folder / "shards"
         settings = json.loads(json.dumps({**settings, "num_samples": num_samples, "shard_size": shard_size}))
@@ -61,7 +63,7 @@ class SampleStore:
             if self.folder.is_dir() and any(self._leftovers()):
                 raise ValueError(f"{self.folder} holds samples but no run.json: choose another --out, or pass --overwrite True")
             self._shards.mkdir(parents=True, exist_ok=True)
-            _write_json(self.folder / "run.json", {"settings": settings})
+            write_json(self.folder / "run.json", {"settings": settings, **(record or {})})
 
     @staticmethod
     def clear(folder: str | Path) -> None:
@@ -84,7 +86,7 @@ class SampleStore:
     def write(self, indices: range, images: Tensor, labels: Tensor, stats: dict[str, float]) -> None:
         """Keep one shard: (n, H, W, 3) uint8, (n,) int64, and numbers that `finish` adds up over all shards."""
         arrays = {"arr_0": images.cpu().numpy(), "arr_1": labels.cpu().numpy().astype(np.int64)}
-        with _renamed_when_complete(self._shard_file(indices)) as file:
+        with renamed_when_complete(self._shard_file(indices)) as file:
             np.savez(file, **arrays, **{f"stat_{key}": np.float64(value) for key, value in stats.items()})
 
     def finish(self) -> Path:
@@ -98,8 +100,8 @@ class SampleStore:
             final = self.folder / f"samples_{'x'.join(map(str, shape))}.npz"
             totals = self._totals()
             save_grid(self.folder / "grid.png", [self._grid_images()])
-            _write_json(self.folder / "run.json", {**read_run(self.folder), "totals": totals})
-            with _renamed_when_complete(final) as file, zipfile.ZipFile(file, "w") as archive:
+            write_json(self.folder / "run.json", {**read_run(self.folder), "totals": totals})
+            with renamed_when_complete(final) as file, zipfile.ZipFile(file, "w") as archive:
                 _stream(archive, "arr_0", np.uint8, shape, (self._read(r, "arr_0") for r in self._ranges()))
                 _stream(archive, "arr_1", np.int64, shape[:1], (self._read(r, "arr_1") for r in self._ranges()))
         _remove_shards(self._shards)
@@ -138,6 +140,32 @@ class SampleStore:
         yield from self._shards.glob("*.npz")
 
 
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keep a folder to this process while the block lasts; the lock goes with the process, however it ends.
+
+    Raises ValueError where another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing into {folder}: wait for it, or choose another --out") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def read_samples(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """The (N, H, W, 3) uint8 images and (N,) int64 labels of a complete run. Raises FileNotFoundError where there are none."""
+    files = _finished(Path(folder))
+    if not files:
+        raise FileNotFoundError(f"no samples_NxHxWx3.npz in {folder}: its run is not complete")
+    with np.load(files[0], allow_pickle=False) as samples:
+        return samples["arr_0"], samples["arr_1"]
+
+
 def read_run(folder: str | Path) -> dict:
     """The content of run.json: settings, and totals once the run is complete. Raises ValueError if it is something else."""
     path = Path(folder) / "run.json"
@@ -167,7 +195,7 @@ def save_grid(
         picture.paste(Image.fromarray(block), (margin, top))
         ImageDraw.Draw(picture).multiline_text((8, top + len(block) / 2), title, fill="black", font=ImageFont.load_default(14), anchor="lm")
         top += len(block)
-    with _renamed_when_complete(Path(path)) as file:
+    with renamed_when_complete(path) as file:
         picture.save(file, format="PNG")
 
 
@@ -201,7 +229,9 @@ def _require_same(folder, old, new):
 
 
 @contextmanager
-def _renamed_when_complete(path):
+def renamed_when_complete(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes the name `path` once the block ends without an error, and vanishes otherwise."""
+    path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -213,8 +243,9 @@ def _renamed_when_complete(path):
         part.unlink(missing_ok=True)
 
 
-def _write_json(path, content):
-    with _renamed_when_complete(path) as file:
+def write_json(path: str | Path, content: object) -> None:
+    """Write a JSON file that is complete or absent."""
+    with renamed_when_complete(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 

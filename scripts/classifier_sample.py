@@ -6,10 +6,14 @@ Writes samples_NxHxWx3.npz (arr_0 uint8 images, arr_1 int64 labels), grid.png an
 same command is given again. The flags are those of guided-diffusion and EluCD, and a few more.
 """
 
+import math
 import os
+import platform
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy
 import torch
 import torch.distributed as dist
 import torchvision
@@ -22,8 +26,8 @@ from guided_diffusion.cli import Parser, parse_flags, run_main
 from guided_diffusion.engine import Tally, sample_missing
 from guided_diffusion.guidance import ClassifierGuidance, noisy_classifier_gradient, within_interval
 from guided_diffusion.presets import PRESETS
-from guided_diffusion.random_state import SampleNoise, label_source
-from guided_diffusion.sample_store import SampleStore, to_uint8
+from guided_diffusion.random_state import SampleNoise, label_source, labels_file
+from guided_diffusion.sample_store import SampleStore, locked, to_uint8
 from guided_diffusion.script_util import (
     NUM_CLASSES,
     add_dict_to_argparser,
@@ -47,8 +51,9 @@ OFF_THE_SHELF_FLAGS = (
 )
 TRAINING_FLAGS = ("use_kl", "rescale_learned_sigmas", "dropout", "use_checkpoint")
 NOISY_CLASSIFIER_FLAGS = tuple(key for key in classifier_defaults() if key not in ("image_size", "classifier_use_fp16"))
-# Where results lie and how they are made, but not what they are.
-PLACE_FLAGS = ("out", "log_dir", "overwrite", "device", "preset")
+# Where results lie and how they are made, but not what they are; files are compared by their hashes, wherever they lie.
+PLACE_FLAGS = ("out", "log_dir", "overwrite", "device", "preset", "model_path")
+FINITE_FLAGS = ("classifier_scale", "joint_temperature", "margin_temperature_discount", "gamma_factor", "dropout")
 
 
 def main():
@@ -57,6 +62,13 @@ def main():
     dist_util.setup_dist()
     device = dist_util.choose_device(args.device)
     folder = prepare_folder(args)
+    with locked(folder) if dist.get_rank() == 0 else nullcontext():
+        run(args, device, folder)
+    dist.destroy_process_group()
+
+
+def run(args, device, folder):
+    """Sample what `folder` lacks, and join it."""
     labels_of = label_source(args.labels, args.seed, args.num_classes)
     # For --classifier_path random; the samples' noise has streams of its own.
     torch.manual_seed(args.seed)
@@ -64,7 +76,7 @@ def main():
     tally = Tally(device)
     conditioning = build_conditioning(args, device, tally)
     dist_util.keep_freed_memory()
-    store = open_store(args, folder)
+    store = open_store(args, folder, device)
     if dist.get_rank() == 0:
         logger.configure(folder)
         say_what_has_no_effect(args, device)
@@ -151,6 +163,11 @@ def refuse_contradictions(args):
     for name in ("num_samples", "batch_size", "num_classes"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name in FINITE_FLAGS:
+        if not math.isfinite(getattr(args, name)):
+            raise ValueError(f"--{name} must be finite, got {getattr(args, name)}")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must be from 0 to 2**63 - 1, got {args.seed}")
     if "classifier_type" in given and "classifier_path" not in given:
         args.classifier_path = ""  # the preset's belongs to the preset's own classifier
     if args.fix_class:
@@ -182,7 +199,8 @@ def say_what_has_no_effect(args, device):
 
 def build_model(args, device):
     """Return the network as a function (x, t, y) -> output, and the diffusion."""
-    model, diffusion = create_from_flags(vars(args))
+    with torch.device("meta"):
+        model, diffusion = create_from_flags(vars(args))
     load_into(model, load_state_dict(args.model_path), args.model_path)
     model.to(device).eval()
     if args.use_fp16:
@@ -198,16 +216,22 @@ def build_model(args, device):
 
 def build_conditioning(args, device, tally):
     """Return what the loops are to be given: guidance, cond_fn, or nothing."""
+
+    def count_skipped(_, gradient, bad):
+        tally.skipped += int(bad.sum())
+
+    observe = count_skipped if args.on_nonfinite == "skip" else None
     if args.classifier_type:
-        guidance = build_guidance(args, device, tally)
+        guidance = build_guidance(args, device, observe)
         return {"guidance": tally.stopwatch.wrap(guidance), "variance_max": args.variance_max}
     if args.classifier_path and args.classifier_scale != 0:
         classifier = build_noisy_classifier(args, device)
-        return {"cond_fn": tally.stopwatch.wrap(noisy_classifier_gradient(classifier, args.classifier_scale, args.on_nonfinite))}
+        gradient = noisy_classifier_gradient(classifier, args.classifier_scale, args.on_nonfinite, observe)
+        return {"cond_fn": tally.stopwatch.wrap(gradient)}
     return {}
 
 
-def build_guidance(args, device, tally):
+def build_guidance(args, device, observe):
     classifier = load_classifier(
         args.classifier_type,
         args.classifier_path or None,
@@ -218,10 +242,6 @@ def build_guidance(args, device, tally):
     ).to(device)
     if args.classifier_use_fp16 and device.type != "cpu":
         classifier.half()
-
-    def count_skipped(step, gradient, bad):
-        tally.skipped += int(bad.sum())
-
     guidance = ClassifierGuidance(
         classifier,
         joint_temperature=args.joint_temperature,
@@ -229,7 +249,7 @@ def build_guidance(args, device, tally):
         classifier_scale=args.classifier_scale,
         gamma_factor=args.gamma_factor,
         on_nonfinite=args.on_nonfinite,
-        observe=count_skipped if args.on_nonfinite == "skip" else None,
+        observe=observe,
     )
     return within_interval(guidance, *parse_interval(args.guidance_interval)) if args.guidance_interval else guidance
 
@@ -237,7 +257,8 @@ def build_guidance(args, device, tally):
 def build_noisy_classifier(args, device):
     half = args.classifier_use_fp16 and device.type != "cpu"
     flags = {**args_to_dict(args, classifier_defaults().keys()), "classifier_use_fp16": half}
-    classifier = create_classifier(**flags, num_classes=args.num_classes)
+    with torch.device("meta"):
+        classifier = create_classifier(**flags, num_classes=args.num_classes)
     load_into(classifier, load_state_dict(args.classifier_path), args.classifier_path)
     classifier.to(device).eval().requires_grad_(False)
     if half:
@@ -253,23 +274,36 @@ def parse_interval(text):
     return low, high
 
 
-def open_store(args, folder):
+def open_store(args, folder, device):
     """Open the output folder on rank 0 first; the others then find the same settings in it."""
-    settings = {key: value for key, value in vars(args).items() if key not in (*PLACE_FLAGS, *TRAINING_FLAGS, "given")}
-    weights = {"model": args.model_path, "classifier": args.classifier_path}
-    if args.classifier_type:
-        weights["classifier"] = weights_path(args.classifier_type, args.classifier_path or None)
-        weights["classifier_code"] = args.classifier_type.rpartition(":")[0]
-    settings["sha256"] = {name: sha256(path) for name, path in weights.items() if path}
     # Standard JSON has no infinity.
-    settings = {key: "inf" if value == float("inf") else value for key, value in settings.items()}
-    settings["versions"] = {"elucd": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
+    flags = {key: "inf" if value == float("inf") else value for key, value in vars(args).items() if key != "given"}
+    files = {"model": args.model_path, "classifier": args.classifier_path, "labels": labels_file(args.labels)}
+    if args.classifier_type:
+        files["classifier"] = weights_path(args.classifier_type, args.classifier_path or None)
+        files["classifier_code"] = args.classifier_type.rpartition(":")[0]
+    hashes = {name: sha256(path) for name, path in files.items() if path}
+    by_hash = {"classifier_path"} if "classifier" in hashes else set()
+    settings = {key: value for key, value in flags.items() if key not in {*PLACE_FLAGS, *TRAINING_FLAGS, *by_hash}}
+    settings |= {"sha256": hashes, "versions": versions()}
+    others = {key: value for key, value in flags.items() if key not in settings}
+    record = {"not_compared": {**others, "device": device_name(device)}}
     if dist.get_rank() == 0:
         if args.overwrite:
             SampleStore.clear(folder)
-        SampleStore(folder, settings, args.num_samples, args.batch_size)
+        SampleStore(folder, settings, args.num_samples, args.batch_size, record)
     dist.barrier()
     return SampleStore(folder, settings, args.num_samples, args.batch_size)
+
+
+def versions():
+    """What can change the numbers, by name."""
+    modules = {"torch": torch, "torchvision": torchvision, "numpy": numpy}
+    return {"elucd": __version__, **{name: str(module.__version__) for name, module in modules.items()}}
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
 
 
 def _names(flags):
@@ -277,4 +311,4 @@ def _names(flags):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, resumable=True)

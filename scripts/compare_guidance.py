@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from classifiers.registry import find_classifier, load_classifier
 from guided_diffusion.cli import Parser, parse_numbers, run_main
 from guided_diffusion.presets import PRESETS
-from guided_diffusion.sample_store import read_run, save_grid
+from guided_diffusion.sample_store import read_run, read_samples, renamed_when_complete, save_grid, write_json
 
 NETWORKS = {"class-conditional": "False", "unconditional": "True"}
 GUIDANCE = {"unguided": ["--classifier_scale", "0"], "guided": []}
@@ -79,7 +79,7 @@ def compare(folders, judge_name):
 
 def judge(folder, name):
     """What the judge and the clock say of one run: hit is the share of samples in the wanted class, log_prob its mean in nats."""
-    images, labels = load_samples(folder)
+    images, labels = read_samples(folder)
     run = read_run(folder)
     classifier = load_classifier(name, num_classes=run["settings"]["num_classes"], image_size=images.shape[1])
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -95,16 +95,11 @@ def judge(folder, name):
     }
 
 
-def load_samples(folder):
-    with np.load(next(folder.glob("samples_*.npz")), allow_pickle=False) as file:
-        return file["arr_0"], file["arr_1"]
-
-
 def draw(path, folders, columns=20):
     """One row per run, the same samples in each: the first two of every class, or as many as there are."""
     groups, titles = [], []
     for (network, mode), folder in folders.items():
-        images, labels = load_samples(folder)
+        images, labels = read_samples(folder)
         rank = np.array([np.sum(labels[:i] == label) for i, label in enumerate(labels)])
         first = np.lexsort((labels, rank))[:columns]
         groups.append(images[first[np.argsort(labels[first], kind="stable")]])
@@ -124,4 +119,4 @@ def print_table(rows):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, resumable=True)

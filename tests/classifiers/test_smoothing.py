@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from classifiers import load_classifier
-from classifiers.smoothing import smooth_relus
+from classifiers.smoothing import SmoothFunctionalRelus, smooth_relus
 
 BETA = 3.0
 
@@ -218,6 +218,24 @@ def test_other_functional_kinks_are_refused_by_name(monkeypatch, tmp_path, name,
     # "and a module": half smooth. Alone: there is nothing to smooth, as the message for networks without ReLU says.
     with pytest.raises(ValueError, match=f"({name if module else ''}).*softplus_beta inf"):
         load(monkeypatch, tmp_path, Functional(getattr(F, name), module))
+
+
+@pytest.mark.parametrize(
+    ("clamp", "kinked"),
+    [
+        (lambda x: x.clamp(min=0), {"clamp"}),
+        (lambda x: torch.clamp(x, 0), {"clamp"}),
+        (lambda x: x.clamp_(min=0.0), {"clamp_"}),
+        (lambda x: x.clamp_min(0), {"clamp_min"}),
+        (lambda x: x.clamp(-1, 1), set()),
+        (lambda x: x.clamp(max=0), set()),
+        (lambda x: x.clamp(min=1e-6), set()),
+    ],
+)
+def test_a_relu_written_as_a_clamp_is_seen(clamp, kinked):
+    with SmoothFunctionalRelus(BETA) as functional:
+        clamp(torch.zeros(2))
+    assert functional.kinked == kinked
 
 
 @pytest.mark.parametrize("name", ["densenet121", "googlenet"])

@@ -59,7 +59,7 @@ def call(main, flags):
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             logger.configure(_LOG_DIR.name)
-            run_main(main)
+            run_main(main, resumable=True)
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 1
         if isinstance(exit.code, str):

@@ -28,6 +28,7 @@ from helpers import (
 
 from guided_diffusion.checkpoints import PRETRAINED_DIR, load_state_dict
 from guided_diffusion.presets import PRESETS
+from guided_diffusion.sample_store import locked
 
 script = load_script("classifier_sample")
 DIGITS_UNET = PRETRAINED_DIR / "digits/unet.safetensors"
@@ -304,13 +305,33 @@ def test_nonfinite_gradient_of_a_noisy_classifier_stops_and_names_step_and_sampl
     assert list((tmp_path / "out").glob("samples_*.npz")) == []
 
 
+def test_an_infinity_of_the_network_does_not_become_a_black_image(tmp_path):
+    """The clamp would turn it into a finite pixel."""
+    state = load_state_dict(DIGITS_UNET)
+    state["out.2.bias"][0] = float("inf")
+    torch.save(state, tmp_path / "unet.pt")
+    refused([*QUICK, "--model_path", tmp_path / "unet.pt", "--out", tmp_path / "out"], "the network answered", "step 4", "sample 0, 1")
+    assert list((tmp_path / "out").glob("samples_*.npz")) == []
+
+
+def test_skipped_guidance_of_a_noisy_classifier_is_counted(tmp_path):
+    unet, classifier = save_unet(tmp_path / "unet.pt", TINY_64), make_noisy_classifier()
+    state = load_state_dict(save_random(tmp_path / "sound.pt", classifier))
+    state["out.2.c_proj.bias"][3] = float("nan")
+    torch.save(state, tmp_path / "noisy.pt")
+    flags = ["--model_path", unet, "--classifier_path", tmp_path / "noisy.pt", *flags_of({**TINY_64, **TINY_NOISY})]
+    flags += ["--num_samples", 2, "--timestep_respacing", 2, "--on_nonfinite", "skip", "--out", tmp_path / "out"]
+    assert call(script.main, flags).code == 0
+    assert json.loads((tmp_path / "out/run.json").read_text())["totals"]["skipped_guidance"] == 2 * 2
+
+
 def test_nonfinite_network_stops_and_names_the_samples(tmp_path):
     state = load_state_dict(DIGITS_UNET)
     # The embedding of one class: with one sample of each, only one is spoilt.
     state["label_emb.weight"][7] = float("nan")
     torch.save(state, tmp_path / "unet.pt")
     flags = [*QUICK, "--model_path", tmp_path / "unet.pt", "--classifier_scale", 0, "--fix_class", "True", "--fix_class_index", 7]
-    refused([*flags, "--num_samples", 1, "--out", tmp_path / "out"], "non-finite", "sample")
+    refused([*flags, "--num_samples", 1, "--out", tmp_path / "out"], "the network answered NaN or infinity", "step 4", "sample 0")
     assert list((tmp_path / "out").glob("samples_*.npz")) == []
 
 
@@ -331,7 +352,7 @@ def test_unwritable_output_folder(tmp_path, flag, place):
     ("flags", "fragments"),
     [
         (["--seed", 1], ["seed 0 -> 1"]),
-        (["--classifier_scale", 2, "--num_samples", 6], ["classifier_scale 4.0 -> 2.0", "num_samples 4 -> 6"]),
+        (["--classifier_scale", 3, "--num_samples", 6], [f"classifier_scale {PRESETS['digits']['classifier_scale']} -> 3.0", "num_samples 4 -> 6"]),
         (["--batch_size", 3], ["batch_size 2 -> 3"]),
         (["--labels", "3"], ["labels 'balanced' -> '3'"]),
         (["--classifier_type", "digits_judge"], ["classifier_type 'digits_guide' -> 'digits_judge'"]),
@@ -446,6 +467,21 @@ def test_flags_that_do_not_parse(finished, flags, fragments):
 )
 def test_values_that_mean_nothing(finished, flags, fragments):
     refused_at_once(finished, flags, *fragments)
+
+
+@pytest.mark.parametrize("flag", ["classifier_scale", "joint_temperature", "margin_temperature_discount", "gamma_factor"])
+def test_infinity(finished, flag):
+    refused_at_once(finished, [f"--{flag}", "inf"], f"--{flag} must be finite, got inf")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_is_none(finished, seed):
+    refused_at_once(finished, ["--seed", seed], f"--seed must be from 0 to 2**63 - 1, got {seed}")
+
+
+def test_a_folder_that_another_run_is_writing_into(finished):
+    with locked(finished):
+        refused_at_once(finished, [], f"another run is writing into {finished}", "--out")
 
 
 @pytest.mark.parametrize("flag", ["classifier_scale", "joint_temperature", "margin_temperature_discount", "gamma_factor"])

@@ -108,7 +108,9 @@ def test_the_grid_shows_the_images(guided):
 def test_the_manifest_holds_settings_hashes_versions_and_totals(guided):
     run = json.loads((guided / "run.json").read_text())
     expected = {**PRESETS["digits"], "num_samples": 4, "timestep_respacing": "5", "seed": 0}
-    assert {key: run["settings"][key] for key in expected} == expected
+    recorded = {**run["settings"], **run["not_compared"]}
+    assert {key: recorded[key] for key in expected} == expected
+    assert recorded["device"].startswith("cpu") and recorded["out"] == str(guided)
     digits = PRETRAINED_DIR / "digits"
     assert run["settings"]["sha256"] == {
         "model": sha256(digits / "unet.safetensors"),

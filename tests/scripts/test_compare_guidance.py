@@ -71,7 +71,7 @@ def test_the_rows_start_from_the_same_noise_and_labels_and_the_flags_go_on(tmp_p
     runs = [json.loads((tmp_path / "seed0" / f"{n}-{m}" / "run.json").read_text())["settings"] for n, m in ROWS]
     varied = {key for key in runs[0] if len({str(run[key]) for run in runs}) > 1}
     assert varied == {"unconditional", "classifier_scale"}
-    assert [(run["unconditional"], run["classifier_scale"]) for run in runs] == [(False, 0), (False, 4), (True, 0), (True, 4)]
+    assert [(run["unconditional"], run["classifier_scale"]) for run in runs] == [(False, 0), (False, 2), (True, 0), (True, 2)]
     assert (runs[0]["gamma_factor"], runs[0]["num_samples"], runs[0]["seed"]) == (0.1, 10, 0)
     labels = [load_samples(tmp_path / "seed0" / f"{n}-{m}")[1].tolist() for n, m in ROWS]
     assert labels == [labels[0]] * 4 and set(labels[0]) == {2, 7}
