@@ -6,17 +6,24 @@
 # All other flags go on to scripts/compare_guidance.py (digits) or scripts/classifier_sample.py.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+weights=$here/pretrained_models
 python=${PYTHON:-python}
 
+for flag in "$@"; do
+    if [[ $flag == --preset || $flag == --preset=* ]]; then
+        echo "error: write the preset's name first, without --preset: ./guided_sample.sh imagenet128-resnet50 ..." >&2
+        exit 2
+    fi
+done
 if [[ $# -gt 0 && $1 != -* ]]; then
     preset=$1
     shift
-elif [[ -e $here/pretrained_models/128x128_diffusion.pt ]]; then
+elif [[ -e $weights/128x128_diffusion.pt && (-e $weights/resnet101-cd907fc2.pth || -e $weights/resnet101_weight_V2.pth) ]]; then
     preset=imagenet128-resnet101
-    echo "preset: $preset (found pretrained_models/128x128_diffusion.pt)" >&2
+    echo "preset: $preset (its files are in pretrained_models)" >&2
 else
     preset=digits
-    echo "preset: digits (no pretrained_models/128x128_diffusion.pt; for ImageNet see python scripts/download.py --list)" >&2
+    echo "preset: digits (the ImageNet files are not in pretrained_models; python scripts/download.py imagenet128-resnet101 fetches them)" >&2
 fi
 
 case $preset in

@@ -12,7 +12,7 @@ setup(
         "torchvision>=0.21",
         "numpy",
         "scipy",
-        "pillow",
+        "pillow>=10.1",
         "tqdm",
         "pytorch-fid",
         "safetensors",

@@ -32,7 +32,7 @@ _FUNCTIONAL_KINKED = (
     F.hardshrink,
     F.softshrink,
     F.threshold,
-    F.threshold_,
+    torch.threshold_,
 )
 _CLAMPS = (torch.clamp, torch.clamp_, torch.Tensor.clamp, torch.Tensor.clamp_)
 _LOWER_CLAMPS = (torch.clamp_min, torch.clamp_min_, torch.Tensor.clamp_min, torch.Tensor.clamp_min_)

@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 from guided_diffusion import checkpoints
 
-
 # A rank that is done waits for the slowest one, which may take hours; torchrun ends all of them when one fails.
 _TIMEOUT = timedelta(days=30)
 

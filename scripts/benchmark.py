@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py --preset imagenet128-resnet101
 
-Weights are random where the preset's files are absent: speed does not depend on them. On a CPU the network's rate is set against that
+Weights are random where the preset's files are absent: the time of a step does not depend on them. On a CPU the network's rate is set against that
 of one plain convolution, and bfloat16 against float32, all in one run. On CUDA it reports images per second over batch sizes.
 Run it with nothing else on the machine; the lines it prints are meant for docs/benchmarks.md.
 """
@@ -22,6 +22,7 @@ from guided_diffusion.checkpoints import load_into, load_state_dict
 from guided_diffusion.cli import Parser, parse_flags, parse_numbers, run_main
 from guided_diffusion.guidance import ClassifierGuidance
 from guided_diffusion.presets import PRESETS
+from guided_diffusion.random_state import SampleNoise
 from guided_diffusion.script_util import create_from_flags
 from guided_diffusion.stopwatch import Stopwatch
 
@@ -31,6 +32,7 @@ BATCH = 4  # of the CPU figures; memory is measured at batch 1
 def main():
     args = parse_flags(create_argparser(), None, PRESETS)
     device = dist_util.choose_device(args.device)
+    refuse_contradictions(args, device)
     print(f"machine: {machine(device)}")
     step = GuidedStep(args, device)
     print(f"preset {args.preset}: {step.weights} weights, {step.gflop(1):.1f} GFLOP per image and forward pass of the network")
@@ -51,6 +53,14 @@ def create_argparser():
     return parser
 
 
+def refuse_contradictions(args, device):
+    for flag in ("compile", "batch_sizes"):
+        if device.type == "cpu" and flag in args.given:
+            raise ValueError(f"--{flag} is for CUDA, and this runs on the CPU: drop it")
+    if args.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
+
+
 class GuidedStep:
     """One ancestral step of a preset with guidance, and how long its parts took; float32 until `halve` is called."""
 
@@ -60,8 +70,9 @@ class GuidedStep:
         if "classifier_type" not in flags:
             raise ValueError(f"preset {args.preset} has no off-the-shelf classifier; choose one that has, such as imagenet128-resnet101")
         classes = flags.get("num_classes", 1000)
-        self.model, self.diffusion = create_from_flags(flags)
         self.weights = "trained" if Path(flags["model_path"]).is_file() else "random"
+        with torch.device("meta" if self.weights == "trained" else "cpu"):
+            self.model, self.diffusion = create_from_flags(flags)
         if self.weights == "trained":
             load_into(self.model, load_state_dict(flags["model_path"]), flags["model_path"])
         self.device = device
@@ -78,7 +89,7 @@ class GuidedStep:
             classifier_scale=flags["classifier_scale"],
             gamma_factor=flags["gamma_factor"],
         )
-        self.network = torch.compile(self.model) if args.compile and device.type == "cuda" else self.model
+        self.network = torch.compile(self.model, dynamic=False) if args.compile else self.model
 
     def halve(self):
         self.model.convert_to_fp16()
@@ -92,13 +103,18 @@ class GuidedStep:
         return counter.get_total_flops() / 1e9
 
     def time(self, batch_size, repeats):
-        """Return the median seconds of the whole step, of the network, of guidance and of the rest."""
+        """Return the median seconds of the whole step, of the network, of guidance and of the rest, the noise among it."""
         x, t, y = self._inputs(batch_size)
+        draw = SampleNoise(0, range(batch_size))
         rows = []
         for _ in range(repeats + 1):
             whole, network, guidance = (Stopwatch(self.device) for _ in range(3))
-            step = whole.wrap(self.diffusion.p_sample)
-            step(network.wrap(self.network), x, t, model_kwargs={"y": y}, guidance=guidance.wrap(self.guidance))
+            model, rule = network.wrap(self.network), guidance.wrap(self.guidance)
+
+            def step(model=model, rule=rule):
+                self.diffusion.p_sample(model, x, t, model_kwargs={"y": y}, guidance=rule, noise=draw(x))
+
+            whole.wrap(step)()
             rest = whole.seconds - network.seconds - guidance.seconds
             rows.append((whole.seconds, network.seconds, guidance.seconds, rest))
         return tuple(statistics.median(column) for column in zip(*rows[1:], strict=True))

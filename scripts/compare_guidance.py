@@ -6,10 +6,8 @@ Every flag that is not listed here goes on to scripts/classifier_sample.py, whic
 judge is a classifier of another architecture and seed than the guide. Writes comparison.json and comparison.png beside the runs.
 """
 
-import json
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +17,13 @@ import torch.nn.functional as F
 from classifiers.registry import find_classifier, load_classifier
 from guided_diffusion.cli import Parser, parse_numbers, run_main
 from guided_diffusion.presets import PRESETS
-from guided_diffusion.sample_store import read_run, read_samples, renamed_when_complete, save_grid, write_json
+from guided_diffusion.sample_store import read_run, read_samples, save_grid, write_json
 
 NETWORKS = {"class-conditional": "False", "unconditional": "True"}
 GUIDANCE = {"unguided": ["--classifier_scale", "0"], "guided": []}
+# Reads one flag out of those that go on.
+_GUIDE = Parser(add_help=False)
+_GUIDE.add_argument("--classifier_type")
 
 
 def main():
@@ -43,7 +44,7 @@ def main():
                 sample(["--preset", args.preset, "--unconditional", unconditional, *flags, *extra, "--seed", str(seed), "--out", str(out)])
                 runs.setdefault((network, mode), []).append(out)
     rows = [{"network": n, "guidance": g, **compare(outs, args.judge)} for (n, g), outs in runs.items()]
-    (folder / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write_json(folder / "comparison.json", rows)
     draw(folder / "comparison.png", {key: outs[0] for key, outs in runs.items()})
     print_table(rows)
     print(f"pictures from the same noise: {folder / 'comparison.png'}")
@@ -57,8 +58,11 @@ def refuse_overrides(args, flags):
     ):
         if any(f == flag or f.startswith(f"{flag}=") for f in flags):
             raise ValueError(f"{flag} {why}")
-    guides = [*(b for a, b in pairwise(flags) if a == "--classifier_type"), PRESETS.get(args.preset, {}).get("classifier_type")]
-    if args.judge in guides[:1]:
+    usable = [name for name, values in PRESETS.items() if values.get("null_class")]
+    if args.preset not in usable:
+        raise ValueError(f"--preset {args.preset} has no network with a null class, to sample unconditionally; choose {', '.join(usable)}")
+    written, _ = _GUIDE.parse_known_args(flags)
+    if args.judge == (written.classifier_type or PRESETS[args.preset].get("classifier_type")):
         raise ValueError(f"--judge {args.judge} is the guide itself; choose another classifier, of another architecture")
     find_classifier(args.judge)
 
@@ -71,10 +75,10 @@ def sample(flags):
 
 
 def compare(folders, judge_name):
-    """Means and standard deviations over the runs of one row."""
+    """Means and sample standard deviations over the runs of one row."""
     measured = [judge(folder, judge_name) for folder in folders]
     rows = {key: [m[key] for m in measured] for key in measured[0]}
-    return {key: {"mean": float(np.mean(v)), "std": float(np.std(v)), "runs": v} for key, v in rows.items()}
+    return {key: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)) if len(v) > 1 else None, "runs": v} for key, v in rows.items()}
 
 
 def judge(folder, name):

@@ -1,4 +1,4 @@
-"""Train the networks of the `digits` presets on scikit-learn's 1,797 handwritten digits, and write them with a record of the training.
+"""Train the networks of the `digits` preset on scikit-learn's 1,797 handwritten digits, and write them with a record of the training.
 
     pip install -e ".[train]" && python scripts/train_digits.py
 
@@ -15,15 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import trange
 
 from classifiers.registry import DIGITS
 from guided_diffusion.checkpoints import PRETRAINED_DIR
-from guided_diffusion.cli import Parser
+from guided_diffusion.cli import Parser, run_main
 from guided_diffusion.presets import PRESETS
+from guided_diffusion.sample_store import renamed_when_complete, write_json
 from guided_diffusion.script_util import create_from_flags
 
 NUM_CLASSES = 10
@@ -50,10 +51,11 @@ def main():
     for name in [args.only] if args.only else jobs:
         start = time.time()
         state_dict, figures = jobs[name]()
-        save_file({k: v.contiguous() for k, v in state_dict.items()}, args.out / f"{name}.safetensors")
+        with renamed_when_complete(args.out / f"{name}.safetensors") as file:
+            file.write(save({k: v.contiguous() for k, v in state_dict.items()}))
         record[name] = {**figures, "seconds": round(time.time() - start), "torch": torch.__version__, "machine": platform.machine()}
         print(name, json.dumps(record[name]))
-        record_file.write_text(json.dumps(record, indent=2) + "\n")
+        write_json(record_file, record)
 
 
 def digits():
@@ -95,7 +97,7 @@ def train_unet(train, iterations, seed, batch_size=64, learning_rate=1e-3, ema_r
 
 
 def train_classifier(name, train, test, iterations, seed, batch_size=64, learning_rate=2e-3):
-    """Return the weights, rounded to float16, and loss and accuracy; shifts by up to one pixel are the only augmentation."""
+    """Return the weights, rounded to float16, and loss and accuracy; shifts by up to one pixel, one for each batch, are the only augmentation."""
     torch.manual_seed(seed)
     model = DIGITS[name].build(NUM_CLASSES).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
@@ -122,4 +124,4 @@ def train_classifier(name, train, test, iterations, seed, batch_size=64, learnin
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

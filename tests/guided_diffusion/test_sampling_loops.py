@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType, NonFiniteOutputError
 from guided_diffusion.guidance import ClassifierGuidance
 from guided_diffusion.schedules import get_named_beta_schedule, space_timesteps
 
@@ -83,6 +83,33 @@ def test_no_guidance_and_scale_zero_are_the_unguided_sampler_bit_for_bit(loop, v
     assert torch.equal(run(loop, diffusion, guidance=None, **options), plain)
     assert torch.equal(run(loop, diffusion, guidance=off, **options), plain)
     assert not torch.equal(run(loop, diffusion, guidance=on, **options), plain)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_guidance_shifts_the_last_step_too(loop):
+    def last_step_alone(x, y, step):
+        return torch.full_like(x, 0.25 if step.index == 0 else 0.0)
+
+    options = {"model_kwargs": {"y": Y}}
+    shifted = run(loop, make_diffusion(), guidance=last_step_alone, **options)
+    torch.testing.assert_close(shifted, run(loop, make_diffusion(), **options) + 0.25)
+
+
+def test_half_precision_images_are_not_sampled_with_half_precision_tables():
+    diffusion, x = make_diffusion(), draws(*SHAPE, dtype=torch.float32)
+    t = torch.zeros(len(x), dtype=torch.int64)
+    torch.testing.assert_close(diffusion.q_sample(x.half(), t, x.half()), diffusion.q_sample(x.half().float(), t, x.half().float()))
+
+
+def test_a_network_that_answers_infinity_is_named_before_the_clamp_hides_it():
+    def model(x, t, **_):
+        output = tanh_model(x, t)
+        output[1, 0, 0, 0] = float("inf")
+        return output
+
+    with pytest.raises(NonFiniteOutputError) as caught:
+        run("p_sample_loop", make_diffusion(steps=8), model)
+    assert (caught.value.step_index, caught.value.positions) == (7, [1])
 
 
 # Noise

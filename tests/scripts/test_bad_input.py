@@ -352,7 +352,10 @@ def test_unwritable_output_folder(tmp_path, flag, place):
     ("flags", "fragments"),
     [
         (["--seed", 1], ["seed 0 -> 1"]),
-        (["--classifier_scale", 3, "--num_samples", 6], [f"classifier_scale {PRESETS['digits']['classifier_scale']} -> 3.0", "num_samples 4 -> 6"]),
+        (
+            ["--classifier_scale", 3, "--num_samples", 6],
+            [f"classifier_scale {PRESETS['digits']['classifier_scale']} -> 3.0", "num_samples 4 -> 6"],
+        ),
         (["--batch_size", 3], ["batch_size 2 -> 3"]),
         (["--labels", "3"], ["labels 'balanced' -> '3'"]),
         (["--classifier_type", "digits_judge"], ["classifier_type 'digits_guide' -> 'digits_judge'"]),

@@ -3,6 +3,7 @@
 import json
 import re
 
+import pytest
 import torch
 from helpers import call, load_script
 
@@ -27,6 +28,19 @@ def test_the_benchmark_prints_the_four_figures():
 def test_the_benchmark_needs_an_off_the_shelf_classifier():
     result = call(load_script("benchmark").main, ["--preset", "imagenet128-unguided", "--device", "cpu"])
     assert result.code == 1 and "imagenet128-unguided has no off-the-shelf classifier" in result.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--compile"], "error: --compile is for CUDA, and this runs on the CPU: drop it"),
+        (["--batch_sizes", "1,2"], "error: --batch_sizes is for CUDA, and this runs on the CPU: drop it"),
+        (["--repeats", "0"], "error: --repeats must be at least 1, got 0"),
+    ],
+)
+def test_the_benchmark_refuses_flags_that_mean_nothing(flags, message):
+    result = call(load_script("benchmark").main, ["--preset", "digits", "--device", "cpu", *flags])
+    assert (result.code, result.err.strip()) == (1, message)
 
 
 def test_training_writes_networks_that_load_and_a_record(tmp_path):

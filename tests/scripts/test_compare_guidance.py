@@ -19,6 +19,7 @@ ROWS = [
     ("unconditional", "unguided"),
     ("unconditional", "guided"),
 ]
+NO_NULL_CLASS = "has no network with a null class, to sample unconditionally; choose digits"
 FLAGS = ["--num_samples", "10", "--timestep_respacing", "3"]
 
 
@@ -50,7 +51,7 @@ def test_two_seeds_make_four_rows(tmp_path, children):
             runs = row[key]["runs"]
             assert len(runs) == 2
             assert row[key]["mean"] == pytest.approx(np.mean(runs))
-            assert row[key]["std"] == pytest.approx(np.std(runs))
+            assert row[key]["std"] == pytest.approx(np.std(runs, ddof=1))
         assert all(10 * hit == pytest.approx(round(10 * hit)) and 0 <= hit <= 1 for hit in row["hit"]["runs"])
         assert max(row["log_prob"]["runs"]) < 0 < min(row["seconds_per_image"]["runs"])
         assert row["guidance_share"]["mean"] < 0.05 if row["guidance"] == "unguided" else 0.05 < row["guidance_share"]["mean"] < 1
@@ -98,7 +99,8 @@ def test_the_guides_share_of_hits_is_counted_by_the_judge(tmp_path, children):
     [
         (["--labels", "10"], 1, None),
         (["--num_sampl", "3"], 2, None),
-        (["--preset", "digit"], 2, None),
+        (["--preset", "digit"], 1, f"error: --preset digit {NO_NULL_CLASS}"),
+        (["--preset", "imagenet128-resnet50"], 1, f"error: --preset imagenet128-resnet50 {NO_NULL_CLASS}"),
         (["--seed", "3"], 1, "error: --seed would give every run the same seed: use --seeds"),
         (["--seed=3"], 1, "error: --seed would give every run the same seed: use --seeds"),
         (["--seeds", "3-"], 1, "error: --seeds '3-' is not understood at '3-'; write numbers and ranges such as 1,2,5-10"),
@@ -121,9 +123,17 @@ def test_the_flags_that_tell_the_rows_apart_cannot_be_overridden(tmp_path, child
     assert result.err.strip().splitlines()[-1].startswith("error: ") and "--unconditional" in result.err
 
 
-@pytest.mark.parametrize(("judge", "fragments"), [("digits_guide", ["digits_guide", "guide"]), ("nobody", ["unknown classifier 'nobody'"])])
-def test_a_judge_that_cannot_be_is_refused_before_minutes_of_sampling(tmp_path, children, judge, fragments):
-    result = call(compare.main, [*FLAGS, "--out", tmp_path, "--judge", judge])
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        (["--judge", "digits_guide"], ["digits_guide", "guide"]),
+        (["--classifier_type=digits_judge"], ["digits_judge", "guide"]),
+        (["--classifier_type", "resnet18", "--classifier_type", "digits_judge"], ["digits_judge", "guide"]),
+        (["--judge", "nobody"], ["unknown classifier 'nobody'"]),
+    ],
+)
+def test_a_judge_that_cannot_be_is_refused_before_minutes_of_sampling(tmp_path, children, flags, fragments):
+    result = call(compare.main, [*FLAGS, "--out", tmp_path, *flags])
     assert result.code == 1
     assert [fragment for fragment in fragments if fragment not in result.err] == []
     assert children == []
@@ -146,15 +156,25 @@ def shell(tmp_path):
 def test_the_default_is_digits_while_the_imagenet_files_are_absent(tmp_path, shell):
     result = shell("--seeds", "0-2")
     assert result.stdout.split() == [str(tmp_path / "scripts/compare_guidance.py"), "--preset", "digits", "--seeds", "0-2"]
-    assert "preset: digits" in result.stderr and "128x128_diffusion.pt" in result.stderr
+    assert "preset: digits" in result.stderr and "scripts/download.py imagenet128-resnet101" in result.stderr
 
 
-def test_the_default_is_imagenet_when_its_files_are_there(tmp_path, shell):
+@pytest.mark.parametrize("classifier", ["resnet101-cd907fc2.pth", "resnet101_weight_V2.pth"])
+def test_the_default_is_imagenet_when_its_files_are_there(tmp_path, shell, classifier):
     (tmp_path / "pretrained_models").mkdir()
     (tmp_path / "pretrained_models/128x128_diffusion.pt").touch()
+    assert "preset: digits" in shell().stderr  # the classifier is not
+    (tmp_path / "pretrained_models" / classifier).touch()
     result = shell()
     assert result.stdout.split() == [str(tmp_path / "scripts/classifier_sample.py"), "--preset", "imagenet128-resnet101"]
     assert "preset: imagenet128-resnet101" in result.stderr
+
+
+@pytest.mark.parametrize("words", [["--preset", "digits"], ["--seed", "1", "--preset=digits"]])
+def test_a_preset_that_is_written_as_a_flag_is_refused(shell, words):
+    result = shell(*words)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: write the preset's name first") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -177,7 +197,7 @@ def run_shell(folder, *words):
 def test_guided_sample_ends_with_a_table_and_a_picture(tmp_path):
     result = run_shell(tmp_path, "--num_samples", "10", "--timestep_respacing", "2")
     assert result.returncode == 0, result.stderr
-    assert result.stderr.startswith("preset: digits (no pretrained_models/128x128_diffusion.pt")
+    assert result.stderr.startswith("preset: digits (the ImageNet files are not in pretrained_models")
     assert "step/s" in result.stderr
     assert [line.split()[:2] for line in result.stdout.splitlines()[-5:-1]] == [list(row) for row in ROWS]
     assert result.stdout.splitlines()[-1].endswith("results/digits/comparison.png")
