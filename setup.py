@@ -1,8 +1,13 @@
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+INIT = Path(__file__).with_name("guided_diffusion") / "__init__.py"
 
 setup(
     name="elucd",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.*)"', INIT.read_text())[1],
     description="Off-the-shelf classifier guidance for diffusion models, with an honest account of how good the result is",
     license="MIT",
     python_requires=">=3.10",
@@ -20,6 +25,6 @@ setup(
     extras_require={
         "test": ["pytest", "scikit-learn"],
         "train": ["scikit-learn"],
-        "dev": ["pytest", "scikit-learn", "ruff", "mypy"],
+        "dev": ["pytest", "scikit-learn", "ruff==0.17.*", "mypy==2.*"],
     },
 )

@@ -26,12 +26,9 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        known = path.name in _published()
-        hint = (
-            f"fetch it with `python scripts/download.py {path.name}`"
-            if known
-            else "`python scripts/download.py --list` names the published"
-        )
+        hint = "see `python scripts/download.py --list`"
+        if path.name in _published():
+            hint = f"fetch it with `python scripts/download.py {path.name}`"
         raise FileNotFoundError(f"no checkpoint at {path}; {hint}")
     if path.suffix not in (".pt", ".pth", ".safetensors"):
         raise ValueError(f"cannot read {path}: the ending must be .pt, .pth or .safetensors")

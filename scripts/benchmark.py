@@ -2,8 +2,8 @@
 
     python scripts/benchmark.py --preset imagenet128-resnet101
 
-Weights are random where the preset's files are absent: the time of a step does not depend on them. On a CPU the network's rate is set against that
-of one plain convolution, and bfloat16 against float32, all in one run. On CUDA it reports images per second over batch sizes.
+Weights are random where the preset's files are absent: the time of a step does not depend on them. On a CPU the network's rate is set
+against that of one plain convolution, and bfloat16 against float32, all in one run. On CUDA it reports images per second over batch sizes.
 Run it with nothing else on the machine; the lines it prints are meant for docs/benchmarks.md.
 """
 
@@ -76,7 +76,7 @@ class GuidedStep:
         if self.weights == "trained":
             load_into(self.model, load_state_dict(flags["model_path"]), flags["model_path"])
         self.device = device
-        self.model.to(device).eval().convert_to_fp32()
+        self.model.to(device, memory_format=torch.channels_last).eval().convert_to_fp32()
         self.classifier = load_classifier(
             flags["classifier_type"],
             "random" if self.weights == "random" else weights_path(flags["classifier_type"], None),

@@ -202,7 +202,8 @@ def build_model(args, device):
     with torch.device("meta"):
         model, diffusion = create_from_flags(vars(args))
     load_into(model, load_state_dict(args.model_path), args.model_path)
-    model.to(device).eval()
+    # The file's tensors took the place of the network's own, and with it their memory format.
+    model.to(device, memory_format=torch.channels_last).eval()
     if args.use_fp16:
         model.convert_to_fp16()
 
@@ -260,7 +261,7 @@ def build_noisy_classifier(args, device):
     with torch.device("meta"):
         classifier = create_classifier(**flags, num_classes=args.num_classes)
     load_into(classifier, load_state_dict(args.classifier_path), args.classifier_path)
-    classifier.to(device).eval().requires_grad_(False)
+    classifier.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if half:
         classifier.convert_to_fp16()
     return classifier

@@ -97,7 +97,7 @@ def train_unet(train, iterations, seed, batch_size=64, learning_rate=1e-3, ema_r
 
 
 def train_classifier(name, train, test, iterations, seed, batch_size=64, learning_rate=2e-3):
-    """Return the weights, rounded to float16, and loss and accuracy; shifts by up to one pixel, one for each batch, are the only augmentation."""
+    """Return the weights, rounded to float16, and loss and accuracy. The only augmentation: each batch is shifted by up to a pixel."""
     torch.manual_seed(seed)
     model = DIGITS[name].build(NUM_CLASSES).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
