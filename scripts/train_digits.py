@@ -2,14 +2,15 @@
 
     pip install -e ".[train]" && python scripts/train_digits.py
 
-Writes unet.safetensors, guide.safetensors, judge.safetensors and training.json. The digits are cut once, with a fixed seed, into 1,437
-that all networks learn from and 360 that only measure the classifiers.
+Writes unet, guide, judge and features.safetensors and training.json; and the digits themselves, as images, for the evaluation. They are cut
+once, with a fixed seed, into 1,437 that all networks learn from (reference.npz) and 360 that none has seen (held_out.npz).
 """
 
 import copy
 import json
 import platform
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,11 @@ from sklearn.model_selection import train_test_split
 from tqdm import trange
 
 from classifiers.registry import DIGITS
+from evaluation.digits_features import DigitsNetwork
 from guided_diffusion.checkpoints import PRETRAINED_DIR
 from guided_diffusion.cli import Parser, run_main
 from guided_diffusion.presets import PRESETS
-from guided_diffusion.sample_store import renamed_when_complete, write_json
+from guided_diffusion.sample_store import renamed_when_complete, to_uint8, write_json
 from guided_diffusion.script_util import create_from_flags
 
 NUM_CLASSES = 10
@@ -34,7 +36,7 @@ SIZE = 16
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=PRETRAINED_DIR / "digits", help="folder for the files")
-    parser.add_argument("--only", choices=["unet", "guide", "judge"], help="train just this one; the record of the others stays")
+    parser.add_argument("--only", choices=["unet", "guide", "judge", "features"], help="train just this one; the record of the others stays")
     parser.add_argument("--iterations", type=int, default=2500, help="steps of batch 64 for the U-Net")
     parser.add_argument("--classifier_iterations", type=int, default=1500, help="steps of batch 64 for each classifier")
     parser.add_argument("--seed", type=int, default=0)
@@ -43,11 +45,16 @@ def main():
     train, test = digits()
     record_file = args.out / "training.json"
     record = json.loads(record_file.read_text()) if record_file.exists() else {}
+    guide, judge = (partial(DIGITS[name].build, NUM_CLASSES) for name in ("digits_guide", "digits_judge"))
     jobs = {
         "unet": lambda: train_unet(train, args.iterations, args.seed),
-        "guide": lambda: train_classifier("digits_guide", train, test, args.classifier_iterations, args.seed + 1),
-        "judge": lambda: train_classifier("digits_judge", train, test, args.classifier_iterations, args.seed + 2),
+        "guide": lambda: train_classifier(guide, train, test, args.classifier_iterations, args.seed + 1),
+        "judge": lambda: train_classifier(judge, train, test, args.classifier_iterations, args.seed + 2),
+        "features": lambda: train_classifier(DigitsNetwork, train, test, args.classifier_iterations, args.seed + 3),
     }
+    for name, (images, labels) in (("reference", train), ("held_out", test)):
+        with renamed_when_complete(args.out / f"{name}.npz") as file:
+            np.savez_compressed(file, arr_0=to_uint8(images).numpy(), arr_1=labels.numpy())
     for name in [args.only] if args.only else jobs:
         start = time.time()
         state_dict, figures = jobs[name]()
@@ -96,15 +103,15 @@ def train_unet(train, iterations, seed, batch_size=64, learning_rate=1e-3, ema_r
     return averaged.state_dict(), figures
 
 
-def train_classifier(name, train, test, iterations, seed, batch_size=64, learning_rate=2e-3):
+def train_classifier(build, train, test, iterations, seed, batch_size=64, learning_rate=2e-3):
     """Return the weights, rounded to float16, and loss and accuracy. The only augmentation: each batch is shifted by up to a pixel."""
     torch.manual_seed(seed)
-    model = DIGITS[name].build(NUM_CLASSES).to(memory_format=torch.channels_last)
+    model = build().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=iterations)
     images, labels = train
     losses = []
-    for _ in trange(iterations, desc=name):
+    for _ in trange(iterations, desc=f"classifier, seed {seed}"):
         pick = torch.randint(len(images), (batch_size,))
         shift = tuple(torch.randint(-1, 2, (2,)).tolist())
         loss = F.cross_entropy(model(torch.roll(images[pick], shift, dims=(2, 3))), labels[pick])

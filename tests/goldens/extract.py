@@ -3,10 +3,11 @@
     python tests/goldens/extract.py PATH_OF_THE_FULL_SET
 
 The full sets hold outputs of the published implementations on networks whose weights follow a rule
-(`goldens_util.set_golden_weights`). What is kept: the key manifests of the ADM and torchvision networks (set A), ADM
+(`goldens_util.set_golden_weights`). What is kept: the key manifests of the ADM, torchvision and Inception networks (set A), ADM
 U-Net and classifier forwards (B, C), classifier guidance gradients (D), DDPM and DDIM chains (E) and schedule tables
-(E_tables). What is dropped: inputs that are RandomState draws (checked here, drawn again in the tests), and most
-entries of large arrays, of which `goldens_util.thin` keeps a fixed subset. The norms of whole arrays stay in the json.
+(E_tables), the numbers and the manifold radii of the evaluation maths (H), and Inception features (I). What is
+dropped: inputs that are RandomState draws (checked here, drawn again in the tests), and most entries of large arrays,
+of which `goldens_util.thin` keeps a fixed subset. The norms of whole arrays stay in the json.
 The output depends on the input alone, byte for byte.
 """
 
@@ -28,6 +29,7 @@ MANIFESTS = (
     "adm_256_cond",
     "adm_classifier_64",
     "adm_classifier_128",
+    "fid_inception_v3",
     "torchvision_resnet50",
     "torchvision_resnet101",
 )
@@ -123,6 +125,33 @@ def extract_tables(folder):
     write("E_tables", {"refused": sorted(full["cases"]["respace"]["errors"])}, small)
 
 
+def extract_eval_math(folder):
+    full, arrays = read(folder, "H_eval_math")
+    write(
+        "H_eval_math",
+        full["cases"],
+        {key: value for key, value in arrays.items() if key.endswith(("radii_sq_ref_f64", "radii_sq_smp_f64"))},
+    )
+
+
+def extract_inception(folder):
+    full, arrays = read(folder, "I_inception")
+    cases, small = {}, {}
+    for case, configuration in full["cases"].items():
+        cases[case] = select(configuration, "spec", "pool2048_l2_per_image", "torch_fidelity_pool2048_l2_per_image")
+        stored = {key.removeprefix(f"{case}/"): value for key, value in arrays.items() if key.startswith(f"{case}/")}
+        assert np.array_equal(stored.pop("images"), random_bytes(**configuration["spec"])), case
+        del stored["pytorch_fid_logits"]  # logits_unbiased and a bias that the weight rule gives
+        small |= {f"{case}/{key.removesuffix('_Mixed_6d_branch1x1_UNVERIFIED')}": thin(value) for key, value in stored.items()}
+    write("I_inception", {"gain": full["gain"], "cases": cases}, small)
+
+
+def random_bytes(seed, n, h, w):
+    """(n, h, w, 3) uint8; image k is k + 1 times darker than noise."""
+    images = np.random.RandomState(seed).randint(0, 256, (n, h, w, 3))
+    return (images // np.arange(1, n + 1).reshape(-1, 1, 1, 1)).astype(np.uint8)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("full_set", type=Path, help="folder with the full golden sets")
@@ -133,6 +162,8 @@ def main():
     extract_guidance(folder)
     extract_sampling(folder)
     extract_tables(folder)
+    extract_eval_math(folder)
+    extract_inception(folder)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_training_writes_networks_that_load_and_a_record(tmp_path):
     result = call(load_script("train_digits").main, ["--out", str(tmp_path), "--iterations", "3", "--classifier_iterations", "3"])
     assert result.code == 0, result.err
     record = json.loads((tmp_path / "training.json").read_text())
-    assert set(record) == {"unet", "guide", "judge"} and record["unet"]["iterations"] == 3
+    assert set(record) == {"unet", "guide", "judge", "features"} and record["unet"]["iterations"] == 3
     model, _ = create_from_flags(PRESETS["digits"])
     load_into(model, load_state_dict(tmp_path / "unet.safetensors"), "unet")
     for name in ("guide", "judge"):
