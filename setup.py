@@ -23,8 +23,9 @@ setup(
         "safetensors",
     ],
     extras_require={
-        "test": ["pytest", "scikit-learn"],
+        "plot": ["matplotlib"],
+        "test": ["pytest", "scikit-learn", "matplotlib"],
         "train": ["scikit-learn"],
-        "dev": ["pytest", "scikit-learn", "ruff==0.17.*", "mypy==2.*"],
+        "dev": ["pytest", "scikit-learn", "matplotlib", "ruff==0.17.*", "mypy==2.*"],
     },
 )

@@ -79,8 +79,8 @@ def sum_of_singular_values(a: NDArray) -> float:
     if 0 in a.shape:
         return 0.0
     eigenvalues = np.linalg.eigvalsh(a @ a.T if len(a) < len(a.T) else a.T @ a)
-    # The eigenvalues are off by some 1e-15 of the largest, so the root of one as small as that by 3e-8 of the largest root.
-    if eigenvalues[0] > 1e-12 * eigenvalues[-1]:
+    # The eigenvalues are off by some 1e-16 of the largest: at 1e-14 of it, the smallest that is let through, a root by 1e-9 of the largest.
+    if eigenvalues[0] > 1e-14 * eigenvalues[-1]:
         return float(np.sqrt(eigenvalues).sum())
     return float(np.linalg.svd(a, compute_uv=False).sum())
 

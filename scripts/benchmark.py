@@ -5,11 +5,12 @@
 Weights are random where the preset's files are absent: the time of a step does not depend on them. On a CPU the network's rate is set
 against that of one plain convolution, and bfloat16 against float32, all in one run. On CUDA it reports images per second over batch sizes.
 Run it with nothing else on the machine; the lines it prints are meant for docs/benchmarks.md.
+--evaluation hands over to scripts/benchmark_evaluation.py.
 """
 
-import platform
-import resource
+import runpy
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from classifiers.registry import load_classifier, weights_path
-from guided_diffusion import dist_util
+from guided_diffusion import dist_util, machine
 from guided_diffusion.checkpoints import load_into, load_state_dict
 from guided_diffusion.cli import Parser, parse_flags, parse_numbers, run_main
 from guided_diffusion.guidance import ClassifierGuidance
@@ -31,9 +32,11 @@ BATCH = 4  # of the CPU figures; memory is measured at batch 1
 
 def main():
     args = parse_flags(create_argparser(), None, PRESETS)
+    if args.evaluation:
+        return measure_evaluation(args)
     device = dist_util.choose_device(args.device)
     refuse_contradictions(args, device)
-    print(f"machine: {machine(device)}")
+    print(f"machine: {machine.describe(device)}")
     step = GuidedStep(args, device)
     print(f"preset {args.preset}: {step.weights} weights, {step.gflop(1):.1f} GFLOP per image and forward pass of the network")
     if device.type == "cpu":
@@ -50,7 +53,17 @@ def create_argparser():
     parser.add_argument("--repeats", type=int, default=5, help="timed steps per figure, after one that is not; the median counts")
     parser.add_argument("--batch_sizes", default="1,8,16,32,64", help="on CUDA")
     parser.add_argument("--compile", action="store_true", help="on CUDA: torch.compile the network")
+    parser.add_argument("--evaluation", action="store_true", help="measure scripts/evaluate.py's work instead, on the CPU")
     return parser
+
+
+def measure_evaluation(args):
+    """Run scripts/benchmark_evaluation.py, which takes none of the flags here."""
+    others = sorted(args.given - {"evaluation"})
+    if others:
+        raise ValueError(f"--{others[0]} is about sampling: drop it or --evaluation")
+    sys.argv = sys.argv[:1]
+    runpy.run_path(str(Path(__file__).with_name("benchmark_evaluation.py")), run_name="__main__")
 
 
 def refuse_contradictions(args, device):
@@ -127,7 +140,7 @@ class GuidedStep:
 
 def report_cpu(step, repeats):
     single = step.time(1, repeats)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    memory = machine.peak_memory() / 1e9
     plain = plain_convolution_rate(BATCH, repeats)
     full = step.time(BATCH, repeats)
     step.halve()
@@ -166,13 +179,6 @@ def plain_convolution_rate(batch_size, repeats, channels=256, size=128):
 
 def parts(whole, network, guidance, rest):
     return f"{whole:.3f} s (network {network:.3f}, guidance {guidance:.3f}, rest {rest:.3f})"
-
-
-def machine(device):
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Sample a preset with and without guidance, on the class-conditional and on the unconditional network, and let a judge compare them.
+"""Sample a preset with and without guidance, on the class-conditional and on the unconditional network, and compare what comes out.
 
     python scripts/compare_guidance.py --preset digits --seeds 0-2 --out results/digits
 
-Every flag that is not listed here goes on to scripts/classifier_sample.py, which does the sampling, one run per row of the table. The
-judge is a classifier of another architecture and seed than the guide. Writes comparison.json and comparison.png beside the runs.
+Every flag that is not listed here goes on to scripts/classifier_sample.py, which does the sampling, one run per row of the tables. The
+first table is by a judge, a classifier of another architecture and seed than the guide. The second is by the features of a third network,
+against the digits that the networks learned from; its last row, digits that no network has seen, is what a perfect generator would
+get. Writes comparison.json and comparison.png beside the runs.
 """
 
 import subprocess
@@ -15,12 +17,19 @@ import torch
 import torch.nn.functional as F
 
 from classifiers.registry import find_classifier, load_classifier
+from evaluation.evaluator import Options, Reference, evaluate, metric_key, metric_label
+from evaluation.networks import feature_network
+from evaluation.sets import DENSITY_NEIGHBOURS, measure, open_set
+from guided_diffusion.checkpoints import PRETRAINED_DIR
 from guided_diffusion.cli import Parser, parse_numbers, run_main
 from guided_diffusion.presets import PRESETS
-from guided_diffusion.sample_store import read_run, read_samples, save_grid, write_json
+from guided_diffusion.sample_store import read_run, read_samples, renamed_when_complete, save_grid, write_json
 
 NETWORKS = {"class-conditional": "False", "unconditional": "True"}
 GUIDANCE = {"unguided": ["--classifier_scale", "0"], "guided": []}
+METRICS = ("fid", "precision", "recall", "density", "coverage")
+FEATURES, RESAMPLES = "digits", 200
+REFERENCE, HELD_OUT = PRETRAINED_DIR / "digits/reference.npz", PRETRAINED_DIR / "digits/held_out.npz"
 # Reads one flag out of those that go on.
 _GUIDE = Parser(add_help=False)
 _GUIDE.add_argument("--classifier_type")
@@ -36,17 +45,21 @@ def main():
     refuse_overrides(args, flags)
     folder = args.out or Path("results", args.preset)
     runs = {}
-    for seed in parse_numbers(args.seeds, "--seeds"):
+    seeds = parse_numbers(args.seeds, "--seeds")
+    for seed in seeds:
         for network, unconditional in NETWORKS.items():
             for mode, extra in GUIDANCE.items():
                 out = folder / f"seed{seed}" / f"{network}-{mode}"
                 print(f"{network}, {mode}, seed {seed}", file=sys.stderr)
                 sample(["--preset", args.preset, "--unconditional", unconditional, *flags, *extra, "--seed", str(seed), "--out", str(out)])
                 runs.setdefault((network, mode), []).append(out)
-    rows = [{"network": n, "guidance": g, **compare(outs, args.judge)} for (n, g), outs in runs.items()]
-    write_json(folder / "comparison.json", rows)
+    judged = summaries(runs, lambda out: judge(out, args.judge))
+    print_judgement(judged)
+    measured = measure_all(runs, seeds)
+    if measured:
+        print_quality(measured)
+    write_json(folder / "comparison.json", {"judge": judged, "features": measured})
     draw(folder / "comparison.png", {key: outs[0] for key, outs in runs.items()})
-    print_table(rows)
     print(f"pictures from the same noise: {folder / 'comparison.png'}")
 
 
@@ -74,11 +87,18 @@ def sample(flags):
         sys.exit(code)
 
 
-def compare(folders, judge_name):
-    """Means and sample standard deviations over the runs of one row."""
-    measured = [judge(folder, judge_name) for folder in folders]
-    rows = {key: [m[key] for m in measured] for key in measured[0]}
-    return {key: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)) if len(v) > 1 else None, "runs": v} for key, v in rows.items()}
+def summaries(runs, numbers_of):
+    """One row per kind of run: means and sample standard deviations over its runs of the numbers that `numbers_of` returns by name."""
+    rows = []
+    for (network, mode), outs in runs.items():
+        numbers = [numbers_of(out) for out in outs]
+        columns = {key: [row[key] for row in numbers] for key in numbers[0]}
+        rows.append({"network": network, "guidance": mode, **{key: spread(column) for key, column in columns.items()}})
+    return rows
+
+
+def spread(values):
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None, "runs": values}
 
 
 def judge(folder, name):
@@ -99,6 +119,36 @@ def judge(folder, name):
     }
 
 
+def measure_all(runs, seeds):
+    """The rows of the second table, the held-out digits last; none where the runs are too small for its metrics."""
+    outs = runs["unconditional", "unguided"]
+    count = len(read_samples(outs[0])[1])
+    if count <= DENSITY_NEIGHBOURS:
+        print(f"no table of {metric_label('fid', FEATURES)}: {count} images, it takes {DENSITY_NEIGHBOURS + 1}", file=sys.stderr)
+        return []
+    network = feature_network(FEATURES)
+    reference = Reference(measure(open_set(REFERENCE, network), network, progress=False))
+    real = [hold_out(out.parent, count, seed) for out, seed in zip(outs, seeds, strict=True)]
+    return summaries({**runs, ("real", ""): real}, lambda images: quality(images, reference, network))
+
+
+def quality(images, reference, network):
+    """The metrics of one set, and the standard deviation of the distance over resamples of its images."""
+    result = evaluate(reference, measure(open_set(images, network), network, progress=False), Options(bootstrap=RESAMPLES))
+    numbers = {metric_key(metric, FEATURES): result.metrics[metric] for metric in METRICS}
+    return {**numbers, "resampled_std": result.fid_error.std, "images": result.count}
+
+
+def hold_out(folder, count, seed):
+    """Write `count` of the held-out digits, or all of them if they are fewer, to a file in `folder`; return its path."""
+    with np.load(HELD_OUT, allow_pickle=False) as held_out:
+        unseen = held_out["arr_0"]
+    path = folder / "held_out.npz"
+    with renamed_when_complete(path) as file:
+        np.savez(file, arr_0=unseen[np.random.RandomState(seed).permutation(len(unseen))[:count]])
+    return path
+
+
 def draw(path, folders, columns=20):
     """One row per run, the same samples in each: the first two of every class, or as many as there are."""
     groups, titles = [], []
@@ -111,15 +161,27 @@ def draw(path, folders, columns=20):
     save_grid(path, groups, scale=max(1, 48 // groups[0].shape[1]), columns=len(groups[0]), titles=titles)
 
 
-def print_table(rows):
+def print_judgement(rows):
     print(f"\n{'network':<18} {'guidance':<9} {'wanted class':>15} {'log-probability':>16} {'s per image':>12} {'guidance time':>14}")
     for row in rows:
-        hit, log_prob = row["hit"], row["log_prob"]
-        spread = len(hit["runs"]) > 1
-        hits = f"{hit['mean']:.1%}" + (f" ± {hit['std']:.1%}" if spread else "")
-        logs = f"{log_prob['mean']:.2f}" + (f" ± {log_prob['std']:.2f}" if spread else "")
         seconds, share = row["seconds_per_image"]["mean"], row["guidance_share"]["mean"]
-        print(f"{row['network']:<18} {row['guidance']:<9} {hits:>15} {logs:>16} {seconds:>12.4f} {share:>14.0%}")
+        cells = f"{with_error(row['hit'], '.1%'):>15} {with_error(row['log_prob'], '.2f'):>16} {seconds:>12.4f} {share:>14.0%}"
+        print(f"{row['network']:<18} {row['guidance']:<9} {cells}")
+
+
+def print_quality(rows):
+    labels = [metric_label(metric, FEATURES) for metric in METRICS]
+    print(f"\n{'network':<18} {'guidance':<9} {'images':>6} " + " ".join(f"{label:>15}" for label in labels))
+    for row in rows:
+        distance, *others = (row[metric_key(metric, FEATURES)] for metric in METRICS)
+        # Of one run, the spread of its resamples stands in for that of the seeds.
+        cells = [with_error({**distance, "std": distance["std"] or row["resampled_std"]["mean"]}, ".2f")]
+        cells += [with_error(cell, ".3f") for cell in others]
+        print(f"{row['network']:<18} {row['guidance']:<9} {row['images']['mean']:>6.0f} " + " ".join(f"{cell:>15}" for cell in cells))
+
+
+def with_error(cell, form):
+    return f"{cell['mean']:{form}}" + (f" ± {cell['std']:{form}}" if cell["std"] is not None else "")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ SIZE = 16
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=PRETRAINED_DIR / "digits", help="folder for the files")
-    parser.add_argument("--only", choices=["unet", "guide", "judge", "features"], help="train just this one; the record of the others stays")
+    parser.add_argument(
+        "--only", choices=["unet", "guide", "judge", "features"], help="train just this one; the record of the others stays"
+    )
     parser.add_argument("--iterations", type=int, default=2500, help="steps of batch 64 for the U-Net")
     parser.add_argument("--classifier_iterations", type=int, default=1500, help="steps of batch 64 for each classifier")
     parser.add_argument("--seed", type=int, default=0)

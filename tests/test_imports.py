@@ -13,7 +13,7 @@ OURS = {*ROOMS, "scripts", "tests"}
 ALLOWED = {
     "guided_diffusion": {"torch", "numpy", "tqdm", "safetensors", "PIL"},
     "classifiers": {"torch", "torchvision"},
-    "evaluation": {"torch", "numpy", "scipy", "pytorch_fid", "PIL", "tqdm"},
+    "evaluation": {"torch", "numpy", "scipy", "pytorch_fid", "PIL", "tqdm", "matplotlib"},
 }
 # The two modules of guided_diffusion that every room may use, and that use no other module of the project.
 COMMON = ("guided_diffusion.checkpoints", "guided_diffusion.sample_store")

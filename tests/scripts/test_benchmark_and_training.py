@@ -5,9 +5,10 @@ import re
 
 import pytest
 import torch
-from helpers import call, load_script
+from helpers import call, environment, load_script
 
 from classifiers import load_classifier
+from guided_diffusion import machine
 from guided_diffusion.checkpoints import load_into, load_state_dict
 from guided_diffusion.presets import PRESETS
 from guided_diffusion.script_util import create_from_flags
@@ -36,11 +37,51 @@ def test_the_benchmark_needs_an_off_the_shelf_classifier():
         (["--compile"], "error: --compile is for CUDA, and this runs on the CPU: drop it"),
         (["--batch_sizes", "1,2"], "error: --batch_sizes is for CUDA, and this runs on the CPU: drop it"),
         (["--repeats", "0"], "error: --repeats must be at least 1, got 0"),
+        (["--evaluation"], "error: --device is about sampling: drop it or --evaluation"),
     ],
 )
 def test_the_benchmark_refuses_flags_that_mean_nothing(flags, message):
     result = call(load_script("benchmark").main, ["--preset", "digits", "--device", "cpu", *flags])
     assert (result.code, result.err.strip()) == (1, message)
+
+
+@pytest.fixture
+def evaluation_benchmark(monkeypatch):
+    """The script with sizes that take seconds; its child processes find this checkout."""
+    script = load_script("benchmark_evaluation")
+    sizes = {"DIMENSION": 64, "FEW": 20, "REFERENCE": 400, "SAMPLES": 600, "PICTURES": 4, "FURTHER": 400, "REAL_BATCHES": 10, "REPEATS": 1}
+    for name, size in sizes.items():
+        monkeypatch.setattr(script, name, size)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    return script
+
+
+def test_the_evaluation_benchmark_prints_its_four_figures(evaluation_benchmark):
+    result = call(evaluation_benchmark.main, [])
+    assert result.code == 0, result.err
+    machine, frechet, manifolds, extraction, memory = result.out.splitlines()
+    assert machine.startswith("machine: ")
+    difference = re.search(r"[\d.]+% of the [\d.]+ s of scipy.linalg.sqrtm .* relative difference (\S+);", frechet)[1]
+    assert float(difference) < 1e-6
+    assert float(re.search(r"20 images each, singular covariances: (\S+) in", frechet)[1]) > 0
+    assert re.search(r"\d+% of the [\d.]+ GFLOP/s of a plain matrix product", manifolds), manifolds
+    assert re.search(r"[\d.]+ images/s, \d+% of the bare Inception network's [\d.]+ images/s", extraction), extraction
+    for line in (manifolds, memory):
+        assert 0.1 < float(re.search(r"peak resident memory of the process (\S+) GB", line)[1]) < 2.5
+    assert re.search(r"-?[\d.]+ KB for each of the last 400 images", memory), memory
+
+
+def test_the_features_of_the_evaluation_benchmark_are_of_full_rank_and_not_negative(evaluation_benchmark):
+    features = evaluation_benchmark.random_features(1000, 1).double()
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(features.T))
+    assert features.min() == 0 and 0 < eigenvalues[0] < 1e-2 * eigenvalues[-1]
+
+
+def test_the_peak_memory_of_a_process_is_its_own(evaluation_benchmark):
+    mine = torch.ones(2**28)  # 1.07 GB, with which getrusage would begin to count in a child
+    _, _, memory = evaluation_benchmark.in_own_process("time_precision_recall", 8, 10, 10, 1)
+    assert 1e8 < memory < 1.07e9 < 4 * mine.numel() < machine.peak_memory()
 
 
 def test_training_writes_networks_that_load_and_a_record(tmp_path):

@@ -43,7 +43,8 @@ def test_two_seeds_make_four_rows(tmp_path, children):
     folders = [tmp_path / f"seed{seed}" / f"{network}-{mode}" for seed in (3, 4) for network, mode in ROWS]
     assert [Path(flags[flags.index("--out") + 1]) for flags in children] == folders
 
-    rows = json.loads((tmp_path / "comparison.json").read_text())
+    tables = json.loads((tmp_path / "comparison.json").read_text())
+    rows = tables["judge"]
     assert [(row["network"], row["guidance"]) for row in rows] == ROWS
     for row in rows:
         assert set(row) == {"network", "guidance", "hit", "log_prob", "seconds_per_image", "guidance_share"}
@@ -56,19 +57,41 @@ def test_two_seeds_make_four_rows(tmp_path, children):
         assert max(row["log_prob"]["runs"]) < 0 < min(row["seconds_per_image"]["runs"])
         assert row["guidance_share"]["mean"] < 0.05 if row["guidance"] == "unguided" else 0.05 < row["guidance_share"]["mean"] < 1
 
-    table = [line.split() for line in result.out.splitlines()]
+    first, second = result.out.split("FD(digits)")
+    table = [line.split() for line in first.splitlines()]
     assert [tuple(words[:2]) for words in table if words and words[0] in ("class-conditional", "unconditional")] == ROWS
-    assert result.out.count("±") == 8
+    assert first.count("±") == 8
+    assert_features_table(tables["features"], second)
     assert f"{rows[0]['hit']['mean']:.1%} ± {rows[0]['hit']['std']:.1%}" in result.out
     with Image.open(tmp_path / "comparison.png") as picture:
         # Four rows of ten enlarged images with their borders, and a margin for the titles.
         assert picture.size == (150 + 10 * 18 * 3, 4 * 18 * 3)
 
 
+def assert_features_table(rows, text):
+    """Five metrics with their spread over two seeds, of the four kinds of runs and of real digits."""
+    assert [(row["network"], row["guidance"]) for row in rows] == [*ROWS, ("real", "")]
+    assert [row["images"]["runs"] for row in rows] == [[10, 10]] * 5
+    assert text.count("±") == 25
+    last = rows[-1]
+    assert f"{last['fd_digits']['mean']:.2f} ± {last['fd_digits']['std']:.2f}" in text
+    assert f"{last['recall']['mean']:.3f} ± {last['recall']['std']:.3f}" in text
+
+
+def test_runs_that_are_too_small_for_the_second_table_still_have_the_first(tmp_path, children):
+    result = call(compare.main, [*FLAGS, "--num_samples", "5", "--out", tmp_path])
+    assert result.code == 0
+    assert "wanted class" in result.out and "FD(digits)" not in result.out
+    assert "no table of FD(digits): 5 images, it takes 6" in result.err
+    assert json.loads((tmp_path / "comparison.json").read_text())["features"] == []
+
+
 def test_the_rows_start_from_the_same_noise_and_labels_and_the_flags_go_on(tmp_path, children):
     result = call(compare.main, [*FLAGS, "--labels", "2,7", "--gamma_factor", "0.1", "--out", tmp_path])
     assert result.code == 0, result.err
-    assert "±" not in result.out
+    first, second = result.out.split("FD(digits)")
+    assert "±" not in first
+    assert second.count("±") == 5  # of one run, only the distance has a spread: that of its resamples
     runs = [json.loads((tmp_path / "seed0" / f"{n}-{m}" / "run.json").read_text())["settings"] for n, m in ROWS]
     varied = {key for key in runs[0] if len({str(run[key]) for run in runs}) > 1}
     assert varied == {"unconditional", "classifier_scale"}
@@ -89,7 +112,7 @@ def test_the_same_command_again_samples_nothing(tmp_path, children):
 def test_the_guides_share_of_hits_is_counted_by_the_judge(tmp_path, children):
     result = call(compare.main, ["--num_samples", "40", "--timestep_respacing", "10", "--out", tmp_path])
     assert result.code == 0, result.err
-    hit = {(row["network"], row["guidance"]): row["hit"]["mean"] for row in json.loads((tmp_path / "comparison.json").read_text())}
+    hit = {(row["network"], row["guidance"]): row["hit"]["mean"] for row in json.loads((tmp_path / "comparison.json").read_text())["judge"]}
     assert hit["unconditional", "unguided"] < 0.35
     assert hit["unconditional", "guided"] > hit["unconditional", "unguided"] + 0.3
 
@@ -199,7 +222,8 @@ def test_guided_sample_ends_with_a_table_and_a_picture(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stderr.startswith("preset: digits (the ImageNet files are not in pretrained_models")
     assert "step/s" in result.stderr
-    assert [line.split()[:2] for line in result.stdout.splitlines()[-5:-1]] == [list(row) for row in ROWS]
+    tables = [line.split()[:2] for line in result.stdout.splitlines() if line.startswith(("class", "uncond", "real"))]
+    assert tables == [*map(list, ROWS), *map(list, ROWS), ["real", "10"]]
     assert result.stdout.splitlines()[-1].endswith("results/digits/comparison.png")
     assert sorted(path.name for path in (tmp_path / "results/digits").iterdir()) == ["comparison.json", "comparison.png", "seed0"]
 

@@ -1,0 +1,85 @@
+"""Make a reference for the evaluation out of images, in guided-diffusion's layout.
+
+    python scripts/make_reference.py /data/imagenet128 pretrained_models/my_reference.npz
+
+The npz holds the mean and covariance of the features of all images (mu, sigma; spatial: mu_s, sigma_s); a random subset of the images in
+their order (arr_0), from which precision and recall are computed; and of what the statistics are (protocol, features, weights_sha256,
+count).
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from evaluation.features import extract
+from evaluation.images import open_images
+from evaluation.moments import moments_of
+from evaluation.networks import add_network_flags, feature_network
+from evaluation.sets import DENSITY_NEIGHBOURS, require_enough
+from guided_diffusion.cli import Parser, run_main
+from guided_diffusion.dist_util import choose_device
+from guided_diffusion.sample_store import renamed_when_complete
+
+
+def main():
+    parser = Parser(description=__doc__)
+    parser.add_argument("images", metavar="IMAGES", help="an npz, folder or zip of real images")
+    parser.add_argument("out", metavar="OUT.npz", type=Path)
+    add_network_flags(parser)
+    parser.add_argument("--num_images", type=int, default=10_000, help="size of the subset, at most")
+    parser.add_argument("--seed", type=int, default=0, help="of the subset")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT.npz")
+    args = parser.parse_args()
+    check_flags(args)
+    images = open_images(args.images)
+    require_enough(args.images, images.entries)
+    network = feature_network(args.features, args.protocol, args.weights, choose_device(args.device))
+    features = extract(images, network, batch_size=args.batch_size, cache=args.cache)
+    for note in features.provenance["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+    pool, spatial = moments_of(features.pool3).gaussian(), features.spatial.gaussian()
+    with renamed_when_complete(args.out) as file:
+        np.savez(
+            file,
+            mu=pool.mu,
+            sigma=pool.sigma,
+            mu_s=spatial.mu,
+            sigma_s=spatial.sigma,
+            arr_0=subset(images, args.num_images, args.seed),
+            protocol=np.array(network.protocol),
+            features=np.array(network.name),
+            weights_sha256=np.array(network.sha256),
+            count=np.array(features.count),
+        )
+    print(f"{args.out}: statistics of {features.count} images, {min(features.count, args.num_images)} of them inside")
+
+
+def check_flags(args):
+    """Raise ValueError for what would only fail after the extraction."""
+    if args.out.suffix != ".npz":
+        raise ValueError(f"{args.out} must end in .npz, as a reference is one")
+    if args.out.exists() and not args.overwrite:
+        raise ValueError(f"{args.out} exists: choose another name, or pass --overwrite")
+    if not args.out.resolve().parent.is_dir():
+        raise ValueError(f"{args.out}: there is no such folder; create it first")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed} must be between 0 and {2**32 - 1}")
+    if args.num_images <= DENSITY_NEIGHBOURS:
+        raise ValueError(f"--num_images {args.num_images}: the metrics need at least {DENSITY_NEIGHBOURS + 1}")
+
+
+def subset(images, size, seed, batch_size=256):
+    """(n, H, W, 3) uint8: at most `size` random images in their order, picked while one batch after the other goes by."""
+    count = min(size, images.entries)
+    chosen = np.sort(np.random.RandomState(seed).permutation(images.entries)[:count])
+    picked, filled = np.empty((count, *images.resolution, 3), np.uint8), 0
+    for start, batch in zip(range(0, images.entries, batch_size), images.batches(batch_size), strict=True):
+        rows = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
+        picked[filled : filled + len(rows)] = batch[rows]
+        filled += len(rows)
+    return picked
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,180 @@
+"""The table, the JSON and the page: every number under its name, the protocol above it, and a loud mark where two protocols meet."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluation import report
+from evaluation.evaluator import METRICS, Result
+from evaluation.frechet import ErrorBar, Extrapolation
+from evaluation.images import open_images
+from evaluation.report import WARNING, markdown_table, pick_images, require_matplotlib, table, to_json, write_report
+
+ROOT = Path(__file__).resolve().parents[2]
+VALUES = dict(zip(METRICS, (2.19, 5.09, 141.4767, 0.79, 0.58, 0.9, 0.8, -0.00012), strict=True))
+REFERENCE_NOTES = ["fewer than 10,000 images"]
+COMPARISON = {"a": "first", "b": "second", "verdict": "first is better than second"}
+
+
+def provenance(name, protocol="adm", features="inception-2015-12-05", digest="ab" * 32):
+    about = {"images": name, "features": features, "protocol": protocol, "weights_sha256": "6726825d" * 8, "count": 50000}
+    return about | {"fingerprint": digest, "file_sha256": digest, "statistics": "in the file", "statistics_count": 60000}
+
+
+def result(name, **changes):
+    made = Result(name, 50000, VALUES, [], provenance(name), provenance("ref.npz"), "float32")
+    return dataclasses.replace(made, **changes)
+
+
+def rows_of(text):
+    """{set: {title: cell}} of a text table, whose columns are two blanks apart."""
+    lines = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines()]
+    head = next(i for i, line in enumerate(lines) if line and line[0] == "set")
+    return {line[0]: dict(zip(lines[head], line, strict=True)) for line in lines[head + 1 :] if len(line) == len(lines[head])}
+
+
+def test_a_row_per_set_with_the_number_of_images_and_what_they_share_above():
+    text = table([result("first"), result("second", count=100, metrics={**VALUES, "sfid": None}, notes=["no sFID: why"])])
+    rows = rows_of(text)
+    expected = {"FID": "2.190", "sFID": "5.090", "IS": "141.477", "precision": "0.7900", "recall": "0.5800", "KID": "-0.00012"}
+    assert rows["first"].items() >= {"images": "50000", **expected}.items()
+    assert (rows["second"]["images"], rows["second"]["sFID"]) == ("100", "n/a")
+    above = text[: text.index("\nset")]
+    for said in (
+        "protocol adm",
+        "inception-2015-12-05",
+        "6726825d",
+        "float32",
+        "ref.npz: 50000 images, statistics in the file (60000)",
+        "abababab",
+    ):
+        assert said in above
+    assert "note: second: no sFID: why" in text
+    assert WARNING not in text and "protocol" not in rows["first"]
+
+
+def test_rounding_noise_below_zero_is_a_plain_zero():
+    assert rows_of(table([result("itself", metrics={**VALUES, "fid": -1e-9})]))["itself"]["FID"] == "0.000"
+
+
+def test_error_bars_and_extrapolations_where_there_are_some():
+    measured = result("first", fid_error=ErrorBar(2.19, 0.05, 2.3, 2.1, 2.3), fid_infinity=Extrapolation(2.01, 0.02, 9.0))
+    text = table([measured, result("second")])
+    rows = rows_of(text)
+    assert (rows["first"]["FID"], rows["first"]["FID-inf"]) == ("2.190 ± 0.050", "2.010 ± 0.020")
+    assert (rows["second"]["FID"], rows["second"]["FID-inf"]) == ("2.190", "n/a")
+    assert "± is the standard deviation over bootstrap resamples" in text
+    assert "±" not in table([result("second")])
+
+
+def digits(name):
+    return result(name, samples=provenance(name, "digits", "digits"), reference=provenance("ref.npz", "digits", "digits"))
+
+
+def test_the_distance_of_another_network_is_never_called_fid():
+    measured = dataclasses.replace(
+        digits("first"), fid_error=ErrorBar(2.19, 0.05, 2.3, 2.1, 2.3), fid_infinity=Extrapolation(2.01, 0.02, 9.0)
+    )
+    everything = table([measured]) + markdown_table([measured]) + json.dumps(to_json([measured]))
+    assert "fid" not in everything.lower() and "FD(digits)" in everything
+    row = to_json([measured])["results"][0]
+    assert (row["fd_digits"], row["fd_digits_bootstrap"]["std"], row["fd_digits_infinity"]["value"]) == (2.19, 0.05, 2.01)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        result("second", samples=provenance("second", "pytorch-fid")),
+        digits("second"),
+        result("second", precision_recall_dtype="float16"),
+        result("second", reference=provenance("other.npz", digest="cd" * 32)),
+    ],
+    ids=["protocol", "features", "dtype", "reference"],
+)
+def test_protocols_that_meet_are_marked_loudly(tmp_path, other):
+    first = result("first")
+    for text in (table([first, other]), markdown_table([first, other])):
+        assert text.splitlines()[0] == WARNING
+        for measured in (first, other):
+            (line,) = [line for line in text.splitlines() if measured.name in line]
+            assert measured.protocol in line and measured.reference["images"] in line
+    assert to_json([first, other])["warning"] == WARNING
+    assert "warning" not in to_json([first, first])
+    assert WARNING in write_report(tmp_path, [first, other], {}).read_text()
+
+
+def test_two_networks_have_no_column_in_common():
+    rows = rows_of(table([result("first"), digits("second")]))
+    assert (rows["first"]["FID"], rows["first"]["FD(digits)"]) == ("2.190", "n/a")
+    assert (rows["second"]["FID"], rows["second"]["FD(digits)"]) == ("n/a", "2.190")
+
+
+def test_json_holds_everything_and_is_json():
+    content = to_json([result("first", notes=["note"])], REFERENCE_NOTES, COMPARISON)
+    assert json.loads(json.dumps(content, allow_nan=False)) == content
+    row = content["results"][0]
+    assert {metric: row[metric] for metric in METRICS} == VALUES
+    assert (row["name"], row["num_images"], row["notes"]) == ("first", 50000, ["note"])
+    assert row["provenance"] == {"samples": provenance("first"), "reference": provenance("ref.npz"), "precision_recall_dtype": "float32"}
+    assert (content["reference_notes"], content["comparison"]) == (REFERENCE_NOTES, COMPARISON)
+
+
+def test_the_page_links_pictures_that_are_there(tmp_path):
+    grids = {name: np.full((n, 16, 16, 3), 99, np.uint8) for name, n in (("run a/first", 64), ("run b/first", 5))}
+    without_images = result("statistics", metrics={**dict.fromkeys(METRICS), "fid": 3.0})
+    page = write_report(tmp_path / "new" / "report", [result("run a/first"), without_images], grids, REFERENCE_NOTES, COMPARISON)
+    text = page.read_text()
+    links = [part.split(")")[0] for part in text.split("](")[1:]]
+    assert len(links) == len(set(links)) == 4
+    for link in links:
+        with Image.open(page.parent / link) as picture:
+            assert min(picture.size) >= 64 and len(picture.convert("RGB").getcolors(1 << 20)) > 1
+    assert all(said in text for said in ("| statistics | 50000 | 3.000 | n/a |", *REFERENCE_NOTES, COMPARISON["verdict"]))
+    assert json.loads((page.parent / "report.json").read_text()) == to_json(
+        [result("run a/first"), without_images], REFERENCE_NOTES, COMPARISON
+    )
+
+
+def test_the_pictures_name_the_sets_and_put_the_points_where_they_belong(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    write_report(tmp_path, [result("first"), result("a" * 60)], {})
+    bars, plane = figures
+    panels = [axes for axes in bars.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in panels] == ["FID", "sFID", "IS", "precision", "recall", "density", "coverage", "KID"]
+    assert [bar.get_width() for axes in panels for bar in axes.patches[:1]] == list(VALUES.values())
+    names = [label.get_text() for label in panels[0].get_yticklabels()]
+    assert names[0] == "first" and len(names[1]) <= report.LONGEST_NAME and "…" in names[1]
+    (axes,) = plane.axes
+    assert (axes.get_xlim(), axes.get_ylim(), axes.get_xlabel(), axes.get_ylabel()) == ((0, 1), (0, 1), "recall", "precision")
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines] == [(0.58, 0.79)] * 2
+
+
+def test_a_grid_shows_random_images_of_the_seed(tmp_path):
+    images = np.arange(100, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "set.npz", arr_0=images)
+    opened = open_images(tmp_path / "set.npz")
+    picked = pick_images(opened, 10, seed=1)[:, 0, 0, 0].tolist()
+    assert len(set(picked)) == 10 and picked == sorted(picked) != list(range(10))
+    assert picked == pick_images(opened, 10, seed=1)[:, 0, 0, 0].tolist() != pick_images(opened, 10, seed=2)[:, 0, 0, 0].tolist()
+    assert np.array_equal(pick_images(opened, 200), images)
+
+
+def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
+    require_matplotlib()
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[plot\]"') as error:
+        require_matplotlib()
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_but_a_report_loads_matplotlib():
+    code = "import sys, evaluation.report; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr

@@ -1,0 +1,132 @@
+"""scripts/make_reference.py: the published layout, a seeded subset, no file that is half written or silently replaced."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import call, load_script
+from PIL import Image
+from safetensors.torch import save_file
+
+from evaluation.digits_features import DigitsFeatures, DigitsNetwork
+
+make_reference = load_script("make_reference")
+evaluate = load_script("evaluate")
+IMAGES = np.random.RandomState(4).randint(0, 256, (300, 16, 16, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    state_dict = DigitsNetwork().state_dict()
+    for name, tensor in state_dict.items():
+        if tensor.ndim > 1:  # features of the size of 1
+            state_dict[name] = torch.randn(tensor.shape, generator=generator) * (2 / tensor[0].numel()) ** 0.5
+    save_file(state_dict, tmp_path / "weights.safetensors")
+    np.savez(tmp_path / "images.npz", arr_0=IMAGES)
+    return tmp_path / "weights.safetensors"
+
+
+def make(folder, weights, *flags, images="images.npz"):
+    return call(make_reference.main, [folder / images, folder / "ref.npz", "--features", weights, *flags])
+
+
+def test_the_statistics_are_those_of_all_images_and_the_subset_is_in_order(tmp_path, weights):
+    result = make(tmp_path, weights, "--num_images", 100, "--batch_size", 7)
+    assert (result.code, result.out) == (0, f"{tmp_path / 'ref.npz'}: statistics of 300 images, 100 of them inside\n")
+    network = DigitsFeatures(weights)
+    features = network(IMAGES)
+    with np.load(tmp_path / "ref.npz", allow_pickle=False) as file:
+        assert set(file.files) == {"mu", "sigma", "mu_s", "sigma_s", "arr_0", "protocol", "features", "weights_sha256", "count"}
+        for end, key in (("", "pool3"), ("_s", "spatial")):
+            assert file[f"mu{end}"].dtype == file[f"sigma{end}"].dtype == np.float64
+            np.testing.assert_allclose(file[f"mu{end}"], features[key].mean(axis=0, dtype=np.float64), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(file[f"sigma{end}"], np.cov(features[key].astype(np.float64), rowvar=False), rtol=1e-4, atol=1e-6)
+        assert (str(file["protocol"]), str(file["features"]), str(file["weights_sha256"]), int(file["count"])) == (
+            *("digits", "digits"),
+            *(network.sha256, 300),
+        )
+        subset = file["arr_0"]
+    assert subset.shape == (100, 16, 16, 3) and subset.dtype == np.uint8
+    places = [int(np.flatnonzero((image == IMAGES).all(axis=(1, 2, 3)))[0]) for image in subset]
+    assert places == sorted(set(places)) and places != list(range(100))
+
+
+def arrays_of(path):
+    with np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def test_the_seed_chooses_the_subset_and_a_small_set_is_kept_whole(tmp_path, weights):
+    subsets = []
+    for seed in (0, 0, 1):
+        assert make(tmp_path, weights, "--num_images", 20, "--seed", seed, "--overwrite").code == 0
+        subsets.append(arrays_of(tmp_path / "ref.npz")["arr_0"])
+    assert np.array_equal(subsets[0], subsets[1]) and not np.array_equal(subsets[0], subsets[2])
+    assert make(tmp_path, weights, "--overwrite").code == 0
+    assert np.array_equal(arrays_of(tmp_path / "ref.npz")["arr_0"], IMAGES)
+
+
+def test_a_folder_gives_the_same_reference(tmp_path, weights):
+    assert make(tmp_path, weights, "--num_images", 20).code == 0
+    expected = arrays_of(tmp_path / "ref.npz")
+    (tmp_path / "folder").mkdir()
+    for index, image in enumerate(IMAGES):
+        Image.fromarray(image).save(tmp_path / "folder" / f"{index:04d}.png")
+    assert make(tmp_path, weights, "--num_images", 20, "--overwrite", images="folder").code == 0
+    actual = arrays_of(tmp_path / "ref.npz")
+    assert all(np.array_equal(actual[key], expected[key]) for key in expected) and actual.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("count", [300, 40])  # with more and with fewer images than features
+def test_a_set_against_the_reference_made_from_it_is_perfect(tmp_path, weights, count):
+    np.savez(tmp_path / "images.npz", arr_0=IMAGES[:count])
+    assert make(tmp_path, weights).code == 0
+    result = call(evaluate.main, [tmp_path / "ref.npz", tmp_path / "images.npz", "--features", weights, "--json", "-"])
+    assert result.code == 0, result.err
+    row = json.loads(result.out)["results"][0]
+    assert row["provenance"]["reference"]["statistics"] == "in the file"
+    assert abs(row["fd_digits"]) < 1e-6 and abs(row["sfd_digits"]) < 1e-6
+    assert (row["precision"], row["recall"], row["density"], row["coverage"]) == (1, 1, 1, 1)
+
+
+def test_an_existing_file_is_kept_unless_told(tmp_path, weights):
+    (tmp_path / "ref.npz").write_bytes(b"precious")
+    result = make(tmp_path, weights)
+    assert (result.code, result.err) == (1, f"error: {tmp_path / 'ref.npz'} exists: choose another name, or pass --overwrite\n")
+    assert (tmp_path / "ref.npz").read_bytes() == b"precious"
+    assert make(tmp_path, weights, "--overwrite").code == 0
+    assert arrays_of(tmp_path / "ref.npz")["count"] == 300
+
+
+def test_a_failure_leaves_no_file(tmp_path, weights, monkeypatch):
+    def fail(*_):
+        raise ValueError("the disk is on fire")
+
+    monkeypatch.setattr(make_reference, "subset", fail)
+    result = make(tmp_path, weights)
+    assert result.code == 1 and result.err.endswith("error: the disk is on fire\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npz", "weights.safetensors"]
+
+
+def test_bad_input_ends_in_one_line(tmp_path, weights):
+    np.savez(tmp_path / "five.npz", arr_0=IMAGES[:5])
+    np.savez(tmp_path / "none.npz", arr_0=IMAGES[:0])
+    cases = [
+        ({"images": "five.npz"}, [], "five.npz holds 5 images"),
+        ({"images": "none.npz"}, [], "none.npz holds 0 images"),
+        ({"images": "gone"}, [], "there is nothing at"),
+        ({}, ["--num_images", "5"], "--num_images 5: the metrics need at least 6"),
+        ({}, ["--seed", "-1"], "--seed -1 must be between 0"),
+        ({}, ["--protocol", "adm"], "--protocol and --weights are Inception's"),
+        ({}, ["--batch_size", "0"], "the batch size is 0"),
+    ]
+    for place, flags, message in cases:
+        result = make(tmp_path, weights, *flags, **place)
+        assert (result.code, result.out) == (1, "") and message in result.err, result.err
+        assert result.err.startswith("error: ") and result.err.count("\n") == 1
+    for out, message in (("ref.npy", "must end in .npz"), ("no/ref.npz", "there is no such folder")):
+        result = call(make_reference.main, [tmp_path / "images.npz", tmp_path / out, "--features", weights])
+        assert result.code == 1 and message in result.err
+    assert call(make_reference.main, [tmp_path / "images.npz"]).code == 2
