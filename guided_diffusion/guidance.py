@@ -5,7 +5,7 @@ The contract, the same under every sampler (the README's "Writing a guidance rul
     step = GuidanceStep(index, num_steps, variance, variance_max, sigma)    made by the sampler
     shift = guidance(x, y, step)                                            same shape, dtype and device as x, detached
 
-x is (N, C, H, W), the predicted clean image (or latent); y is (N,) int64, the wanted classes. A rule that reshapes the logits is a
+x is (N, C, H, W), the predicted clean image (or latent; the released EDM recipe takes the noisy sample); y is (N,) int64, the wanted classes. A rule that reshapes the logits is a
 function like `log_prob`; a rule about when or how strongly is a wrapper around a guidance, like `within_interval`.
 
 Method: "Elucidating The Design Space of Classifier-Guided Diffusion Generation" (Ma et al., ICLR 2024).
@@ -14,10 +14,13 @@ Method: "Elucidating The Design Space of Classifier-Guided Diffusion Generation"
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from guided_diffusion.schedules import linear_timestep
 
 Guidance = Callable[[Tensor, Tensor, "GuidanceStep"], Tensor]
 
@@ -26,7 +29,7 @@ Guidance = Callable[[Tensor, Tensor, "GuidanceStep"], Tensor]
 class GuidanceStep:
     """Where the sampler stands.
 
-    index: the respaced t, T-1 .. 0 (DDPM, DDIM). num_steps: T. variance: what one unit of gradient is worth at this step, a float or a
+    index: the respaced t, T-1 .. 0 (DDPM, DDIM), or i, 0 .. N-1 (EDM). num_steps: T or N. variance: what one unit of gradient is worth at this step, a float or a
     tensor that broadcasts to x. variance_max: float, the largest variance so far. sigma: noise level of the sample in EDM's units.
     """
 
@@ -128,6 +131,84 @@ class ClassifierGuidance:
 
     def _objective(self, x: Tensor, y: Tensor) -> Tensor:
         return log_prob(self.classifier(x), y, self.joint_temperature, self.marginal_temperature)
+
+
+def released_edm_schedule(step: GuidanceStep, max_guidance: float, add_factor: float) -> float:
+    """The strength of EluCD's EDM code at step i of N: a line down from max_guidance, and add_factor of it as a sine on top."""
+    i, n = step.index, step.num_steps
+    line = max(max_guidance * (n + 1 - i) / (n + 1), 1e-5)
+    return line + math.sin(math.pi * i / n) * max_guidance * add_factor
+
+
+def released_edm_guidance(
+    classifier: Callable[[Tensor], Tensor],
+    *,
+    joint_temperature: float,
+    marginal_temperature: float,
+    max_guidance: float,
+    add_factor: float,
+    on_nonfinite: str = "stop",
+    observe: Callable[[GuidanceStep, Tensor, Tensor], None] | None = None,
+) -> Guidance:
+    """Return the guidance of EluCD's released EDM code, for `edm_sampler`: x is the noisy sample, index i runs from 0 to N - 1.
+
+    The classifier, float32, sees the sample divided by its RMS r where that is above 1; the shift is the gradient there, at unit RMS,
+    times r and `released_edm_schedule`. It does not look at the variances of the step. max_guidance 0 is off; the schedule's floor applies
+    above. An image whose gradient is zero gets no shift. on_nonfinite, observe: as in `ClassifierGuidance`, the gradient as it
+    came from the classifier.
+    """
+    _check_policy(on_nonfinite)
+    if not 0 <= max_guidance < math.inf:
+        raise ValueError(f"max_guidance must be 0 (off) or a positive number, got {max_guidance}")
+
+    def guided(x: Tensor, y: Tensor, step: GuidanceStep) -> Tensor:
+        if max_guidance == 0:
+            return no_shift(x)
+        r = _root_mean_square(x)
+        z = (x / r.clamp(min=1)).float()
+        gradient = input_gradient(lambda z: log_prob(classifier(z), y, joint_temperature, marginal_temperature), z)
+        gradient, bad = without_nonfinite(gradient, on_nonfinite, step.index)
+        if observe is not None:
+            observe(step, gradient, bad)
+        length = _root_mean_square(gradient)
+        direction = gradient / torch.where(length > 0, length, 1)
+        return (released_edm_schedule(step, max_guidance, add_factor) * r * direction).to(x.dtype)
+
+    return guided
+
+
+def _root_mean_square(x: Tensor) -> Tensor:
+    """RMS of each image, (N, 1, ...) float64: in float32 the squares of a small gradient would be 0."""
+    return x.double().square().flatten(1).mean(dim=1).sqrt().view(-1, *[1] * (x.ndim - 1))
+
+
+class GuidedDenoiser:
+    """Guidance for every sampler that asks `denoised = net(x, sigma, ...)`: it answers like `net`, with guidance's shift added.
+
+    The shift is taken at the answer clamped to [-1, 1] and weighed by sigma^2 / sqrt(1 + sigma^2), which is DDIM's rule in EDM's
+    units: Euler steps under it are DDIM under `guidance`. As the denoiser knows no steps, `step.index` of `num_steps` is the timestep of
+    the linear 1000-step process with this noise level, so that a schedule over t / T acts here as it does there. y: (N,) int64.
+    sigma: a number or tensor, the same level for all images, else ValueError. Attributes (sigma_min, round_sigma, ...) are the net's.
+    """
+
+    def __init__(self, net: Callable[..., Tensor], guidance: Guidance, y: Tensor):
+        self.net, self.guidance, self.y = net, guidance, y
+
+    def __call__(self, x: Tensor, sigma: Tensor | float, *args: Any, **kwargs: Any) -> Tensor:
+        denoised = self.net(x, sigma, *args, **kwargs)
+        return denoised + self.guidance(denoised.clamp(-1, 1), self.y, _denoising_step(sigma))
+
+    def __getattr__(self, name: str) -> Any:
+        # Without __getattribute__, a copy in the making, which has no net yet, would ask itself for one for ever.
+        return getattr(object.__getattribute__(self, "net"), name)
+
+
+def _denoising_step(sigma: Tensor | float) -> GuidanceStep:
+    low, high = (float(level) for level in torch.as_tensor(sigma).aminmax())
+    if low != high:
+        raise ValueError(f"guidance takes one noise level for the whole batch, got sigma from {low:g} to {high:g}")
+    variance = low**2 / math.sqrt(1 + low**2)
+    return GuidanceStep(linear_timestep(low), 1000, variance, variance, low)
 
 
 def within_interval(guidance: Guidance, sigma_lo: float, sigma_hi: float) -> Guidance:

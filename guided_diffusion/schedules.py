@@ -1,6 +1,7 @@
 """Noise schedules and timestep respacing, as pure float64 functions."""
 
 import math
+from functools import cache
 
 import numpy as np
 
@@ -25,6 +26,31 @@ def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
     """Return the (T,) float64 betas whose cumulative product of 1 - beta follows `alpha_bar`, a function on [0, 1]."""
     edges = [alpha_bar(i / num_diffusion_timesteps) for i in range(num_diffusion_timesteps + 1)]
     return np.array([min(1 - b / a, max_beta) for a, b in zip(edges, edges[1:], strict=False)])
+
+
+def karras_sigmas(num_steps, sigma_min, sigma_max, rho):
+    """Return the (num_steps,) float64 noise levels from sigma_max down to sigma_min, without the closing 0 (Karras et al., 2022, eq. 5).
+
+    The rho-th roots of the levels are evenly spaced: the larger rho, the shorter the steps near sigma_min. One step is sigma_max
+    alone. Raises ValueError unless num_steps >= 1, 0 < sigma_min <= sigma_max < inf and rho > 0.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if not (0 < sigma_min <= sigma_max < math.inf and rho > 0):
+        raise ValueError(f"noise levels need 0 < sigma_min <= sigma_max < inf and rho > 0, got {sigma_min}, {sigma_max}, rho {rho}")
+    return np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps, dtype=np.float64) ** rho
+
+
+def linear_timestep(sigma):
+    """Return the timestep, 0 .. 999, of the linear 1000-step process whose noise level is nearest to `sigma` (> 0), as a ratio."""
+    return int(np.searchsorted(_borders_of_linear_timesteps(), sigma))
+
+
+@cache
+def _borders_of_linear_timesteps():
+    alphas_cumprod = np.cumprod(1 - get_named_beta_schedule("linear", 1000))
+    sigmas = np.sqrt(1 / alphas_cumprod - 1)
+    return np.sqrt(sigmas[:-1] * sigmas[1:])
 
 
 def space_timesteps(num_timesteps, section_counts):

@@ -3,9 +3,9 @@
     python tests/goldens/extract.py PATH_OF_THE_FULL_SET
 
 The full sets hold outputs of the published implementations on networks whose weights follow a rule
-(`goldens_util.set_golden_weights`). What is kept: the key manifests of the ADM, torchvision and Inception networks (set A), ADM
+(`goldens_util.set_golden_weights`). What is kept: the key manifests of the ADM, EDM, torchvision and Inception networks (set A), ADM
 U-Net and classifier forwards (B, C), classifier guidance gradients (D), DDPM and DDIM chains (E) and schedule tables
-(E_tables), the numbers and the manifold radii of the evaluation maths (H), and Inception features (I). What is
+(E_tables), EDM forwards and chains (F), the numbers and the manifold radii of the evaluation maths (H), and Inception features (I). What is
 dropped: inputs that are RandomState draws (checked here, drawn again in the tests), and most entries of large arrays,
 of which `goldens_util.thin` keeps a fixed subset. The norms of whole arrays stay in the json.
 The output depends on the input alone, byte for byte.
@@ -15,6 +15,7 @@ import argparse
 import gzip
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -29,10 +30,12 @@ MANIFESTS = (
     "adm_256_cond",
     "adm_classifier_64",
     "adm_classifier_128",
+    "edm_imagenet64_cond_adm",
     "fid_inception_v3",
     "torchvision_resnet50",
     "torchvision_resnet101",
 )
+TRAJECTORY_STRIDE = 7  # of what `thin` leaves, for the inner steps of set F; like its strides a prime
 
 
 def read(folder, name):
@@ -53,9 +56,9 @@ def extract_manifests(folder):
     (GOLDENS / "manifests").mkdir(exist_ok=True)
     for name in MANIFESTS:
         full = json.loads(gzip.decompress((folder / "A_manifests" / f"{name}.json.gz").read_bytes()))
-        _, _, flags = full["how"].partition("overridden by ")
+        flags = re.search(r"\{.*\}", full["how"])
         small = {
-            "flags": json.loads(flags or "{}"),
+            "flags": json.loads(flags[0]) if flags else {},
             "parameters": full["total_parameters"],
             "shapes": {key: shape for key, shape, *_ in sorted(full["entries"])},
         }
@@ -125,6 +128,37 @@ def extract_tables(folder):
     write("E_tables", {"refused": sorted(full["cases"]["respace"]["errors"])}, small)
 
 
+def extract_edm(folder):
+    full, arrays = read(folder, "F_edm")
+    forwards, chains = {}, {}
+    small = {key: value for key, value in arrays.items() if key.startswith("f0_stacked_rng/")}
+    for case, configuration in full["cases"].items():
+        stored = {key.removeprefix(f"{case}/"): value for key, value in arrays.items() if key.startswith(f"{case}/")}
+        if "config" in configuration:
+            x = stored["x"]
+            assert np.array_equal(x, random_noisy_image(configuration["input"]["seed"], stored["sigma"], x.shape)), case
+            forwards[case] = select(configuration, "config", "input", "num_heads", "out_rms", "F_x_rms")
+            forwards[case]["x_shape"] = x.shape
+            kept = {key: thin(stored[key]) for key in ("out", "F_x")}
+        elif "spec" in configuration:
+            assert np.abs(stored["final"] - stored["denoised_last"]).max() <= 1e-7, case  # one of the two is enough
+            chains[case] = select(configuration, "spec", "final_rms")
+            chains[case]["shape"] = stored["final"].shape
+            kept = select(stored, "t_hat", "steps", "x_rms_per_step", "guidance_schedule", "measured_ratio")
+            kept["final"] = thin(stored["final"]).astype(np.float32)
+            for key in ("x_cur", "x_hat"):
+                kept[key] = np.stack([thin(one)[::TRAJECTORY_STRIDE] for one in stored[key]])
+        small |= {f"{case}/{key}": value for key, value in kept.items()}
+    settings = {"forwards": forwards, "chains": chains, "chain_net": full["sampler_net_config"], "trajectory_stride": TRAJECTORY_STRIDE}
+    write("F_edm", settings, small)
+
+
+def random_noisy_image(seed, sigma, shape):
+    """A sample at noise level `sigma` of data with a standard deviation of 0.5, float32."""
+    sigma = sigma.astype(np.float32).reshape(-1, 1, 1, 1)
+    return random_input(seed, shape).numpy() * np.sqrt(sigma**2 + np.float32(0.25))
+
+
 def extract_eval_math(folder):
     full, arrays = read(folder, "H_eval_math")
     write(
@@ -162,6 +196,7 @@ def main():
     extract_guidance(folder)
     extract_sampling(folder)
     extract_tables(folder)
+    extract_edm(folder)
     extract_eval_math(folder)
     extract_inception(folder)
 

@@ -1,0 +1,168 @@
+"""EDM: the stochastic Heun sampler and the preconditioning of the network (which is in edm_unet.py).
+
+Method: "Elucidating the Design Space of Diffusion-Based Generative Models" (Karras et al., 2022). Noise levels sigma are standard
+deviations of the noise where the clean image has weight 1.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guided_diffusion.edm_unet import DhariwalUNet
+from guided_diffusion.gaussian_diffusion import NonFiniteOutputError
+from guided_diffusion.guidance import Guidance, GuidanceStep
+from guided_diffusion.schedules import karras_sigmas
+
+
+@torch.no_grad()
+def edm_sampler(
+    net: Any,
+    latents: Tensor,
+    class_labels: Tensor | None = None,
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    *,
+    guidance: Guidance | None = None,
+    y: Tensor | None = None,
+    num_steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80,
+    rho: float = 7,
+    S_churn: float = 0,
+    S_min: float = 0,
+    S_max: float = math.inf,
+    S_noise: float = 1,
+) -> Tensor:
+    """Sample by Algorithm 2 of Karras et al., 2022: (N, C, H, W) float64, the image, in the units of the network's training data.
+
+    net(x, sigma, class_labels) -> the denoised image, with the attributes sigma_min, sigma_max and round_sigma; x and sigma are float64.
+    latents: (N, C, H, W), standard normal. class_labels: (N, label_dim), one-hot. randn_like: called once per step, in order, the last
+    step and S_churn = 0 included. guidance: called once per step at x_cur, its shift goes to x_hat and so through Euler's step and
+    Heun's; its `step.index` is i, 0 .. num_steps - 1. y: (N,) int64, its wanted classes, by default those of `class_labels`. One
+    step is the network's answer at sigma_max. Raises NonFiniteOutputError where the trajectory leaves the finite numbers.
+    """
+    if S_churn < 0:
+        raise ValueError(f"S_churn must be 0 (no new noise) or more, got {S_churn}")
+    wanted = _wanted_classes(guidance, y, class_labels, len(latents))
+    sigmas = karras_sigmas(num_steps, max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max), rho)
+    t_steps = net.round_sigma(torch.as_tensor(sigmas, device=latents.device)).double()
+    x_next = latents.double() * t_steps[0]
+    for i, (t_cur, t_next) in enumerate(pairwise([*t_steps, t_steps.new_zeros(())])):
+        x_cur = x_next
+
+        # Raise the noise level for a moment: the new noise makes up for errors of earlier steps.
+        gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= t_cur <= S_max else 0
+        t_hat = net.round_sigma(t_cur + gamma * t_cur).double()
+        x_hat = x_cur + (t_hat**2 - t_cur**2).sqrt() * S_noise * randn_like(x_cur)
+        if guidance is not None:
+            x_hat = x_hat + guidance(x_cur, wanted, GuidanceStep(i, num_steps, variance=1.0, variance_max=1.0, sigma=float(t_cur)))
+
+        # Euler's step along dx/dt, then Heun's correction by the slope at its end, which t = 0 does not have.
+        d_cur = (x_hat - net(x_hat, t_hat, class_labels)) / t_hat
+        x_next = x_hat + (t_next - t_hat) * d_cur
+        if t_next > 0:
+            d_prime = (x_next - net(x_next, t_next, class_labels)) / t_next
+            x_next = x_hat + (t_next - t_hat) * (d_cur + d_prime) / 2
+        _check_finite(x_next, i)
+    return x_next
+
+
+def _wanted_classes(guidance, y, class_labels, n):
+    if guidance is None:
+        return None
+    if y is None and class_labels is None:
+        raise ValueError("guidance needs the wanted classes: pass y, (N,) int64, or one-hot class_labels")
+    y = class_labels.argmax(dim=1) if y is None else y
+    if y.shape != (n,):
+        raise ValueError(f"y has shape {tuple(y.shape)}, but {n} images need ({n},): one class each")
+    return y
+
+
+def _check_finite(x, index):
+    bad = ~x.isfinite().flatten(1).all(dim=1)
+    if bad.any():
+        raise NonFiniteOutputError(index, bad.nonzero()[:, 0].tolist())
+
+
+class EDMPrecond(nn.Module):
+    """The denoiser D(x; sigma) around a raw network (Karras et al., 2022, eq. 7 and table 1): forward(x, sigma, class_labels) -> float32.
+
+    x: (N, img_channels, H, W) float; the network was trained at H = W = img_resolution. sigma: a number or tensor, one level or N.
+    class_labels: (N, label_dim), one-hot or zeros; None is zeros. augment_labels: (N, augment_dim), or None for none.
+
+    sigma_min, sigma_max: the levels that a sampler may ask for. sigma_data: standard deviation of the data. With `use_fp16`, which may
+    be set at any time, convolutions and attention compute in float16 on an accelerator and bfloat16 on a CPU, where float16 arithmetic
+    is emulated and slow; parameters, embeddings, normalisations and the output head stay in float32. `attn_resolutions` are in pixels
+    of an image of `img_resolution`. Raises ValueError for another model_type or class_labels of another shape.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        *,
+        use_fp16: bool = False,
+        sigma_min: float = 0,
+        sigma_max: float = math.inf,
+        sigma_data: float = 0.5,
+        model_type: str = "DhariwalUNet",
+        model_channels: int = 192,
+        channel_mult: tuple[int, ...] = (1, 2, 3, 4),
+        num_blocks: int = 3,
+        attn_resolutions: tuple[int, ...] = (32, 16, 8),
+        augment_dim: int = 0,
+        dropout: float = 0.1,
+        label_dropout: float = 0,
+    ):
+        super().__init__()
+        if model_type != "DhariwalUNet":
+            raise ValueError(f"model_type {model_type!r} is not supported; only the ADM network, DhariwalUNet, is")
+        self.img_resolution = img_resolution
+        self.img_channels = img_channels
+        self.label_dim = label_dim
+        self.use_fp16 = use_fp16
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+        self.sigma_data = sigma_data
+        self.model = DhariwalUNet(
+            img_resolution,
+            img_channels,
+            img_channels,
+            label_dim,
+            augment_dim=augment_dim,
+            model_channels=model_channels,
+            channel_mult=channel_mult,
+            num_blocks=num_blocks,
+            attn_resolutions=attn_resolutions,
+            dropout=dropout,
+            label_dropout=label_dropout,
+        )
+
+    def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
+        if class_labels is not None and class_labels.shape != (len(x), self.label_dim):
+            raise ValueError(
+                f"class_labels has shape {tuple(class_labels.shape)}, but the network takes {(len(x), self.label_dim)}: "
+                "one-hot rows, or None where it is unconditional"
+            )
+        x = x.float()
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        total = (sigma**2 + self.sigma_data**2).sqrt()  # standard deviation of x
+        c_skip = (self.sigma_data / total) ** 2
+        c_out = sigma * self.sigma_data / total
+        c_in = 1 / total
+        c_noise = sigma.log().flatten() / 4
+        F_x = self.model((c_in * x).to(self._dtype(x.device)), c_noise, class_labels, augment_labels)
+        return c_skip * x + c_out * F_x
+
+    def round_sigma(self, sigma: Tensor | float) -> Tensor:
+        """The nearest noise level that the network knows: sigma itself, since it knows all."""
+        return torch.as_tensor(sigma)
+
+    def _dtype(self, device):
+        if not self.use_fp16:
+            return torch.float32
+        return torch.bfloat16 if device.type == "cpu" else torch.float16

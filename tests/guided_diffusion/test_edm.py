@@ -1,0 +1,315 @@
+"""EDM's noise levels, sampler and network, against closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from guided_diffusion.edm import EDMPrecond, edm_sampler
+from guided_diffusion.edm_unet import UNetBlock
+from guided_diffusion.gaussian_diffusion import NonFiniteOutputError
+from guided_diffusion.schedules import karras_sigmas
+
+N, SHAPE = 3, (3, 4, 4)
+
+
+def draws(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+LATENTS = draws(N, *SHAPE)
+
+
+class GaussianDenoiser:
+    """The exact denoiser of data that is normal with `mean` and standard deviation `std`; remembers what it was asked."""
+
+    def __init__(self, mean=0.3, std=0.5, sigma_min=0.0, sigma_max=math.inf):
+        self.mean, self.std, self.sigma_min, self.sigma_max = mean, std, sigma_min, sigma_max
+        self.calls = []
+
+    def __call__(self, x, sigma, class_labels=None):
+        self.calls.append((x, float(sigma)))
+        return self.mean + self.std**2 / (self.std**2 + sigma**2) * (x - self.mean)
+
+    def round_sigma(self, sigma):
+        return sigma
+
+    def solution(self, latents, sigma_max):
+        """Where the exact probability flow takes sigma_max * latents."""
+        return self.mean + (sigma_max * latents - self.mean) * self.std / math.hypot(self.std, sigma_max)
+
+
+class Draws:
+    """A randn_like that remembers what it gave."""
+
+    def __init__(self):
+        self.given = []
+
+    def __call__(self, x):
+        self.given.append(draws(*x.shape, seed=len(self.given) + 10))
+        return self.given[-1]
+
+
+# Noise levels
+
+
+def test_karras_sigmas():
+    expected = [(80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)]
+    np.testing.assert_allclose(karras_sigmas(18, 0.002, 80, 7), expected, rtol=1e-13)
+    np.testing.assert_allclose(karras_sigmas(4, 1, 10, 1), [10, 7, 4, 1], rtol=1e-13)
+    np.testing.assert_allclose(karras_sigmas(3, 4, 16, 2), [16, 9, 4], rtol=1e-13)
+    assert karras_sigmas(1, 0.002, 80, 7) == pytest.approx([80], rel=1e-13)
+    assert karras_sigmas(5, 0.002, 80, 7).dtype == np.float64
+
+
+@pytest.mark.parametrize("arguments", [(5, 0, 80, 7), (5, 2, 1, 7), (5, 1, math.inf, 7), (5, 1, 2, 0), (5, math.nan, 2, 7), (0, 1, 2, 7)])
+def test_karras_sigmas_that_cannot_be(arguments):
+    with pytest.raises(ValueError, match=r"num_steps must be at least 1, got 0|noise levels need 0 < sigma_min <= sigma_max.*got"):
+        karras_sigmas(*arguments)
+
+
+# Sampler
+
+
+def error(num_steps):
+    net = GaussianDenoiser()
+    return (edm_sampler(net, LATENTS, num_steps=num_steps, sigma_max=20) - net.solution(LATENTS, 20)).abs().max().item()
+
+
+def test_heun_converges_at_second_order():
+    # Twice as many steps, a quarter of the error, while the last step, Euler's from sigma_min, is not felt.
+    assert 3.5 < error(32) / error(64) < 4.5
+    assert error(256) < 2e-4
+
+
+def test_one_step_is_the_denoiser_at_sigma_max():
+    net, noise = GaussianDenoiser(), Draws()
+    final = edm_sampler(net, LATENTS, randn_like=noise, num_steps=1, sigma_max=20)
+    assert [sigma for _, sigma in net.calls] == pytest.approx([20], rel=1e-13)
+    assert len(noise.given) == 1
+    torch.testing.assert_close(final, net(20 * LATENTS, 20.0), rtol=0, atol=1e-12)
+
+
+def test_two_steps_by_hand():
+    net = GaussianDenoiser(std=1.0, mean=0.0)  # dx/dt = x t / (1 + t^2)
+    x, a, b = 10 * LATENTS, 10.0, 1.0
+    slope = x * a / (1 + a**2)
+    euler = x + (b - a) * slope
+    heun = x + (b - a) * (slope + euler * b / (1 + b**2)) / 2
+    final = edm_sampler(net, LATENTS, num_steps=2, sigma_min=b, sigma_max=a)
+    torch.testing.assert_close(final, heun - b * heun * b / (1 + b**2), rtol=0, atol=1e-12)
+
+
+def test_levels_stay_within_what_the_network_knows():
+    net = GaussianDenoiser(sigma_min=0.1, sigma_max=5)
+    edm_sampler(net, LATENTS, num_steps=4)
+    levels = karras_sigmas(4, 0.1, 5, 7)
+    assert [sigma for _, sigma in net.calls] == pytest.approx(np.repeat(levels, 2)[1:].tolist(), rel=1e-13)
+
+
+def test_levels_are_rounded_to_those_that_the_network_knows():
+    net = GaussianDenoiser()
+    net.round_sigma = lambda sigma: (2 * sigma).round() / 2
+    edm_sampler(net, LATENTS, num_steps=6, sigma_min=0.5, sigma_max=20, S_churn=2)
+    levels = [sigma for _, sigma in net.calls]
+    assert levels == [round(2 * sigma) / 2 for sigma in levels]
+    assert levels[0] > 20  # churn came before the rounding
+
+
+def test_noise_is_drawn_once_per_step_in_order_and_scaled_by_what_churn_adds():
+    net, noise = GaussianDenoiser(), Draws()
+    options = {"S_churn": 3, "S_min": 0.05, "S_max": 10, "S_noise": 1.1}
+    edm_sampler(net, LATENTS, randn_like=noise, num_steps=6, sigma_max=20, **options)
+    t = [*karras_sigmas(6, 0.002, 20, 7), 0]
+    gammas = [min(3 / 6, math.sqrt(2) - 1) if 0.05 <= level <= 10 else 0 for level in t[:-1]]
+    assert len(noise.given) == 6
+    assert {0, math.sqrt(2) - 1} == set(gammas)
+    x = t[0] * LATENTS
+    for i, (gamma, draw) in enumerate(zip(gammas, noise.given, strict=True)):
+        t_hat = t[i] * (1 + gamma)
+        x_hat, sigma = net.calls[2 * i]
+        assert sigma == pytest.approx(t_hat, rel=1e-12)
+        torch.testing.assert_close(x_hat, x + math.sqrt(t_hat**2 - t[i] ** 2) * 1.1 * draw, rtol=0, atol=1e-10)
+        slope = (x_hat - net(x_hat, t_hat)) / t_hat
+        x = x_hat + (t[i + 1] - t_hat) * slope
+        if i < 5:
+            x = x_hat + (t[i + 1] - t_hat) * (slope + (x - net(x, t[i + 1])) / t[i + 1]) / 2
+
+
+def test_churn_below_its_cap():
+    net = GaussianDenoiser()
+    edm_sampler(net, LATENTS, num_steps=10, sigma_max=20, S_churn=1)
+    levels = karras_sigmas(10, 0.002, 20, 7)
+    assert [sigma for _, sigma in net.calls[::2]] == pytest.approx((1.1 * levels).tolist(), rel=1e-12)
+
+
+def test_noise_without_churn_changes_nothing():
+    first, second = (edm_sampler(GaussianDenoiser(), LATENTS, randn_like=fill, num_steps=5) for fill in (torch.ones_like, torch.zeros_like))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_trajectory_is_float64_around_a_float32_network(dtype):
+    net = GaussianDenoiser()
+    exact, seen = edm_sampler(net, LATENTS.float().double(), num_steps=12), []
+
+    class Float32(GaussianDenoiser):
+        def __call__(self, x, sigma, class_labels=None):
+            seen.append((x.dtype, sigma.dtype))
+            return super().__call__(x.float(), sigma.float())
+
+    got = edm_sampler(Float32(), LATENTS.float().to(dtype), num_steps=12)
+    assert got.dtype == torch.float64
+    assert set(seen) == {(torch.float64, torch.float64)}
+    # Twelve answers rounded to 24 bits, each relative to entries below 1: the trajectory itself, of size 80, adds nothing.
+    assert 0 < (got - exact).abs().max() < 1e-6
+
+
+def test_labels_go_to_the_network_as_they_are():
+    labels, seen = torch.eye(N), []
+
+    class Conditional(GaussianDenoiser):
+        def __call__(self, x, sigma, class_labels=None):
+            seen.append(class_labels)
+            return super().__call__(x, sigma)
+
+    edm_sampler(Conditional(), LATENTS, labels, num_steps=3)
+    assert len(seen) == 5
+    assert all(given is labels for given in seen)
+
+
+@pytest.mark.parametrize("fault", [math.nan, math.inf])
+def test_non_finite_answer_stops_with_step_and_position(fault):
+    class Broken(GaussianDenoiser):
+        def __call__(self, x, sigma, class_labels=None):
+            out = super().__call__(x, sigma)
+            out[1, 0, 0, 0] = fault if sigma < 1 else 0
+            return out
+
+    with pytest.raises(NonFiniteOutputError) as caught:
+        edm_sampler(Broken(), LATENTS, num_steps=10)
+    assert caught.value.positions == [1]
+    # Heun's correction of the step before looks at the first level below 1 already.
+    assert caught.value.step_index == (karras_sigmas(10, 0.002, 80, 7) >= 1).sum() - 1
+
+
+def test_negative_churn():
+    with pytest.raises(ValueError, match=r"S_churn.*-1"):
+        edm_sampler(GaussianDenoiser(), LATENTS, S_churn=-1)
+
+
+# Network
+
+TINY = {"model_channels": 32, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (8,)}
+
+
+def tiny(label_dim=0, **options):
+    torch.manual_seed(0)
+    net = EDMPrecond(16, 3, label_dim, **TINY | options).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():  # the branches that start at zero too
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return net
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 2.0])
+def test_preconditioning(sigma_data):
+    net, sigma = EDMPrecond(16, 3, sigma_data=sigma_data, **TINY), torch.tensor([0.01, 1.0, 70.0])
+    x, seen = draws(3, 3, 16, 16).float(), []
+
+    def raw(h, c_noise, class_labels, augment_labels):
+        seen.append((h, c_noise))
+        return torch.full_like(h, 0.7)
+
+    net.model.forward = raw
+    s, variance = sigma.double().view(-1, 1, 1, 1), sigma_data**2
+    expected = variance / (s**2 + variance) * x + s * sigma_data / (s**2 + variance).sqrt() * 0.7
+    torch.testing.assert_close(net(x, sigma).double(), expected, rtol=1e-6, atol=1e-6)
+    [(h, c_noise)] = seen
+    torch.testing.assert_close(h.double(), x / (s**2 + variance).sqrt(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(c_noise.double(), sigma.double().log() / 4, rtol=1e-6, atol=1e-6)
+
+
+def test_a_new_network_answers_the_skip_term_alone():
+    net, x = EDMPrecond(16, 3, **TINY).eval(), draws(2, 3, 16, 16).float()
+    torch.testing.assert_close(net(x, 1.0), 0.2 * x)  # 0.25 / (1 + 0.25)
+
+
+@pytest.mark.parametrize("sigma", [2.0, torch.tensor(2.0), torch.tensor([2.0]), torch.full((2,), 2.0, dtype=torch.float64)])
+def test_one_level_may_be_given_in_any_form(sigma):
+    net, x = tiny(), draws(2, 3, 16, 16)
+    got = net(x, sigma)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, net(x.float(), torch.full((2,), 2.0)), rtol=0, atol=1e-5)
+
+
+def test_no_labels_are_labels_of_zero():
+    net, x = tiny(5, augment_dim=4), draws(2, 3, 16, 16)
+    none = net(x, 1.0)
+    torch.testing.assert_close(none, net(x, 1.0, torch.zeros(2, 5), augment_labels=torch.zeros(2, 4)), rtol=0, atol=1e-5)
+    assert (none - net(x, 1.0, torch.eye(5)[:2])).abs().max() > 1e-3
+    assert (none - net(x, 1.0, augment_labels=torch.ones(2, 4))).abs().max() > 1e-3
+
+
+def test_label_dropout_acts_in_training_only():
+    net, x, labels = tiny(5, label_dropout=1.0, dropout=0.0), draws(2, 3, 16, 16), torch.eye(5)[:2]
+    with_labels, without = net(x, 1.0, labels), net(x, 1.0)
+    assert (with_labels - without).abs().max() > 1e-3
+    torch.testing.assert_close(net.train()(x, 1.0, labels), without, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("label_dim", "shape"), [(5, (2,)), (5, (1, 5)), (5, (2, 4)), (0, (2, 5))])
+def test_labels_of_another_shape(label_dim, shape):
+    with pytest.raises(ValueError, match=r"class_labels has shape .* but the network takes \(2, \d\)"):
+        tiny(label_dim)(draws(2, 3, 16, 16), 1.0, torch.zeros(shape))
+
+
+def test_labels_of_no_classes_go_to_an_unconditional_network():
+    net, x = tiny(), draws(2, 3, 16, 16)
+    assert torch.equal(net(x, 1.0, torch.zeros(2, 0)), net(x, 1.0))
+
+
+@pytest.mark.parametrize("sigma", [0.01, 1.0, 50.0])
+def test_half_precision(sigma):
+    net, x = tiny(), draws(2, 3, 16, 16) * math.hypot(sigma, 0.5)
+    full = net(x, sigma)
+    net.use_fp16 = True
+    dtypes = []
+    net.model.enc["16x16_block0"].register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    half = net(x, sigma)
+    assert dtypes == [torch.bfloat16]
+    assert half.dtype == torch.float32
+    assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
+    # bfloat16 has 8 significant bits: each of the few dozen operations is off by up to 2**-9 of its result, now this way, now that.
+    assert 0 < (half - full).norm() < 0.02 * full.norm()
+
+
+def test_gradients_flow_in_either_precision():
+    for use_fp16 in (False, True):
+        net, x = tiny(use_fp16=use_fp16), draws(2, 3, 16, 16).float().requires_grad_()
+        net(x, 1.0).square().sum().backward()
+        assert x.grad.isfinite().all()
+        assert all(parameter.grad.abs().max() > 0 for parameter in net.parameters())
+
+
+def test_attention_needs_a_whole_head():
+    options = {"emb_channels": 8, "dropout": 0.0, "attention": True}
+    assert [UNetBlock(c, c, **options).num_heads for c in (32, 64, 96, 128)] == [0, 1, 1, 2]
+    assert not hasattr(UNetBlock(32, 32, **options), "qkv")
+    with pytest.raises(ValueError, match="224 channels cannot be cut into 3 heads"):
+        UNetBlock(224, 224, **options)
+
+
+def test_dropout_and_constructor_defaults():
+    with torch.device("meta"):
+        net = EDMPrecond(64, 3, 1000)
+    assert (net.sigma_min, net.sigma_max, net.img_channels, net.img_resolution, net.label_dim) == (0, math.inf, 3, 64, 1000)
+    assert {module.p for module in net.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
+
+
+def test_sizes_and_types_that_cannot_be():
+    with pytest.raises(ValueError, match="img_resolution 18 cannot be halved 2 times"):
+        EDMPrecond(18, 3, model_channels=32, channel_mult=(1, 1, 1))
+    with pytest.raises(ValueError, match=r"model_type 'SongUNet'.*DhariwalUNet"):
+        EDMPrecond(16, 3, model_type="SongUNet")
