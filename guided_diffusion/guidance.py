@@ -5,8 +5,9 @@ The contract, the same under every sampler (the README's "Writing a guidance rul
     step = GuidanceStep(index, num_steps, variance, variance_max, sigma)    made by the sampler
     shift = guidance(x, y, step)                                            same shape, dtype and device as x, detached
 
-x is (N, C, H, W), the predicted clean image (or latent; the released EDM recipe takes the noisy sample); y is (N,) int64, the wanted classes. A rule that reshapes the logits is a
-function like `log_prob`; a rule about when or how strongly is a wrapper around a guidance, like `within_interval`.
+x is (N, C, H, W), the predicted clean image (or latent; the noisy sample in EDM's released recipe); y is (N,) int64, the wanted classes. A
+rule that reshapes the logits is a function like `log_prob`; a rule about when or how strongly is a wrapper around a guidance, like
+`within_interval`.
 
 Method: "Elucidating The Design Space of Classifier-Guided Diffusion Generation" (Ma et al., ICLR 2024).
 """
@@ -29,8 +30,9 @@ Guidance = Callable[[Tensor, Tensor, "GuidanceStep"], Tensor]
 class GuidanceStep:
     """Where the sampler stands.
 
-    index: the respaced t, T-1 .. 0 (DDPM, DDIM), or i, 0 .. N-1 (EDM). num_steps: T or N. variance: what one unit of gradient is worth at this step, a float or a
-    tensor that broadcasts to x. variance_max: float, the largest variance so far. sigma: noise level of the sample in EDM's units.
+    index: the respaced t, T-1 .. 0 (DDPM, DDIM), or i, 0 .. N-1 (EDM). num_steps: T or N. variance: what one unit of gradient is worth
+    at this step, a float or a tensor that broadcasts to x. variance_max: float, the largest variance so far. sigma: noise level of the
+    sample in EDM's units.
     """
 
     index: int
