@@ -3,13 +3,23 @@
 import argparse
 import math
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import torch
+import torch.distributed
 
 _NOT_GIVEN = object()
+
+
+class Stopped(KeyboardInterrupt):
+    """The program was asked to stop by the signal `signum`; its exit code is 128 + signum."""
+
+    def __init__(self, signum: int = signal.SIGINT):
+        self.signum = signum
+        super().__init__(signal.Signals(signum).name)
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +50,7 @@ def parse_flags(parser: Parser, argv: list[str] | None, presets: Mapping[str, Ma
 
 
 def run_main(main: Callable[[], None], resumable: bool = False) -> None:
-    """Call a script's main: what a user can mend ends in one line on stderr and exit code 1, Ctrl-C in exit code 130.
+    """Call a script's main: what a user can mend ends in one line on stderr and exit code 1, Ctrl-C in 130, SIGTERM in 143.
 
     resumable: whether the same command goes on where this one was stopped; Ctrl-C then says so.
     """
@@ -48,11 +58,13 @@ def run_main(main: Callable[[], None], resumable: bool = False) -> None:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except torch.distributed.DistError as error:
+        sys.exit(f"error: another process of this run is gone ({str(error).splitlines()[0]})")
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: {str(error).splitlines()[0]} Lower --batch_size, into another --out")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         sys.stderr.write(f"\ninterrupted{'; what is finished is kept, the same command goes on from there' if resumable else ''}\n")
-        sys.exit(130)
+        sys.exit(128 + getattr(error, "signum", signal.SIGINT))
 
 
 def parse_numbers(text: str, flag: str) -> list[int]:

@@ -11,6 +11,10 @@ from guided_diffusion import checkpoints
 
 # A rank that is done waits for the slowest one, which may take hours; torchrun ends all of them when one fails.
 _TIMEOUT = timedelta(days=30)
+_START_TIMEOUT = timedelta(minutes=5)
+
+
+_store = None
 
 
 def setup_dist():
@@ -24,10 +28,20 @@ def setup_dist():
     backend = "cpu:gloo,cuda:nccl" if gpu_each and dist.is_nccl_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(dev())
+    global _store
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        _store, rank, world_size = next(dist.rendezvous("env://", timeout=_START_TIMEOUT))
     else:
-        dist.init_process_group(backend, timeout=_TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
+        _store, rank, world_size = dist.HashStore(), 0, 1
+    group = dist.PrefixStore("process group", _store)
+    dist.init_process_group(backend, timeout=_TIMEOUT, store=group, rank=rank, world_size=world_size)
+
+
+def shared_store():
+    """The key-value store that the processes share, once `setup_dist` was called."""
+    if _store is None:
+        raise RuntimeError("call setup_dist first")
+    return _store
 
 
 def dev():

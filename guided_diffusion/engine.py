@@ -1,18 +1,28 @@
-"""The loop over batches that every sampling script shares: which samples are missing, progress, timing, and what went wrong where."""
+"""The loop over batches that every sampling script shares: what is missing, who draws it, how far all are, and what went wrong where."""
 
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from guided_diffusion import logger
+from guided_diffusion import dist_util, logger
+from guided_diffusion.cli import Stopped
+from guided_diffusion.crew import Crew
 from guided_diffusion.gaussian_diffusion import NonFiniteOutputError
 from guided_diffusion.guidance import NonFiniteGradientError
 from guided_diffusion.sample_store import NonFinitePixelsError, SampleStore
 from guided_diffusion.stopwatch import Stopwatch
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 class Tally:
@@ -28,33 +38,93 @@ def sample_missing(
     num_steps: int,
     tally: Tally,
 ) -> None:
-    """Draw this rank's share of the batches that are not in the store yet.
+    """Draw the batches that are not in the store yet, together with the other processes; return when all are there.
 
-    sample(indices, tick) -> ((n, H, W, 3) uint8 images, (n,) int64 labels); it calls tick() after each of `num_steps` steps.
-    Raises FloatingPointError that names step and sample where the network or the guidance is not finite.
+    sample(indices, tick) -> ((n, H, W, 3) uint8 images, (n,) int64 labels); it calls tick() after each of `num_steps` steps. A process
+    takes the next batch when it is done with one. SIGTERM or SIGINT to any of them lets all finish their batch, then raises Stopped; the
+    second one raises it at once. Raises FloatingPointError that names step and sample where the network or the guidance is not finite,
+    and ValueError with the batch size where memory is not enough.
     """
     rank = dist.get_rank()
     # One look for all: a shared file system may show each rank something else.
-    shared = [store.missing() if rank == 0 else None]
+    shared = [(store.missing(), uuid.uuid4().hex) if rank == 0 else None]
     dist.broadcast_object_list(shared)
-    missing: list[range] = shared[0] or []
-    if not missing and rank == 0:
-        logger.log(f"{store.folder}: complete, nothing to do")
-    mine = missing[rank :: dist.get_world_size()]
-    with tqdm(total=len(mine) * num_steps, unit="step", disable=not mine or rank != 0) as bar:
-        for indices in mine:
-            bar.set_description(f"samples {indices.start}-{indices.stop - 1} of {store.num_samples}")
-            start, guided_before, skipped_before = time.perf_counter(), tally.stopwatch.seconds, tally.skipped
-            images, labels = _named_failure(sample, indices, bar.update)
-            stats = {
-                "seconds": time.perf_counter() - start,
-                "guidance_seconds": tally.stopwatch.seconds - guided_before,
-                "skipped_guidance": tally.skipped - skipped_before,
-            }
-            store.write(indices, images, labels, stats)
+    missing, name = shared[0] or ([], "")
+    if not missing:
+        if rank == 0:
+            logger.log(f"{store.folder}: complete, nothing to do")
+        return
+    with (
+        _progress_bar(store, missing, num_steps, rank) as show,
+        Crew(dist_util.shared_store(), name, rank, dist.get_world_size(), show) as crew,
+        _stopping(crew),
+    ):
+        for indices in _claimed(crew, missing):
+            _sample_and_keep(store, sample, indices, tally, partial(crew.progress, len(indices)))
+        _raise_if_stopped(crew.wait_for_all())
     if tally.skipped:
         logger.log(f"guidance was dropped {tally.skipped} times for non-finite gradients")
-    dist.barrier()
+
+
+@contextmanager
+def _progress_bar(store, missing, num_steps, rank) -> Iterator[Callable[[int], None] | None]:
+    """Yield what shows the steps of all images so far, None on other ranks than 0. Into a file a line goes twice a minute."""
+    if rank:
+        yield None
+        return
+    waiting = 0.1 if sys.stderr.isatty() else 30
+    with tqdm(total=sum(map(len, missing)), unit="image", desc=store.folder.name, mininterval=waiting, bar_format=BAR) as bar:
+        yield lambda steps: bar.update(steps / num_steps - bar.n)
+
+
+@contextmanager
+def _stopping(crew):
+    """Let the first SIGINT or SIGTERM ask all processes to stop after their batch, and the next one stop this one at once."""
+    first = []
+
+    def handle(signum, frame):
+        if first and time.monotonic() - first[0] > 1:  # torchrun passes on what its terminal sent to all of them already
+            raise Stopped(signum)
+        if not first:
+            first.append(time.monotonic())
+            crew.ask_to_stop(signum)
+            logger.log(f"{signal.Signals(signum).name}: stopping after this batch; once more stops at once, without it")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _claimed(crew, missing):
+    """Yield the batches that fall to this process. Raises Stopped once somebody asked to stop."""
+    while True:
+        _raise_if_stopped(crew.stop_signal())
+        position = crew.claim()
+        if position >= len(missing):
+            return
+        yield missing[position]
+
+
+def _raise_if_stopped(signum):
+    if signum is not None:
+        raise Stopped(signum)
+
+
+def _sample_and_keep(store, sample, indices, tally, tick):
+    start, guided_before, skipped_before = time.perf_counter(), tally.stopwatch.seconds, tally.skipped
+    images, labels = _named_failure(sample, indices, tick)
+    stats = {
+        "seconds": time.perf_counter() - start,
+        "guidance_seconds": tally.stopwatch.seconds - guided_before,
+        "skipped_guidance": tally.skipped - skipped_before,
+    }
+    store.write(indices, images, labels, stats)
 
 
 def _named_failure(sample, indices, tick):
@@ -73,6 +143,16 @@ def _named_failure(sample, indices, tick):
         ) from error
     except NonFinitePixelsError as error:
         raise FloatingPointError(f"non-finite pixels in sample {_at(error, indices)}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"out of memory with batches of {len(indices)} images: lower --batch_size, with another --out or --overwrite True"
+        ) from error
+
+
+def _is_out_of_memory(error):
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _at(error, indices):

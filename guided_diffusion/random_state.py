@@ -6,6 +6,7 @@ It runs on the CPU, so that an accelerator changes nothing.
 
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,31 @@ class SampleNoise:
     def __call__(self, x: Tensor) -> Tensor:
         """The next draw, like x."""
         return self.randn(x.shape).to(x)
+
+
+class DrawnAhead:
+    """The draws of a `SampleNoise`, each made by a thread while the step before it runs; all are of one shape."""
+
+    def __init__(self, noise: SampleNoise, shape: Sequence[int]):
+        self._noise, self._shape = noise, tuple(shape)
+        self._thread = ThreadPoolExecutor(1)
+        self._next = self._thread.submit(noise.randn, self._shape)
+
+    def randn(self, shape: Sequence[int]) -> Tensor:
+        """The next draw, float32 on the CPU. Raises ValueError for another shape."""
+        if tuple(shape) != self._shape:
+            raise ValueError(f"noise of shape {self._shape} is drawn ahead, but {tuple(shape)} was asked for")
+        draw = self._next.result()
+        self._next = self._thread.submit(self._noise.randn, self._shape)
+        return draw
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The next draw, like x."""
+        return self.randn(x.shape).to(x)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 def random_labels(seed: int, indices: Sequence[int], num_classes: int) -> np.ndarray:

@@ -9,11 +9,14 @@ A file with one of these names is complete: it is written under another name in 
 other of the project, so that every room may read a folder.
 """
 
+import errno
 import fcntl
 import json
 import math
 import os
 import re
+import shutil
+import socket
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -73,6 +76,15 @@ class SampleStore:
             path.unlink(missing_ok=True)
         _remove_shards(folder / "shards")
 
+    def require_space(self, image_bytes: int) -> None:
+        """Raise ValueError where the disk has no room for what is missing and for the final npz, at `image_bytes` per image."""
+        if self.samples_file():
+            return
+        needed = (sum(map(len, self.missing())) + self.num_samples) * (image_bytes + 8)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise ValueError(f"{self.folder} needs {needed:,} bytes more, and {free:,} are free: make room, or choose another --out")
+
     def samples_file(self) -> Path | None:
         """The final npz, if it is there."""
         return next((path for path in _finished(self.folder) if path.name.startswith(f"samples_{self.num_samples}x")), None)
@@ -86,7 +98,7 @@ class SampleStore:
     def write(self, indices: range, images: Tensor, labels: Tensor, stats: dict[str, float]) -> None:
         """Keep one shard: (n, H, W, 3) uint8, (n,) int64, and numbers that `finish` adds up over all shards."""
         arrays = {"arr_0": images.cpu().numpy(), "arr_1": labels.cpu().numpy().astype(np.int64)}
-        with renamed_when_complete(self._shard_file(indices)) as file:
+        with _told_when_full(self.folder, images.nbytes), renamed_when_complete(self._shard_file(indices)) as file:
             np.savez(file, **arrays, **{f"stat_{key}": np.float64(value) for key, value in stats.items()})
 
     def finish(self) -> Path:
@@ -101,7 +113,8 @@ class SampleStore:
             totals = self._totals()
             save_grid(self.folder / "grid.png", [self._grid_images()])
             write_json(self.folder / "run.json", {**read_run(self.folder), "totals": totals})
-            with renamed_when_complete(final) as file, zipfile.ZipFile(file, "w") as archive:
+            size = math.prod(shape)
+            with _told_when_full(self.folder, size), renamed_when_complete(final) as file, zipfile.ZipFile(file, "w") as archive:
                 _stream(archive, "arr_0", np.uint8, shape, (self._read(r, "arr_0") for r in self._ranges()))
                 _stream(archive, "arr_1", np.int64, shape[:1], (self._read(r, "arr_1") for r in self._ranges()))
         _remove_shards(self._shards)
@@ -141,20 +154,55 @@ class SampleStore:
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Keep a folder to this process while the block lasts; the lock goes with the process, however it ends.
+def locked(folder: str | Path) -> Iterator[str | None]:
+    """Keep a folder to this process while the block lasts, by a lock on its file run.lock, which says whose it is.
 
-    Raises ValueError where another process holds it.
+    The system takes the lock from a process that ends, however it ends: what is then left behind in the file is stale, and yielded.
+    Raises ValueError, with process and host, where another process holds it, and where the file system has no locks.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    path = Path(folder) / "run.lock"
+    with _lock_file(path) as file:
+        left_behind = file.read().strip() or None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield left_behind
+        finally:
+            path.unlink()
+
+
+def _lock_file(path):
+    """Open the lock file and lock it; what another process removed in between is opened anew."""
+    while True:
+        file = open(path, "a+")  # noqa: SIM115, returned to be closed by the caller
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                file.seek(0)
+                return file
+            file.close()
         except BlockingIOError:
-            raise ValueError(f"another run is writing into {folder}: wait for it, or choose another --out") from None
+            file.seek(0)
+            owner = file.read().strip() or "a process"
+            file.close()
+            raise ValueError(f"another run is writing into {path.parent}: {owner}; wait for it, or choose another --out") from None
+        except OSError as error:
+            file.close()
+            raise ValueError(f"cannot lock {path} ({error.strerror}): choose another --out") from error
+
+
+@contextmanager
+def _told_when_full(folder, size):
+    try:
         yield
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        free = shutil.disk_usage(folder).free
+        left = f"some {size:,} bytes are to be written, and {free:,} are free"
+        raise OSError(f"no space left in {folder}: {left}; make room, and the same command goes on") from error
 
 
 def read_samples(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import tempfile
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy
@@ -26,7 +26,7 @@ from guided_diffusion.cli import Parser, parse_flags, run_main
 from guided_diffusion.engine import Tally, sample_missing
 from guided_diffusion.guidance import ClassifierGuidance, noisy_classifier_gradient, within_interval
 from guided_diffusion.presets import PRESETS
-from guided_diffusion.random_state import SampleNoise, label_source, labels_file
+from guided_diffusion.random_state import DrawnAhead, SampleNoise, label_source, labels_file
 from guided_diffusion.sample_store import SampleStore, locked, to_uint8
 from guided_diffusion.script_util import (
     NUM_CLASSES,
@@ -62,13 +62,13 @@ def main():
     dist_util.setup_dist()
     device = dist_util.choose_device(args.device)
     folder = prepare_folder(args)
-    with locked(folder) if dist.get_rank() == 0 else nullcontext():
-        run(args, device, folder)
+    with locked(folder) if dist.get_rank() == 0 else nullcontext() as left_behind:
+        run(args, device, folder, left_behind)
     dist.destroy_process_group()
 
 
-def run(args, device, folder):
-    """Sample what `folder` lacks, and join it."""
+def run(args, device, folder, left_behind):
+    """Sample what `folder` lacks, and join it. left_behind: whose lock was found there, for the log."""
     labels_of = label_source(args.labels, args.seed, args.num_classes)
     # For --classifier_path random; the samples' noise has streams of its own.
     torch.manual_seed(args.seed)
@@ -79,23 +79,24 @@ def run(args, device, folder):
     store = open_store(args, folder, device)
     if dist.get_rank() == 0:
         logger.configure(folder)
+        if left_behind:
+            logger.log(f"{folder}: goes on after {left_behind}, which ended without removing its lock")
         say_what_has_no_effect(args, device)
 
     def sample(indices, tick):
         labels = torch.from_numpy(labels_of(indices)).to(device)
         loop = diffusion.ddim_sample_loop_progressive if args.use_ddim else diffusion.p_sample_loop_progressive
         shape = (len(indices), 3, args.image_size, args.image_size)
-        noise = SampleNoise(args.seed, indices)
         conditions = {"clip_denoised": args.clip_denoised, "model_kwargs": {"y": labels}, **conditioning}
-        for out in loop(model, shape, device=device, randn_like=noise, **conditions):
-            images = out["sample"]
-            tick()
+        with closing(DrawnAhead(SampleNoise(args.seed, indices), shape)) as noise:
+            for out in loop(model, shape, device=device, randn_like=noise, **conditions):
+                images = out["sample"]
+                tick()
         return to_uint8(images), labels
 
     sample_missing(store, sample, diffusion.num_timesteps, tally)
     if dist.get_rank() == 0:
         print(store.finish())
-    dist.barrier()
 
 
 def create_argparser():
@@ -288,13 +289,15 @@ def open_store(args, folder, device):
     settings = {key: value for key, value in flags.items() if key not in {*PLACE_FLAGS, *TRAINING_FLAGS, *by_hash}}
     settings |= {"sha256": hashes, "versions": versions()}
     others = {key: value for key, value in flags.items() if key not in settings}
-    record = {"not_compared": {**others, "device": device_name(device)}}
+    record = {"not_compared": {**others, "device": device_name(device)}, "rounding": "(x + 1) * 127.5, clamped to 0..255, truncated"}
     if dist.get_rank() == 0:
         if args.overwrite:
             SampleStore.clear(folder)
         SampleStore(folder, settings, args.num_samples, args.batch_size, record)
     dist.barrier()
-    return SampleStore(folder, settings, args.num_samples, args.batch_size)
+    store = SampleStore(folder, settings, args.num_samples, args.batch_size)
+    store.require_space(3 * args.image_size**2)
+    return store
 
 
 def versions():

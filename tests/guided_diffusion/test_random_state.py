@@ -1,12 +1,13 @@
 """Noise and labels by seed and sample index."""
 
 import math
+from contextlib import closing
 
 import numpy as np
 import pytest
 import torch
 
-from guided_diffusion.random_state import SampleNoise, label_source, random_labels, shuffled_labels
+from guided_diffusion.random_state import DrawnAhead, SampleNoise, label_source, random_labels, shuffled_labels
 
 SHAPE = (3, 4, 4)
 SEEDS = [0, 1, -1, -(2**62), 2**31, 2**63, 2**63 + 1, 2**64 - 2]
@@ -235,3 +236,13 @@ def test_global_generators_are_neither_read_nor_moved():
     assert torch.equal(before, after)
     assert torch.equal(torch.get_rng_state(), state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)
+
+
+def test_noise_that_is_drawn_ahead_is_the_same_noise():
+    noise, x = SampleNoise(3, range(4, 6)), torch.empty(2, 3, 8, 8, dtype=torch.float64)
+    with closing(DrawnAhead(SampleNoise(3, range(4, 6)), x.shape)) as ahead:
+        assert torch.equal(ahead.randn(x.shape), noise.randn(x.shape))
+        for _ in range(3):
+            assert torch.equal(ahead(x), noise(x))
+        with pytest.raises(ValueError, match=r"noise of shape \(2, 3, 8, 8\) is drawn ahead, but \(1, 3, 8, 8\)"):
+            ahead.randn((1, 3, 8, 8))
