@@ -1,37 +1,39 @@
 """The one place that reads weights: safe, hashed, strict.
 
-Reading a checkpoint never runs code that it carries: torch files are read with `weights_only=True`, safetensors hold no code at all.
-This module imports no other of the project, so that every room may use it.
+Reading a checkpoint never runs code that it carries: torch files are read with `weights_only=True`, EDM's pickles as data, safetensors
+hold no code at all. This module and the two that it imports (edm_pickle, pickle_data) use no other of the project, so that every room may
+use them.
 """
 
 import hashlib
 import json
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from guided_diffusion.edm_pickle import read_snapshot
 
 PRETRAINED_DIR = Path(__file__).resolve().parent.parent / "pretrained_models"
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read name -> tensor from a .pt, .pth or .safetensors file, onto the CPU.
+    """Read name -> tensor from a .pt, .pth or .safetensors file, or the network "ema" of an EDM .pkl, onto the CPU.
 
-    Raises FileNotFoundError, and ValueError for a file that
-    is truncated, holds something other than tensors by name, or has another ending.
+    Raises FileNotFoundError, and ValueError for a file that is truncated, holds something other than tensors by name, or has another
+    ending; of a pickle that asks for more than data, it says for what.
     """
-    path = Path(path)
-    if not path.is_file():
-        hint = "see `python scripts/download.py --list`"
-        if path.name in _published():
-            hint = f"fetch it with `python scripts/download.py {path.name}`"
-        raise FileNotFoundError(f"no checkpoint at {path}; {hint}")
+    path = _existing(path)
+    if path.suffix == ".pkl":
+        return load_edm_checkpoint(path).state_dict
     if path.suffix not in (".pt", ".pth", ".safetensors"):
-        raise ValueError(f"cannot read {path}: the ending must be .pt, .pth or .safetensors")
+        raise ValueError(f"cannot read {path}: the ending must be .pt, .pth or .safetensors, or .pkl for an EDM snapshot")
     try:
         state_dict = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -42,6 +44,32 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state_dict, Mapping) or not all(isinstance(v, Tensor) for v in state_dict.values()):
         raise ValueError(f"{path} does not hold a state dict, that is tensors by name")
     return dict(state_dict)
+
+
+@dataclass(frozen=True)
+class EDMCheckpoint:
+    """Weights of an EDM network with what it takes to build it: its class, and its constructor's arguments by name."""
+
+    class_name: str
+    arguments: dict[str, Any]
+    state_dict: dict[str, Tensor]
+
+
+def load_edm_checkpoint(path: str | Path) -> EDMCheckpoint:
+    """Read an EDM .pkl, or a .safetensors that scripts/convert_checkpoint.py made of one. Raises as `load_state_dict` does."""
+    path = _existing(path)
+    if path.suffix == ".pkl":
+        snapshot = read_snapshot(path)
+        return EDMCheckpoint(snapshot.class_name, snapshot.arguments, {name: tensor.read() for name, tensor in snapshot.tensors.items()})
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is no EDM network: the ending must be .pkl, or .safetensors for a converted one")
+    state_dict = load_state_dict(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    try:
+        return EDMCheckpoint(metadata["class_name"], dict(json.loads(metadata["arguments"])), state_dict)
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} does not say which EDM network it is of; make it with scripts/convert_checkpoint.py") from error
 
 
 def load_into(module: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
@@ -94,6 +122,16 @@ def sha256(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        hint = "see `python scripts/download.py --list`"
+        if path.name in _published():
+            hint = f"fetch it with `python scripts/download.py {path.name}`"
+        raise FileNotFoundError(f"no checkpoint at {path}; {hint}")
+    return path
 
 
 def _published():

@@ -15,8 +15,14 @@ ALLOWED = {
     "classifiers": {"torch", "torchvision"},
     "evaluation": {"torch", "numpy", "scipy", "pytorch_fid", "PIL", "tqdm", "matplotlib"},
 }
-# The two modules of guided_diffusion that every room may use, and that use no other module of the project.
-COMMON = ("guided_diffusion.checkpoints", "guided_diffusion.sample_store")
+# The modules of guided_diffusion that every room may use. They use no other module of the project: checkpoints reads EDM's pickles
+# through the two beside it, which stand apart because each is a subject, and a file's length, of its own.
+COMMON = (
+    "guided_diffusion.checkpoints",
+    "guided_diffusion.edm_pickle",
+    "guided_diffusion.pickle_data",
+    "guided_diffusion.sample_store",
+)
 
 
 def source_files(*rooms):
@@ -67,7 +73,7 @@ def test_rooms_import_only_what_they_may(path):
 @pytest.mark.parametrize("module", COMMON)
 def test_common_modules_import_no_other_of_the_project(module):
     names = imported(Path(*module.split(".")).with_suffix(".py"))
-    assert {name for name in names if top(name) in OURS} == set()
+    assert {name for name in names if top(name) in OURS and not any(is_within(name, c) for c in COMMON)} == set()
 
 
 @pytest.mark.parametrize("path", source_files(*ROOMS, "scripts"), ids=str)
