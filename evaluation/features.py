@@ -99,6 +99,7 @@ def extract(
         "resolution": list(images.resolution),
         "fingerprint": fingerprint,
         "dtype": "float32",
+        "device": str(getattr(network, "device", "cpu")),
         "versions": gathered.versions,
         "notes": images.standing_notes + describe(gathered.remarks, images.entries),
     }

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from evaluation.moments import Gaussian, moments_of, to_float64, to_numpy
 
+NEGATIVE_TOLERANCE = 1e-5  # of the largest eigenvalue: statistics may have gone through float32
 NORMAL_95 = 1.959964  # half the width of the normal distribution's central 95%, in standard deviations
 
 
@@ -65,11 +66,19 @@ class FrechetReference:
 
 
 def covariance_root(sigma: NDArray) -> NDArray:
-    """R (D, rank) with R R^T = sigma: the Cholesky factor, or where sigma is singular the scaled eigenvectors above rounding noise."""
+    """R (D, rank) with R R^T = sigma: the Cholesky factor, or where sigma is singular the scaled eigenvectors above rounding noise.
+
+    Raises ValueError for a sigma with a negative eigenvalue beyond rounding noise.
+    """
     try:
         return np.linalg.cholesky(sigma)
     except np.linalg.LinAlgError:
         eigenvalues, eigenvectors = np.linalg.eigh(sigma)
+        if eigenvalues[0] < -NEGATIVE_TOLERANCE * eigenvalues[-1]:
+            raise ValueError(
+                f"sigma is no covariance: its eigenvalues go from {eigenvalues[0]:.3g} to {eigenvalues[-1]:.3g}, and none may be negative; "
+                "compute the statistics anew"
+            ) from None
         kept = eigenvalues > len(sigma) * np.finfo(np.float64).eps * eigenvalues[-1]
         return eigenvectors[:, kept] * np.sqrt(eigenvalues[kept])
 
@@ -128,14 +137,16 @@ def bootstrap_frechet(reference: FrechetReference, features: ArrayLike, repeats:
 def bootstrap_difference(
     reference: FrechetReference, features_a: ArrayLike, features_b: ArrayLike, repeats: int, seed: int = 0
 ) -> NDArray[np.float64]:
-    """(repeats,) distances of resampled a minus those of resampled b.
+    """(repeats,) distances of resampled a minus those of resampled b, both (N, D).
 
-    Sets of one size share their indices, so that images made from the same noise and label stay pairs, and what they have in common
-    cancels; sets of two sizes are drawn independently. The bias of a resample, much the same in both, largely cancels too.
+    The two share their indices, so that images made from the same noise and label stay pairs, and what they have in common cancels. So
+    does the bias of a resample, much the same in both. Raises ValueError for sets of two sizes: the distance falls with the number of
+    images, and that difference would be taken for one of the generators.
     """
     a, b = _images_by_dimensions(features_a, "set a"), _images_by_dimensions(features_b, "set b")
-    seed_b = seed if len(a) == len(b) else seed + 1
-    return bootstrap_frechet(reference, a, repeats, seed) - bootstrap_frechet(reference, b, repeats, seed_b)
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} against {len(b)} images: take as many of each, since the distance depends on their number")
+    return bootstrap_frechet(reference, a, repeats, seed) - bootstrap_frechet(reference, b, repeats, seed)
 
 
 @dataclass(frozen=True)

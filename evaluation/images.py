@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from guided_diffusion.sample_store import read_run
 
@@ -27,7 +27,17 @@ SKIPPED = "unreadable, skipped"
 GREY = ("grey, converted to RGB",)
 REMARKS_BY_MODE = {"RGB": (), "L": GREY, "1": GREY, "P": ("palette, converted to RGB",)}
 # What zipfile, zlib and Pillow raise for a damaged file
-DAMAGED = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
+DAMAGED = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    Image.DecompressionBombError,
+)
 
 
 class _Refused(ValueError):
@@ -64,6 +74,10 @@ class Images:
         """
         raise NotImplementedError
 
+    def pick(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """(n, H, W, 3): the images at these entries, which ascend; fewer where some are unreadable and skipped. Errors: see `batches`."""
+        raise NotImplementedError
+
     def fingerprint(self) -> str:
         """64 hexadecimal digits that change when any pixel, the order or the number of the images changes.
 
@@ -90,6 +104,11 @@ def open_images(path: str | Path, *, skip_unreadable: bool = False) -> Images:
     if path.suffix == ".zip":
         return _ZippedPictures(path, skip_unreadable)
     raise ValueError(f"cannot read images from {path}: give an npz, a zip or a folder of PNG or JPEG files")
+
+
+def pick_images(images: Images, count: int, seed: int = 0) -> NDArray[np.uint8]:
+    """(count, H, W, 3) random images of a set, in its order; fewer where it has fewer, or where some are unreadable and skipped."""
+    return images.pick(np.sort(np.random.RandomState(seed).permutation(images.entries)[:count]))
 
 
 def describe(remarks: Counter[str], entries: int) -> list[str]:
@@ -140,6 +159,15 @@ class _Arrays(Images):
                         yield batch
                         batch, filled = _empty(min(batch_size, remaining), self.resolution), 0
             start = 0
+
+    def pick(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        # Streamed once: every start in the middle would read, and decompress, all that comes before.
+        picked, filled, size = _empty(len(indices), self.resolution), 0, 256
+        for start, batch in zip(range(0, self.entries, size), self.batches(size), strict=True):
+            rows = indices[(indices >= start) & (indices < start + len(batch))] - start
+            picked[filled : filled + len(rows)] = batch[rows]
+            filled += len(rows)
+        return picked
 
     def fingerprint(self) -> str:
         checksums = ((size, crc) for file in self._files for name, size, crc in _directory(file) if name == "arr_0.npy")
@@ -215,6 +243,9 @@ class _Pictures(Images):
                         filled += 1
                 yield batch[:filled]
 
+    def pick(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return np.concatenate([next(self.batches(1, int(index))) for index in indices])
+
     def fingerprint(self) -> str:
         return _hash("pictures", self._skip, *self._checksums())
 
@@ -226,7 +257,8 @@ class _Pictures(Images):
             raise ValueError(f"{self.path / name} {error}") from error
         except DAMAGED as error:
             if not self._skip:
-                raise ValueError(f"{self.path / name} is damaged ({error or type(error).__name__})") from error
+                why = "no PNG or JPEG" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+                raise ValueError(f"{self.path / name} is damaged ({why}); --skip_unreadable leaves it out") from error
             self.remarks[SKIPPED] += 1
             return None
         self.remarks.update(remarks)

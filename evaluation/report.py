@@ -15,10 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.evaluator import METRICS, Result, metric_key, metric_label
-from evaluation.images import Images
 from guided_diffusion.sample_store import renamed_when_complete, save_grid, write_json
 
-GRID_IMAGES = 64
 WARNING = "WARNING: DIFFERENT PROTOCOLS OR REFERENCES: NUMBERS OF TWO ROWS MUST NOT BE COMPARED UNLESS THEIR LAST COLUMNS AGREE"
 PICTURE_WARNING = "DIFFERENT PROTOCOLS OR REFERENCES: not comparable"
 DECIMALS = {"kid": 5, "precision": 4, "recall": 4, "density": 4, "coverage": 4}
@@ -50,7 +48,8 @@ def _row_to_json(result):
         row[f"{distance}_bootstrap"] = asdict(result.fid_error)
     if result.fid_infinity:
         row[f"{distance}_infinity"] = asdict(result.fid_infinity)
-    provenance = {"samples": result.samples, "reference": result.reference, "precision_recall_dtype": result.precision_recall_dtype}
+    provenance = {"samples": result.samples, "reference": result.reference, "options": result.options}
+    provenance["precision_recall_dtype"] = result.precision_recall_dtype
     return row | {"protocol": result.protocol, "notes": result.notes, "provenance": provenance}
 
 
@@ -137,18 +136,16 @@ def _notes(results):
     notes = []
     for note, names in sets.items():
         about = "all sets" if len(names) == len(results) > 1 else ", ".join(names)
-        notes.append(note if note.startswith(names[0]) else f"{about}: {note}")
+        notes.append(note if note.startswith((f"{names[0]} ", f"{names[0]}:")) else f"{about}: {note}")
+    if len({result.count for result in results}) > 1:
+        notes.append(
+            "the sets differ in their number of images, by which Frechet distances and Inception Scores are biased: compare equal ones"
+        )
     if any(result.fid_error for result in results):
-        notes.append("± is the standard deviation over bootstrap resamples")
+        notes.append("± is the standard deviation over bootstrap resamples; of a distance that is mostly bias it is too large")
     if any(result.fid_infinity for result in results):
-        notes.append("-inf is extrapolated to infinitely many images; its ± is the standard error of the line")
+        notes.append("-inf is extrapolated to infinitely many images; its ± is that of the line alone, too small to compare two sets by")
     return notes
-
-
-def pick_images(images: Images, count: int = GRID_IMAGES, seed: int = 0) -> NDArray[np.uint8]:
-    """(count, H, W, 3) random images of a set, in its order; fewer where it has fewer, or where some are unreadable and skipped."""
-    indices = np.sort(np.random.RandomState(seed).permutation(images.entries)[:count])
-    return np.concatenate([next(images.batches(1, int(index))) for index in indices])
 
 
 def write_report(
@@ -236,7 +233,7 @@ def _draw_panel(axes, metric, label, measured, results):
     if np.isfinite(errors).any():
         label += " (95% interval)"
     axes.barh(places, values, xerr=errors, color=[f"C{place % 10}" for place in places], capsize=3, height=0.7)
-    starts, ends = np.fmin(0, np.subtract(values, errors)), np.fmax(np.fmax(0, values), np.add(values, errors))
+    starts, ends = np.fmin(np.fmin(0, values), np.subtract(values, errors)), np.fmax(np.fmax(0, values), np.add(values, errors))
     for place, value, end in zip(places, values, ends, strict=True):
         axes.annotate(_rounded(metric, value), (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
     start, end = starts.min(), 1 if metric in UNIT_METRICS else max(ends.max(), 1e-9)

@@ -153,7 +153,9 @@ def _whose(path, name, arrays, network, has_images):
         whose = f"of a feature network with other weights (sha256 {str(weights)[:8]}..., not {network.sha256[:8]}...)"
     if not has_images:
         raise ValueError(f"{path} holds statistics {whose}, and no images (arr_0) to compute others from: give a reference that fits")
-    return [f"the statistics in {name} are {whose}: not used, but computed from its images"], False
+    return [
+        f"the statistics in {name} are {whose}: not used, but computed from its images, which may be a subset of what they were of"
+    ], False
 
 
 def require_comparable(reference: OpenedSet, samples: OpenedSet, network: FeatureNetwork, allow_resolution: bool = False) -> None:

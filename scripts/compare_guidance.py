@@ -46,6 +46,8 @@ def main():
     folder = args.out or Path("results", args.preset)
     runs = {}
     seeds = parse_numbers(args.seeds, "--seeds")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds {args.seeds} names a seed twice; each gives one run")
     for seed in seeds:
         for network, unconditional in NETWORKS.items():
             for mode, extra in GUIDANCE.items():
@@ -83,6 +85,8 @@ def refuse_overrides(args, flags):
 def sample(flags):
     """Run one sampling; its own message stands, so only its exit code is passed on."""
     code = subprocess.call([sys.executable, Path(__file__).with_name("classifier_sample.py"), *flags])
+    if code < 0:
+        raise ValueError(f"the sampling was ended by signal {-code}; the same command goes on from what is finished")
     if code:
         sys.exit(code)
 
@@ -175,9 +179,12 @@ def print_quality(rows):
     for row in rows:
         distance, *others = (row[metric_key(metric, FEATURES)] for metric in METRICS)
         # Of one run, the spread of its resamples stands in for that of the seeds.
-        cells = [with_error({**distance, "std": distance["std"] or row["resampled_std"]["mean"]}, ".2f")]
+        cells = [with_error({**distance, "std": row["resampled_std"]["mean"] if distance["std"] is None else distance["std"]}, ".2f")]
         cells += [with_error(cell, ".3f") for cell in others]
         print(f"{row['network']:<18} {row['guidance']:<9} {row['images']['mean']:>6.0f} " + " ".join(f"{cell:>15}" for cell in cells))
+
+    one = len(rows[0]["images"]["runs"]) == 1
+    print(f"± is the standard deviation over {'resamples of the images' if one else 'the seeds'}")
 
 
 def with_error(cell, form):

@@ -17,9 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from evaluation.evaluator import Options, Reference, compare, evaluate, metric_label
+from evaluation.images import pick_images
 from evaluation.inception import WEIGHTS, find_inception_weights
 from evaluation.networks import add_network_flags, feature_network
-from evaluation.report import pick_images, require_matplotlib, table, to_json, write_report
+from evaluation.report import require_matplotlib, table, to_json, write_report
 from evaluation.sets import measure, open_set, require_comparable, require_images_only
 from guided_diffusion.checkpoints import PRETRAINED_DIR
 from guided_diffusion.cli import Parser, run_main
@@ -27,6 +28,7 @@ from guided_diffusion.dist_util import choose_device
 from guided_diffusion.sample_store import write_json
 
 COMPARE_RESAMPLES = 200
+GRID_IMAGES = 64
 SELFCHECK_FLAGS = ("selfcheck", "weights", "batch_size", "device", "cache")
 # guided-diffusion's own pair of reference and samples.
 PUBLISHED_REFERENCE = "VIRTUAL_imagenet128_labeled.npz"
@@ -92,7 +94,11 @@ def check_flags(args):
         raise ValueError(f"--json {args.json}: there is no such folder; create it first")
     if args.report:
         require_matplotlib()
-        Path(args.report).mkdir(parents=True, exist_ok=True)
+    for flag in ("report", "cache"):
+        if getattr(args, flag) and Path(getattr(args, flag)).is_file():
+            raise ValueError(f"--{flag} {getattr(args, flag)} is a file; give a folder")
+    if args.json and Path(args.json).is_dir():
+        raise ValueError(f"--json {args.json} is a folder; give a file")
 
 
 def network_of(args):
@@ -151,7 +157,8 @@ def compare_two(args, reference, a, b):
         verdict = f"{nearer.name} is nearer to the reference than {farther.name} beyond the noise"
     else:
         verdict = f"{a.name} and {b.name} do not differ beyond the noise"
-    interval = f"{difference.low:.4g} to {difference.high:.4g}, {repeats} resamples"
+    count = min(a.count, b.count)
+    interval = f"{difference.low:.4g} to {difference.high:.4g}, {repeats} resamples, {count} images of each"
     verdict += f": {label} of {a.name} minus that of {b.name} is {difference.value:.4g} (95% interval {interval})"
     return {"metric": label, "a": a.name, "b": b.name, "resamples": repeats, "difference": asdict(difference), "verdict": verdict}
 
@@ -166,7 +173,7 @@ def write_outputs(args, opened, reference, results, comparison):
         write_json(args.json, to_json(results, reference.notes, comparison))
     if args.report:
         sets = [samples for path, samples in opened.items() if path is not None and samples.images]
-        grids = {samples.name: pick_images(samples.images, seed=args.seed) for samples in sets}
+        grids = {samples.name: pick_images(samples.images, GRID_IMAGES, args.seed) for samples in sets}
         page = write_report(args.report, results, grids, reference.notes, comparison)
         print(f"report: {page}", file=sys.stderr)
 
@@ -176,6 +183,8 @@ def selfcheck(args):
 
     Raises ValueError where a figure differs by more than its tolerance.
     """
+    if args.weights:
+        find_inception_weights(args.weights)  # before gigabytes are fetched
     if missing := [path.name for path in published_paths(args.weights) if not path.is_file()]:
         subprocess.call([sys.executable, Path(__file__).with_name("download.py"), *missing])
     paths = find_published(args.weights)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.features import extract
-from evaluation.images import open_images
+from evaluation.images import open_images, pick_images
 from evaluation.moments import moments_of
 from evaluation.networks import add_network_flags, feature_network
 from evaluation.sets import DENSITY_NEIGHBOURS, require_enough
@@ -46,7 +46,7 @@ def main():
             sigma=pool.sigma,
             mu_s=spatial.mu,
             sigma_s=spatial.sigma,
-            arr_0=subset(images, args.num_images, args.seed),
+            arr_0=pick_images(images, args.num_images, args.seed),
             protocol=np.array(network.protocol),
             features=np.array(network.name),
             weights_sha256=np.array(network.sha256),
@@ -67,18 +67,6 @@ def check_flags(args):
         raise ValueError(f"--seed {args.seed} must be between 0 and {2**32 - 1}")
     if args.num_images <= DENSITY_NEIGHBOURS:
         raise ValueError(f"--num_images {args.num_images}: the metrics need at least {DENSITY_NEIGHBOURS + 1}")
-
-
-def subset(images, size, seed, batch_size=256):
-    """(n, H, W, 3) uint8: at most `size` random images in their order, picked while one batch after the other goes by."""
-    count = min(size, images.entries)
-    chosen = np.sort(np.random.RandomState(seed).permutation(images.entries)[:count])
-    picked, filled = np.empty((count, *images.resolution, 3), np.uint8), 0
-    for start, batch in zip(range(0, images.entries, batch_size), images.batches(batch_size), strict=True):
-        rows = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
-        picked[filled : filled + len(rows)] = batch[rows]
-        filled += len(rows)
-    return picked
 
 
 if __name__ == "__main__":

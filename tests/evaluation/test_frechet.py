@@ -153,9 +153,16 @@ def test_the_error_bar_of_a_difference_covers_the_truth_and_pairs_make_it_shorte
 def test_differences_pair_sets_of_one_size_and_no_others():
     a = generated(50, 0)
     assert np.array_equal(bootstrap_difference(REFERENCE, a, a, 5), np.zeros(5))
-    assert (bootstrap_difference(REFERENCE, a, a[:-1], 5) != 0).all()
+    with pytest.raises(ValueError, match="50 against 49 images: take as many of each"):
+        bootstrap_difference(REFERENCE, a, a[:-1], 5)
     assert bootstrap_frechet(REFERENCE, a, 5, seed=1).shape == (5,)
     assert not np.array_equal(bootstrap_frechet(REFERENCE, a, 5, seed=1), bootstrap_frechet(REFERENCE, a, 5, seed=2))
+
+
+def test_a_matrix_with_negative_eigenvalues_is_no_covariance():
+    indefinite = np.array([[1.0, 3.0], [3.0, 1.0]])  # -2 and 4
+    with pytest.raises(ValueError, match=r"sigma is no covariance: its eigenvalues go from -2 to 4, and none may be negative"):
+        frechet_distance(np.zeros(2), indefinite, np.zeros(2), np.eye(2))
 
 
 def test_an_error_bar_knows_whether_zero_lies_outside():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.images import open_images
+from evaluation.images import open_images, pick_images
 
 N, H, W = 11, 5, 6
 IMAGES = np.random.RandomState(0).randint(0, 256, (N, H, W, 3), dtype=np.uint8)
@@ -258,3 +258,21 @@ def test_fingerprint(tmp_path):
     skipping = open_images(folder, skip_unreadable=True)
     sets = [open_images(path) for path in (plain, folder, another, shards, fewer)]
     assert len({first, skipping.fingerprint(), *(images.fingerprint() for images in sets)}) == 7
+
+
+def test_a_picture_that_would_fill_the_memory_is_damaged_like_others(tmp_path):
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "small.png")
+    with pytest.raises(ValueError, match=r"bomb.png is damaged \(.*decompression bomb.*\); --skip_unreadable leaves it out"):
+        open_images(tmp_path)
+    opened = open_images(tmp_path, skip_unreadable=True)
+    assert [len(batch) for batch in opened.batches(2)] == [1] and opened.count == 1
+
+
+def test_picked_images_are_those_of_one_pass_whatever_holds_them(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 4, 4, 3), np.uint8)
+    np.savez_compressed(tmp_path / "set.npz", arr_0=pixels)
+    picked = pick_images(open_images(tmp_path / "set.npz"), 50, seed=3)
+    chosen = np.sort(np.random.RandomState(3).permutation(600)[:50])
+    assert np.array_equal(picked, pixels[chosen])
+    assert np.array_equal(pick_images(open_images(tmp_path / "set.npz"), 1000), pixels)

@@ -13,8 +13,8 @@ from PIL import Image
 from evaluation import report
 from evaluation.evaluator import METRICS, Result
 from evaluation.frechet import ErrorBar, Extrapolation
-from evaluation.images import open_images
-from evaluation.report import WARNING, markdown_table, pick_images, require_matplotlib, table, to_json, write_report
+from evaluation.images import open_images, pick_images
+from evaluation.report import WARNING, markdown_table, require_matplotlib, table, to_json, write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 VALUES = dict(zip(METRICS, (2.19, 5.09, 141.4767, 0.79, 0.58, 0.9, 0.8, -0.00012), strict=True))
@@ -121,7 +121,8 @@ def test_json_holds_everything_and_is_json():
     row = content["results"][0]
     assert {metric: row[metric] for metric in METRICS} == VALUES
     assert (row["name"], row["num_images"], row["notes"]) == ("first", 50000, ["note"])
-    assert row["provenance"] == {"samples": provenance("first"), "reference": provenance("ref.npz"), "precision_recall_dtype": "float32"}
+    sides = {"samples": provenance("first"), "reference": provenance("ref.npz")}
+    assert row["provenance"] == {**sides, "options": {}, "precision_recall_dtype": "float32"}
     assert (content["reference_notes"], content["comparison"]) == (REFERENCE_NOTES, COMPARISON)
 
 

@@ -73,7 +73,7 @@ def assert_features_table(rows, text):
     """Five metrics with their spread over two seeds, of the four kinds of runs and of real digits."""
     assert [(row["network"], row["guidance"]) for row in rows] == [*ROWS, ("real", "")]
     assert [row["images"]["runs"] for row in rows] == [[10, 10]] * 5
-    assert text.count("±") == 25
+    assert text.count("±") == 26 and "± is the standard deviation over the seeds" in text
     last = rows[-1]
     assert f"{last['fd_digits']['mean']:.2f} ± {last['fd_digits']['std']:.2f}" in text
     assert f"{last['recall']['mean']:.3f} ± {last['recall']['std']:.3f}" in text
@@ -92,7 +92,8 @@ def test_the_rows_start_from_the_same_noise_and_labels_and_the_flags_go_on(tmp_p
     assert result.code == 0, result.err
     first, second = result.out.split("FD(digits)")
     assert "±" not in first
-    assert second.count("±") == 5  # of one run, only the distance has a spread: that of its resamples
+    assert second.count("±") == 6  # of one run, only the distance has a spread
+    assert "± is the standard deviation over resamples of the images" in second
     runs = [json.loads((tmp_path / "seed0" / f"{n}-{m}" / "run.json").read_text())["settings"] for n, m in ROWS]
     varied = {key for key in runs[0] if len({str(run[key]) for run in runs}) > 1}
     assert varied == {"unconditional", "classifier_scale"}
@@ -128,6 +129,7 @@ def test_the_guides_share_of_hits_is_counted_by_the_judge(tmp_path, children):
         (["--seed", "3"], 1, "error: --seed would give every run the same seed: use --seeds"),
         (["--seed=3"], 1, "error: --seed would give every run the same seed: use --seeds"),
         (["--seeds", "3-"], 1, "error: --seeds '3-' is not understood at '3-'; write numbers and ranges such as 1,2,5-10"),
+        (["--seeds", "2,1-3"], 1, "error: --seeds 2,1-3 names a seed twice; each gives one run"),
         (["--seeds", ""], 1, "error: --seeds '' is not understood at ''; write numbers and ranges such as 1,2,5-10"),
     ],
 )

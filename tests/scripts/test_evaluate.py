@@ -163,7 +163,10 @@ def test_compare_says_in_words_whether_two_sets_differ(run):
         content = json.load(file)
     rows = content["results"]
     assert [measured["name"] for measured in rows] == ["left.npz", "fake.npz"]
-    assert content["comparison"]["difference"]["value"] == pytest.approx(rows[0]["fd_digits"] - rows[1]["fd_digits"])
+    # Measured on as many images of each, so not quite the difference of the two rows.
+    assert content["comparison"]["difference"]["value"] == pytest.approx(rows[0]["fd_digits"] - rows[1]["fd_digits"], rel=0.1)
+    assert "resamples, 65 images of each" in verdict or "resamples, 60 images of each" in verdict
+    assert "the sets differ in their number of images" in result.out
     swapped = run("real.npz", "left.npz", "fake.npz", "--compare", "fake.npz", "left.npz", "--bootstrap", 20)
     assert (
         "left.npz is nearer to the reference than fake.npz beyond the noise" in swapped.out
@@ -409,6 +412,9 @@ def test_the_selfcheck_fetches_what_is_missing_and_says_in_one_line_what_it_coul
 
 def test_the_selfcheck_fetches_nothing_that_is_there(tmp_path, no_downloads):
     (tmp_path / REFERENCE).touch()
+    missing = call(evaluate.main, ["--selfcheck", "--weights", tmp_path / "given.pth"])
+    assert no_downloads == [] and missing.code == 1 and "given.pth" in missing.err  # before gigabytes are fetched
+    (tmp_path / "given.pth").touch()
     result = call(evaluate.main, ["--selfcheck", "--weights", tmp_path / "given.pth"])
     assert no_downloads == [SAMPLES]
     assert result.code == 1 and REFERENCE not in result.err and INCEPTION not in result.err

@@ -104,7 +104,7 @@ def test_a_failure_leaves_no_file(tmp_path, weights, monkeypatch):
     def fail(*_):
         raise ValueError("the disk is on fire")
 
-    monkeypatch.setattr(make_reference, "subset", fail)
+    monkeypatch.setattr(make_reference, "pick_images", fail)
     result = make(tmp_path, weights)
     assert result.code == 1 and result.err.endswith("error: the disk is on fire\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npz", "weights.safetensors"]
