@@ -72,7 +72,7 @@ import sys, time
 from datetime import timedelta
 import torch.distributed as dist
 from guided_diffusion import crew
-crew.BEAT_SECONDS, crew.SILENCE_SECONDS, crew.PROGRESS_SECONDS = 0.2, 2.0, 0.05
+crew.BEAT_SECONDS, crew.SILENCE_SECONDS, crew.PROGRESS_SECONDS = 0.2, 4.0, 0.05
 port, rank, what = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 store = dist.TCPStore("127.0.0.1", port, 3, is_master=rank == 0, timeout=timedelta(seconds=60))
 with crew.Crew(store, "list", rank, 3) as member:
