@@ -3,6 +3,7 @@
     run.json                      the settings and what else is worth a record, written first; totals are added last
     log.txt, grid.png             what was said, and a look at the first images
     shards/000000-000016.npz      images and labels of a fixed range of sample indices, while the run lasts
+    run.lock                      whose folder it is, while the run lasts
     samples_NxHxWx3.npz           arr_0: uint8 NHWC, arr_1: int64 labels, in index order
 
 A file with one of these names is complete: it is written under another name in the same folder, then renamed. This module imports no

@@ -8,7 +8,6 @@ same command is given again. The flags are those of guided-diffusion and EluCD, 
 
 import math
 import os
-import platform
 import tempfile
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -20,7 +19,7 @@ import torchvision
 
 from classifiers.input_transform import INPUTS
 from classifiers.registry import load_classifier, weights_path
-from guided_diffusion import __version__, dist_util, logger
+from guided_diffusion import __version__, dist_util, logger, machine
 from guided_diffusion.checkpoints import load_into, load_state_dict, sha256
 from guided_diffusion.cli import Parser, parse_flags, run_main
 from guided_diffusion.engine import Tally, sample_missing
@@ -289,7 +288,7 @@ def open_store(args, folder, device):
     settings = {key: value for key, value in flags.items() if key not in {*PLACE_FLAGS, *TRAINING_FLAGS, *by_hash}}
     settings |= {"sha256": hashes, "versions": versions()}
     others = {key: value for key, value in flags.items() if key not in settings}
-    record = {"not_compared": {**others, "device": device_name(device)}, "rounding": "(x + 1) * 127.5, clamped to 0..255, truncated"}
+    record = {"not_compared": {**others, "device": machine.describe(device)}, "rounding": "(x + 1) * 127.5, clamped to 0..255, truncated"}
     if dist.get_rank() == 0:
         if args.overwrite:
             SampleStore.clear(folder)
@@ -304,10 +303,6 @@ def versions():
     """What can change the numbers, by name."""
     modules = {"torch": torch, "torchvision": torchvision, "numpy": numpy}
     return {"elucd": __version__, **{name: str(module.__version__) for name, module in modules.items()}}
-
-
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
 
 
 def _names(flags):
