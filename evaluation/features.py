@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from evaluation.images import Images, describe
 from evaluation.moments import Moments
+from guided_diffusion.atomic_files import renamed_when_complete
 from guided_diffusion.checkpoints import load_state_dict
 from guided_diffusion.checkpoints import sha256 as sha256_of_file
-from guided_diffusion.sample_store import renamed_when_complete
 
 PART_SIZE = 2048
 BATCHES_AHEAD = 4

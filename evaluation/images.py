@@ -6,7 +6,6 @@ Nothing here holds more than one batch, and no file is opened before its turn bu
 import hashlib
 import io
 import math
-import re
 import struct
 import zipfile
 import zlib
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from guided_diffusion.sample_store import read_run
+from guided_diffusion.sample_store import finished_files, read_run, shard_files
 
 ENDINGS = (".png", ".jpg", ".jpeg")
 LOSSY = "JPEG, whose compression changes the features that are compared"
@@ -117,13 +116,15 @@ def describe(remarks: Counter[str], entries: int) -> list[str]:
 
 
 def _open_folder(folder, skip_unreadable):
-    finished = [path for path in folder.glob("samples_*.npz") if re.fullmatch(r"samples_\d+x\d+x\d+x3\.npz", path.name)]
+    finished = finished_files(folder)
+    if finished and finished[0].suffix == ".json":
+        return _Pictures(folder, skip_unreadable)
     if len(finished) > 1:
         raise ValueError(f"{folder} holds {len(finished)} sample files ({finished[0].name}, {finished[1].name}, ...): give one of them")
     if finished:
         return _Arrays(folder, finished)
-    if shards := [path for path in folder.glob("shards/*.npz") if re.fullmatch(r"\d+-\d+", path.stem)]:
-        images = _Arrays(folder, sorted(shards, key=lambda path: int(path.stem.split("-")[0])))
+    if shards := shard_files(folder):
+        images = _Arrays(folder, shards)
         images.standing_notes.append(f"unfinished run: {images.entries} of {read_run(folder)['settings'].get('num_samples')} images")
         return images
     if (folder / "run.json").is_file():

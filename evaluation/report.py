@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.evaluator import METRICS, Result, metric_key, metric_label
-from guided_diffusion.sample_store import renamed_when_complete, save_grid, write_json
+from guided_diffusion.atomic_files import renamed_when_complete, write_json
+from guided_diffusion.grid import save_grid
 
 WARNING = "WARNING: DIFFERENT PROTOCOLS OR REFERENCES: NUMBERS OF TWO ROWS MUST NOT BE COMPARED UNLESS THEIR LAST COLUMNS AGREE"
 PICTURE_WARNING = "DIFFERENT PROTOCOLS OR REFERENCES: not comparable"

@@ -29,7 +29,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises FileNotFoundError, and ValueError for a file that is truncated, holds something other than tensors by name, or has another
     ending; of a pickle that asks for more than data, it says for what.
     """
-    path = _existing(path)
+    path = existing_file(path)
     if path.suffix == ".pkl":
         return load_edm_checkpoint(path).state_dict
     if path.suffix not in (".pt", ".pth", ".safetensors"):
@@ -57,7 +57,7 @@ class EDMCheckpoint:
 
 def load_edm_checkpoint(path: str | Path) -> EDMCheckpoint:
     """Read an EDM .pkl, or a .safetensors that scripts/convert_checkpoint.py made of one. Raises as `load_state_dict` does."""
-    path = _existing(path)
+    path = existing_file(path)
     if path.suffix == ".pkl":
         snapshot = read_snapshot(path)
         return EDMCheckpoint(snapshot.class_name, snapshot.arguments, {name: tensor.read() for name, tensor in snapshot.tensors.items()})
@@ -124,7 +124,8 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _existing(path: str | Path) -> Path:
+def existing_file(path: str | Path) -> Path:
+    """The path itself. Raises FileNotFoundError that says how to fetch the file where it is missing."""
     path = Path(path)
     if not path.is_file():
         hint = "see `python scripts/download.py --list`"
@@ -132,6 +133,25 @@ def _existing(path: str | Path) -> Path:
             hint = f"fetch it with `python scripts/download.py {path.name}`"
         raise FileNotFoundError(f"no checkpoint at {path}; {hint}")
     return path
+
+
+def known_hashes(path: str | Path) -> list[tuple[str, str]]:
+    """[(SHA-256 or its beginning, who says so)] of a file by its name: what is published, and what its download recorded beside it."""
+    path = Path(path)
+    entries = (entry for name, entry in _published().items() if path.name in (name, *entry["also_named"]))
+    published = [entry["sha256"] or entry.get("sha256_prefix", "") for entry in entries]
+    recorded = recorded_hashes(path.parent).get(path.name, {}).get("sha256", "")
+    return [(text, who) for text, who in (*((text, "published") for text in published), (recorded, "recorded")) if text]
+
+
+def recorded_hashes(folder: Path) -> dict[str, dict]:
+    """`hashes.json` of a folder: file name -> {"sha256", "bytes"}, seen at the first download. Raises OSError if it is broken."""
+    path = folder / "hashes.json"
+    try:
+        records = json.loads(path.read_text()) if path.exists() else {}
+        return {name: {"sha256": row["sha256"].lower(), "bytes": row["bytes"]} for name, row in records.items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise OSError(f"{path} is not a table of sha256 and bytes: repair or remove it") from None
 
 
 def _published():

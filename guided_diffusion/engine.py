@@ -20,16 +20,9 @@ from guided_diffusion.crew import Crew
 from guided_diffusion.gaussian_diffusion import NonFiniteOutputError
 from guided_diffusion.guidance import NonFiniteGradientError
 from guided_diffusion.sample_store import NonFinitePixelsError, SampleStore
-from guided_diffusion.stopwatch import Stopwatch
+from guided_diffusion.tally import Tally
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}, {rate_fmt}]"
-
-
-class Tally:
-    """What a run keeps count of: the seconds that guidance took, and how often it was dropped for one image at one step."""
-
-    def __init__(self, device: torch.device):
-        self.stopwatch, self.skipped = Stopwatch(device), 0
 
 
 def sample_missing(
@@ -117,18 +110,14 @@ def _raise_if_stopped(signum):
 
 
 def _sample_and_keep(store, sample, indices, tally, tick):
-    start, guided_before, skipped_before = time.perf_counter(), tally.stopwatch.seconds, tally.skipped
-    images, labels = _named_failure(sample, indices, tick)
-    stats = {
-        "seconds": time.perf_counter() - start,
-        "guidance_seconds": tally.stopwatch.seconds - guided_before,
-        "skipped_guidance": tally.skipped - skipped_before,
-    }
-    store.write(indices, images, labels, stats)
+    start = time.perf_counter()
+    images, labels = named_failure(sample, indices, tick)
+    stats, metrics = tally.take_batch()
+    store.write(indices, images, labels, {"seconds": time.perf_counter() - start, **stats}, metrics)
 
 
-def _named_failure(sample, indices, tick):
-    """Call `sample`; batch positions in its errors become sample indices."""
+def named_failure(sample, indices, tick):
+    """Call `sample`; batch positions in its errors become sample indices, and want of memory names the batch size."""
     try:
         return sample(indices, tick)
     except NonFiniteGradientError as error:

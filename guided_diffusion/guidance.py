@@ -15,6 +15,7 @@ Method: "Elucidating The Design Space of Classifier-Guided Diffusion Generation"
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,11 +65,12 @@ def log_prob(logits: Tensor, y: Tensor, joint_temperature: float = 1.0, marginal
     return joint_temperature * f_y - torch.logsumexp(marginal_temperature * logits, dim=1)
 
 
-def input_gradient(objective: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Gradient of the sum of `objective(x)`, (N,), with respect to x: like x, detached."""
+def input_gradient(classifier: Callable[[Tensor], Tensor], x: Tensor, direction: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Gradient of the sum of direction(logits), (N,), with respect to x: like x; and the logits. Both detached."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(objective(x).sum(), x)[0]
+        logits = classifier(x)
+        return torch.autograd.grad(direction(logits).sum(), x)[0], logits.detach()
 
 
 def sine_schedule(step: GuidanceStep, gamma_factor: float) -> float | Tensor:
@@ -93,13 +95,33 @@ def no_shift(x: Tensor) -> Tensor:
     return torch.full_like(x, -0.0)
 
 
+@dataclass(frozen=True)
+class Observation:
+    """What guidance saw and found at one step, for whoever watches: `observe(Observation(...))`.
+
+    index, sigma: those of the step; where a noisy classifier guides, its timestep t and None. x: (N, C, H, W), what the classifier was
+    shown. y: (N,). logits: (N, classes). gradient: like x, scaled, before the step's strength. skipped: (N,) bool, the images whose
+    gradient was not finite, and is zero here.
+    """
+
+    index: int
+    sigma: float | None
+    x: Tensor
+    y: Tensor
+    logits: Tensor
+    gradient: Tensor
+    skipped: Tensor
+
+
+Observe = Callable[[Observation], None]
+
+
 class ClassifierGuidance:
     """Off-the-shelf classifier guidance: strength of the step x gradient of `log_prob` at x.
 
     classifier: any callable, [-1, 1] (N, C, H, W) -> logits (N, classes). The marginal temperature is absolute; the flag
     `margin_temperature_discount` is its ratio to the joint one. on_nonfinite: "stop" raises NonFiniteGradientError, "skip" drops the
-    guidance of those images at this step. observe(step, gradient, bad): called each step with the scaled gradient and (N,) bool,
-    the images that were skipped.
+    guidance of those images at this step. observe: called at each step with an Observation.
     """
 
     def __init__(
@@ -111,7 +133,7 @@ class ClassifierGuidance:
         classifier_scale: float = 1.0,
         gamma_factor: float = 0.0,
         on_nonfinite: str = "stop",
-        observe: Callable[[GuidanceStep, Tensor, Tensor], None] | None = None,
+        observe: Observe | None = None,
     ):
         _check_policy(on_nonfinite)
         self.classifier = classifier
@@ -125,14 +147,12 @@ class ClassifierGuidance:
     def __call__(self, x: Tensor, y: Tensor, step: GuidanceStep) -> Tensor:
         if self.classifier_scale == 0:
             return no_shift(x)
-        gradient = input_gradient(lambda x: self._objective(x, y), x) * self.classifier_scale
-        gradient, bad = without_nonfinite(gradient, self.on_nonfinite, step.index)
+        log_p = partial(log_prob, y=y, joint_temperature=self.joint_temperature, marginal_temperature=self.marginal_temperature)
+        gradient, logits = input_gradient(self.classifier, x, log_p)
+        gradient, skipped = without_nonfinite(gradient * self.classifier_scale, self.on_nonfinite, step.index)
         if self.observe is not None:
-            self.observe(step, gradient, bad)
+            self.observe(Observation(step.index, step.sigma, x, y, logits, gradient, skipped))
         return (sine_schedule(step, self.gamma_factor) * gradient).to(x.dtype).detach()
-
-    def _objective(self, x: Tensor, y: Tensor) -> Tensor:
-        return log_prob(self.classifier(x), y, self.joint_temperature, self.marginal_temperature)
 
 
 def released_edm_schedule(step: GuidanceStep, max_guidance: float, add_factor: float) -> float:
@@ -150,14 +170,14 @@ def released_edm_guidance(
     max_guidance: float,
     add_factor: float,
     on_nonfinite: str = "stop",
-    observe: Callable[[GuidanceStep, Tensor, Tensor], None] | None = None,
+    observe: Observe | None = None,
 ) -> Guidance:
     """Return the guidance of EluCD's released EDM code, for `edm_sampler`: x is the noisy sample, index i runs from 0 to N - 1.
 
     The classifier, float32, sees the sample divided by its RMS r where that is above 1; the shift is the gradient there, at unit RMS,
     times r and `released_edm_schedule`. It does not look at the variances of the step. max_guidance 0 is off; the schedule's floor applies
-    above. An image whose gradient is zero gets no shift. on_nonfinite, observe: as in `ClassifierGuidance`, the gradient as it
-    came from the classifier.
+    above. An image whose gradient is zero gets no shift. on_nonfinite, observe: as in `ClassifierGuidance`, x after the division, the
+    gradient as it came from the classifier.
     """
     _check_policy(on_nonfinite)
     if not 0 <= max_guidance < math.inf:
@@ -168,10 +188,11 @@ def released_edm_guidance(
             return no_shift(x)
         r = _root_mean_square(x)
         z = (x / r.clamp(min=1)).float()
-        gradient = input_gradient(lambda z: log_prob(classifier(z), y, joint_temperature, marginal_temperature), z)
-        gradient, bad = without_nonfinite(gradient, on_nonfinite, step.index)
+        log_p = partial(log_prob, y=y, joint_temperature=joint_temperature, marginal_temperature=marginal_temperature)
+        gradient, logits = input_gradient(classifier, z, log_p)
+        gradient, skipped = without_nonfinite(gradient, on_nonfinite, step.index)
         if observe is not None:
-            observe(step, gradient, bad)
+            observe(Observation(step.index, step.sigma, z, y, logits, gradient, skipped))
         length = _root_mean_square(gradient)
         direction = gradient / torch.where(length > 0, length, 1)
         return (released_edm_schedule(step, max_guidance, add_factor) * r * direction).to(x.dtype)
@@ -230,22 +251,24 @@ def noisy_classifier_gradient(
     classifier: Callable[[Tensor, Tensor], Tensor],
     classifier_scale: float = 1.0,
     on_nonfinite: str = "stop",
-    observe: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    observe: Observe | None = None,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return the classic `cond_fn(x, t, y)` of a classifier that was trained on noisy images (Dhariwal and Nichol, 2021).
 
     classifier(x_t, t) -> logits. The result goes to the loops as `cond_fn=`, not as `guidance=`: it is taken at x_t. on_nonfinite and
-    observe: as in `ClassifierGuidance`, but that the original timesteps t stand in the place of the step, in the error as well.
+    observe: as in `ClassifierGuidance`, but that the original timestep t stands in the place of the index, in the error as well.
     """
     _check_policy(on_nonfinite)
 
     def cond_fn(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        def objective(x_t: Tensor) -> Tensor:
-            return F.log_softmax(classifier(x_t, t).float(), dim=1).gather(1, y[:, None])[:, 0]
+        def direction(logits: Tensor) -> Tensor:
+            return F.log_softmax(logits.float(), dim=1).gather(1, y[:, None])[:, 0]
 
-        gradient, bad = without_nonfinite(input_gradient(objective, x) * classifier_scale, on_nonfinite, int(t[0]))
+        index = int(t[0])
+        gradient, logits = input_gradient(lambda x_t: classifier(x_t, t), x, direction)
+        gradient, skipped = without_nonfinite(gradient * classifier_scale, on_nonfinite, index)
         if observe is not None:
-            observe(t, gradient, bad)
+            observe(Observation(index, None, x, y, logits, gradient, skipped))
         return gradient
 
     return cond_fn

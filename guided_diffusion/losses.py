@@ -1,8 +1,21 @@
-"""Likelihood terms of the variational bound, in nats, elementwise."""
+"""What networks are trained by: likelihood terms of the variational bound, in nats, elementwise; and EDM's weighted error."""
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
+
+def edm_loss(net: Callable[..., Tensor], images: Tensor, class_labels: Tensor | None, sigma_data: float = 0.5) -> Tensor:
+    """lambda(sigma) * (D(images + n; sigma) - images)^2, shaped like images, (N, C, H, W): Karras et al., 2022, eq. 2 and table 1.
+
+    ln sigma ~ N(-1.2, 1.2^2), one level per image; lambda = (sigma^2 + sigma_data^2) / (sigma * sigma_data)^2. Noise is torch's.
+    """
+    sigma = (1.2 * torch.randn(len(images), 1, 1, 1, device=images.device) - 1.2).exp()
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    denoised = net(images + sigma * torch.randn_like(images), sigma, class_labels)
+    return weight * (denoised - images) ** 2
 
 
 def normal_kl(mean1, logvar1, mean2, logvar2):

@@ -2,9 +2,12 @@
 
 import platform
 import resource
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from guided_diffusion import __version__
 
 
 def describe(device: torch.device) -> str:
@@ -16,11 +19,34 @@ def describe(device: torch.device) -> str:
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
+def versions() -> dict[str, str]:
+    """What can change the numbers, by name."""
+    return {"elucd": __version__, "torch": str(torch.__version__), **{name: version(name) for name in ("torchvision", "numpy")}}
+
+
 def peak_memory() -> int:
     """The largest resident memory of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage's figure: on Linux a new process begins with the peak of the one that started it.
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+    # Not getrusage's figure where there is another: on Linux a new process begins with the peak of the one that started it.
+    return _kilobytes("/proc/self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+
+
+def resident_memory() -> int:
+    """The resident memory of this process now, in bytes; where the system does not tell, its peak."""
+    return _kilobytes("/proc/self/status", "VmRSS") or peak_memory()
+
+
+def available_memory(device: torch.device) -> int | None:
+    """The bytes that this process may still take on `device`, None where that cannot be told. A container's limit counts."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    amounts = [_kilobytes("/proc/meminfo", "MemAvailable")]
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        amounts.append(int(limit.read_text()) - int(used.read_text()))
+    return min((amount for amount in amounts if amount), default=None)
+
+
+def _kilobytes(path, key):
+    """The entry `key` of a file of lines such as "VmRSS:  123 kB", in bytes; 0 where there is none."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)

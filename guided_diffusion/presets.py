@@ -70,3 +70,10 @@ PRESETS = {
     "imagenet128-resnet50": {**_ADM_128, **_ELUCD, "classifier_type": "resnet50"},
     "imagenet128-resnet101": {**_ADM_128, **_ELUCD, "classifier_type": "resnet101"},
 }
+
+
+def script_of(preset: str) -> str:
+    """The file in scripts/ that samples a preset. Raises ValueError for an unknown one."""
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose {', '.join(PRESETS)}")
+    return "classifier_sample.py"

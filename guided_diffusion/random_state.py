@@ -17,6 +17,7 @@ from guided_diffusion.cli import parse_numbers
 
 # What a stream is for. It goes to the top of Philox's counter, 2**192 draws away from the next.
 _NOISE, _LABELS = 0, 1
+DRAWN_BY_INDEX = {"noise": "NumPy's Philox, key (seed, index)", "labels": "NumPy's Philox, key (seed, index or round)"}
 
 
 class SampleNoise:

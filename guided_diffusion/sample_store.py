@@ -1,34 +1,35 @@
-"""The output folder of a run: settings, one shard per batch, and in the end one npz in the published layout.
+"""The output folder of a run: settings, one shard per batch, and in the end one npz in the published layout, or a PNG for every sample.
 
     run.json                      the settings and what else is worth a record, written first; totals are added last
-    log.txt, grid.png             what was said, and a look at the first images
-    shards/000000-000016.npz      images and labels of a fixed range of sample indices, while the run lasts
+    log.txt, grid.png             what was said, and a look at the first images (not beside PNGs, where it would count as one)
+    shards/000000-000016.npz      images, labels and metrics of a fixed range of sample indices, while the run lasts
     run.lock                      whose folder it is, while the run lasts
+    metrics.jsonl                 what guidance did at each step of each batch, if that was asked for
     samples_NxHxWx3.npz           arr_0: uint8 NHWC, arr_1: int64 labels, in index order
+    000000.png ... dataset.json   instead of that npz; the labels are in the json, which comes last, in the layout of EDM's datasets
 
-A file with one of these names is complete: it is written under another name in the same folder, then renamed. This module imports no
-other of the project, so that every room may read a folder.
+A file with one of these names is complete: it is written under another name in the same folder, then renamed. This module imports
+only atomic_files and grid of the project, which import no others, so that every room may read a folder.
 """
 
 import errno
-import fcntl
 import json
 import math
-import os
 import re
 import shutil
-import socket
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
+
+from guided_diffusion.atomic_files import renamed_when_complete, write_json
+from guided_diffusion.grid import save_grid
 
 
 class NonFinitePixelsError(ValueError):
@@ -39,15 +40,24 @@ class NonFinitePixelsError(ValueError):
         super().__init__(f"non-finite pixels in the samples at batch positions {positions}")
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """(N, C, H, W) float in [-1, 1] -> (N, H, W, C) uint8 by ADM's rule: (x + 1) * 127.5, clamped and truncated.
+def to_uint8(x: Tensor, rounding: str = "adm") -> Tensor:
+    """(N, C, H, W) float in [-1, 1] -> (N, H, W, C) uint8 by one of the published rules, `ROUNDING`: "adm" or "edm".
 
     Raises NonFinitePixelsError for a NaN or Inf, which would turn into a black or white pixel.
     """
     bad = ~x.isfinite().flatten(1).all(dim=1)
     if bad.any():
         raise NonFinitePixelsError(bad.nonzero()[:, 0].tolist())
-    return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    levels = (x + 1) * 127.5 if rounding == "adm" else x * 127.5 + 128
+    return levels.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+ROUNDING = {
+    "adm": "(x + 1) * 127.5, clamped to 0..255, truncated",
+    "edm": "x * 127.5 + 128, clamped to 0..255, truncated",
+}
+_DONE = r"samples_\d+x\d+x\d+x3\.npz|dataset\.json"  # a folder that holds one of these is complete
+_PNG = r"\d{6,}\.png"
 
 
 class SampleStore:
@@ -55,10 +65,19 @@ class SampleStore:
 
     Opening a folder that holds the same settings continues its run. Raises ValueError where it holds another run's output, with the
     keys that differ, and OSError where it cannot be written. `record` is kept in run.json beside the settings, but not compared.
+    png_name: index -> path of that sample's PNG in the folder; None for one npz.
     """
 
-    def __init__(self, folder: str | Path, settings: dict, num_samples: int, shard_size: int, record: dict | None = None):
-        self.folder, self.num_samples, self.shard_size = Path(folder), num_samples, shard_size
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: dict,
+        num_samples: int,
+        shard_size: int,
+        record: dict | None = None,
+        png_name: Callable[[int], str] | None = None,
+    ):
+        self.folder, self.num_samples, self.shard_size, self.png_name = Path(folder), num_samples, shard_size, png_name
         self._shards = self.folder / "shards"
         settings = json.loads(json.dumps({**settings, "num_samples": num_samples, "shard_size": shard_size}))
         if (self.folder / "run.json").exists():
@@ -73,22 +92,26 @@ class SampleStore:
     def clear(folder: str | Path) -> None:
         """Remove what a run wrote into `folder` but its log, and nothing else."""
         folder = Path(folder)
-        for path in [folder / "run.json", folder / "grid.png", *_finished(folder), *folder.glob(".*.part")]:
+        ours = [folder / "run.json", folder / "grid.png", folder / "metrics.jsonl"]
+        for path in [*ours, *finished_files(folder), *_pngs(folder), *folder.glob(".*.part")]:
             path.unlink(missing_ok=True)
+        for subfolder in folder.glob("[0-9]*000"):
+            _remove_if_empty(subfolder)
         _remove_shards(folder / "shards")
 
     def require_space(self, image_bytes: int) -> None:
         """Raise ValueError where the disk has no room for what is missing and for the final npz, at `image_bytes` per image."""
         if self.samples_file():
             return
-        needed = (sum(map(len, self.missing())) + self.num_samples) * (image_bytes + 8)
+        needed = required_bytes(sum(map(len, self.missing())), self.num_samples, image_bytes)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise ValueError(f"{self.folder} needs {needed:,} bytes more, and {free:,} are free: make room, or choose another --out")
 
     def samples_file(self) -> Path | None:
-        """The final npz, if it is there."""
-        return next((path for path in _finished(self.folder) if path.name.startswith(f"samples_{self.num_samples}x")), None)
+        """The final npz or dataset.json, if it is there."""
+        done = finished_files(self.folder)
+        return next((path for path in done if path.suffix == ".json" or path.name.startswith(f"samples_{self.num_samples}x")), None)
 
     def missing(self) -> list[range]:
         """The index ranges of the shards that are not complete."""
@@ -96,32 +119,59 @@ class SampleStore:
             return []
         return [r for r in self._ranges() if not self._shard_file(r).exists()]
 
-    def write(self, indices: range, images: Tensor, labels: Tensor, stats: dict[str, float]) -> None:
-        """Keep one shard: (n, H, W, 3) uint8, (n,) int64, and numbers that `finish` adds up over all shards."""
+    def write(self, indices: range, images: Tensor, labels: Tensor, stats: dict[str, float], metrics: list[dict] | None = None) -> None:
+        """Keep one shard: (n, H, W, 3) uint8, (n,) int64, numbers that `finish` adds up over all shards, and lines for metrics.jsonl."""
         arrays = {"arr_0": images.cpu().numpy(), "arr_1": labels.cpu().numpy().astype(np.int64)}
+        if metrics:
+            about = {"samples": [indices.start, indices.stop]}
+            arrays["metrics"] = np.frombuffer("".join(json.dumps(about | line) + "\n" for line in metrics).encode(), np.uint8)
         with _told_when_full(self.folder, images.nbytes), renamed_when_complete(self._shard_file(indices)) as file:
             np.savez(file, **arrays, **{f"stat_{key}": np.float64(value) for key, value in stats.items()})
 
     def finish(self) -> Path:
-        """Join the shards into the final npz, draw grid.png, add the totals to run.json, remove the shards. Returns the npz's path.
+        """Join the shards into their final form, draw grid.png, add the totals to run.json, remove the shards.
 
-        The bytes of the npz depend on images and labels alone. One shard is in memory at a time.
+        Returns the path of the npz, or of dataset.json. The bytes of the final files depend on images and labels alone. One shard is in
+        memory at a time.
         """
         final = self.samples_file()
         if final is None:
             shape = (self.num_samples, *self._read(next(self._ranges()), "arr_0").shape[1:])
-            final = self.folder / f"samples_{'x'.join(map(str, shape))}.npz"
-            totals = self._totals()
-            save_grid(self.folder / "grid.png", [self._grid_images()])
-            write_json(self.folder / "run.json", {**read_run(self.folder), "totals": totals})
-            size = math.prod(shape)
-            with _told_when_full(self.folder, size), renamed_when_complete(final) as file, zipfile.ZipFile(file, "w") as archive:
-                _stream(archive, "arr_0", np.uint8, shape, (self._read(r, "arr_0") for r in self._ranges()))
-                _stream(archive, "arr_1", np.int64, shape[:1], (self._read(r, "arr_1") for r in self._ranges()))
+            write_json(self.folder / "run.json", {**read_run(self.folder), "totals": self._totals()})
+            self._join_metrics()
+            with _told_when_full(self.folder, math.prod(shape)):
+                final = self._write_pngs() if self.png_name else self._write_npz(shape)
         _remove_shards(self._shards)
         for left_by_a_kill in self.folder.glob(".*.part"):
             left_by_a_kill.unlink(missing_ok=True)
         return final
+
+    def _write_npz(self, shape):
+        save_grid(self.folder / "grid.png", [self._grid_images()])
+        final = self.folder / f"samples_{'x'.join(map(str, shape))}.npz"
+        with renamed_when_complete(final) as file, zipfile.ZipFile(file, "w") as archive:
+            _stream(archive, "arr_0", np.uint8, shape, (self._read(r, "arr_0") for r in self._ranges()))
+            _stream(archive, "arr_1", np.int64, shape[:1], (self._read(r, "arr_1") for r in self._ranges()))
+        return final
+
+    def _write_pngs(self):
+        labels = []
+        for r in self._ranges():
+            for index, image, label in zip(r, self._read(r, "arr_0"), self._read(r, "arr_1"), strict=True):
+                path = self.folder / self.png_name(index)
+                path.parent.mkdir(exist_ok=True)
+                with renamed_when_complete(path) as file:
+                    Image.fromarray(image).save(file, format="PNG")
+                labels.append([self.png_name(index), int(label)])
+        write_json(self.folder / "dataset.json", {"labels": labels})
+        return self.folder / "dataset.json"
+
+    def _join_metrics(self):
+        lines = _metrics_of_shards(self.folder)
+        if first := next(lines, b""):
+            with _told_when_full(self.folder, len(first)), renamed_when_complete(self.folder / "metrics.jsonl") as file:
+                for text in (first, *lines):
+                    file.write(text)
 
     def _ranges(self) -> Iterator[range]:
         for start in range(0, self.num_samples, self.shard_size):
@@ -150,48 +200,8 @@ class SampleStore:
         return np.stack(images)
 
     def _leftovers(self):
-        yield from _finished(self.folder)
-        yield from self._shards.glob("*.npz")
-
-
-@contextmanager
-def locked(folder: str | Path) -> Iterator[str | None]:
-    """Keep a folder to this process while the block lasts, by a lock on its file run.lock, which says whose it is.
-
-    The system takes the lock from a process that ends, however it ends: what is then left behind in the file is stale, and yielded.
-    Raises ValueError, with process and host, where another process holds it, and where the file system has no locks.
-    """
-    path = Path(folder) / "run.lock"
-    with _lock_file(path) as file:
-        left_behind = file.read().strip() or None
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        try:
-            yield left_behind
-        finally:
-            path.unlink()
-
-
-def _lock_file(path):
-    """Open the lock file and lock it; what another process removed in between is opened anew."""
-    while True:
-        file = open(path, "a+")  # noqa: SIM115, returned to be closed by the caller
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                file.seek(0)
-                return file
-            file.close()
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "a process"
-            file.close()
-            raise ValueError(f"another run is writing into {path.parent}: {owner}; wait for it, or choose another --out") from None
-        except OSError as error:
-            file.close()
-            raise ValueError(f"cannot lock {path} ({error.strerror}): choose another --out") from error
+        yield from finished_files(self.folder)
+        yield from shard_files(self.folder)
 
 
 @contextmanager
@@ -208,7 +218,7 @@ def _told_when_full(folder, size):
 
 def read_samples(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """The (N, H, W, 3) uint8 images and (N,) int64 labels of a complete run. Raises FileNotFoundError where there are none."""
-    files = _finished(Path(folder))
+    files = [path for path in finished_files(folder) if path.suffix == ".npz"]
     if not files:
         raise FileNotFoundError(f"no samples_NxHxWx3.npz in {folder}: its run is not complete")
     with np.load(files[0], allow_pickle=False) as samples:
@@ -227,38 +237,39 @@ def read_run(folder: str | Path) -> dict:
     return run
 
 
-def save_grid(
-    path: str | Path,
-    groups: list[np.ndarray],
-    scale: int = 1,
-    columns: int | None = None,
-    titles: list[str] | None = None,
-) -> None:
-    """Draw groups of (n, H, W, 3) uint8 images as one PNG, each in rows of its own, enlarged `scale` times, its title to the left."""
-    columns = columns or math.ceil(math.sqrt(max(len(group) for group in groups)))
-    blocks = [_tile(group, columns).repeat(scale, axis=0).repeat(scale, axis=1) for group in groups]
-    margin = 150 if titles else 0
-    picture = Image.new("RGB", (margin + blocks[0].shape[1], sum(len(block) for block in blocks)), "white")
-    top = 0
-    for block, title in zip(blocks, titles or [""] * len(blocks), strict=True):
-        picture.paste(Image.fromarray(block), (margin, top))
-        ImageDraw.Draw(picture).multiline_text((8, top + len(block) / 2), title, fill="black", font=ImageFont.load_default(14), anchor="lm")
-        top += len(block)
-    with renamed_when_complete(path) as file:
-        picture.save(file, format="PNG")
+def read_metrics(folder: str | Path) -> Iterator[dict]:
+    """The lines of metrics.jsonl, or of the shards of a run that is not complete."""
+    path = Path(folder) / "metrics.jsonl"
+    for text in [path.read_bytes()] if path.exists() else _metrics_of_shards(folder):
+        yield from map(json.loads, text.splitlines())
 
 
-def _tile(images, columns):
-    """(n, H, W, 3) -> one picture of rows of `columns` images with a white border of one pixel."""
-    n, h, w, c = images.shape
-    blank = np.full((-n % columns, h, w, c), 255, dtype=np.uint8)
-    cells = np.pad(np.concatenate([images, blank]), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-    rows = cells.reshape(-1, columns, h + 2, w + 2, c).transpose(0, 2, 1, 3, 4)
-    return rows.reshape(-1, columns * (w + 2), c)
+def _metrics_of_shards(folder):
+    """The lines that each shard holds for metrics.jsonl, as bytes, in the order of the samples; none where it holds none."""
+    for path in shard_files(folder):
+        with np.load(path, allow_pickle=False) as shard:
+            if "metrics" in shard.files:
+                yield shard["metrics"].tobytes()
 
 
-def _finished(folder):
-    return [path for path in folder.glob("samples_*.npz") if re.fullmatch(r"samples_\d+x\d+x\d+x3\.npz", path.name)]
+def finished_files(folder: str | Path) -> list[Path]:
+    """What says that the run in a folder is complete: samples_NxHxWx3.npz or dataset.json. Empty while it is not."""
+    return sorted(path for path in Path(folder).glob("*") if re.fullmatch(_DONE, path.name))
+
+
+def shard_files(folder: str | Path) -> list[Path]:
+    """The complete shards of an unfinished run, in the order of their samples."""
+    paths = (path for path in Path(folder, "shards").glob("*.npz") if re.fullmatch(r"\d+-\d+", path.stem))
+    return sorted(paths, key=lambda path: int(path.stem.partition("-")[0]))
+
+
+def required_bytes(missing: int, num_samples: int, image_bytes: int) -> int:
+    """The room on disk that the shards of `missing` samples and the final file need."""
+    return (missing + num_samples) * (image_bytes + 8)
+
+
+def _pngs(folder):
+    return [path for path in [*folder.glob("*.png"), *folder.glob("[0-9]*000/*.png")] if re.fullmatch(_PNG, path.name)]
 
 
 def _remove_shards(folder):
@@ -266,6 +277,10 @@ def _remove_shards(folder):
     for path in [*folder.glob("*.npz"), *folder.glob(".*.part")]:
         if re.fullmatch(r"\.?\d+-\d+\.npz.*", path.name):
             path.unlink()
+    _remove_if_empty(folder)
+
+
+def _remove_if_empty(folder):
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
@@ -275,27 +290,6 @@ def _require_same(folder, old, new):
     if differing:
         changes = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in differing)
         raise ValueError(f"{folder} holds another run's output ({changes}): choose another --out, or pass --overwrite True")
-
-
-@contextmanager
-def renamed_when_complete(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes the name `path` once the block ends without an error, and vanishes otherwise."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_json(path: str | Path, content: object) -> None:
-    """Write a JSON file that is complete or absent."""
-    with renamed_when_complete(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def _stream(archive, name, dtype, shape, chunks):

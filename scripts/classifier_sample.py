@@ -8,25 +8,21 @@ same command is given again. The flags are those of guided-diffusion and EluCD, 
 
 import math
 import os
-import tempfile
-from contextlib import closing, nullcontext
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
-import numpy
 import torch
-import torch.distributed as dist
-import torchvision
 
 from classifiers.input_transform import INPUTS
 from classifiers.registry import load_classifier, weights_path
-from guided_diffusion import __version__, dist_util, logger, machine
-from guided_diffusion.checkpoints import load_into, load_state_dict, sha256
+from guided_diffusion.checkpoints import existing_file, load_into, load_state_dict
 from guided_diffusion.cli import Parser, parse_flags, run_main
-from guided_diffusion.engine import Tally, sample_missing
 from guided_diffusion.guidance import ClassifierGuidance, noisy_classifier_gradient, within_interval
+from guided_diffusion.job import Job, Sampler, run
+from guided_diffusion.preflight import examine
 from guided_diffusion.presets import PRESETS
-from guided_diffusion.random_state import DrawnAhead, SampleNoise, label_source, labels_file
-from guided_diffusion.sample_store import SampleStore, locked, to_uint8
+from guided_diffusion.random_state import DRAWN_BY_INDEX, DrawnAhead, SampleNoise, label_source, labels_file
 from guided_diffusion.script_util import (
     NUM_CLASSES,
     add_dict_to_argparser,
@@ -51,51 +47,61 @@ OFF_THE_SHELF_FLAGS = (
 TRAINING_FLAGS = ("use_kl", "rescale_learned_sigmas", "dropout", "use_checkpoint")
 NOISY_CLASSIFIER_FLAGS = tuple(key for key in classifier_defaults() if key not in ("image_size", "classifier_use_fp16"))
 # Where results lie and how they are made, but not what they are; files are compared by their hashes, wherever they lie.
-PLACE_FLAGS = ("out", "log_dir", "overwrite", "device", "preset", "model_path")
+PLACE_FLAGS = ("out", "log_dir", "overwrite", "device", "preset", "dry_run")
 FINITE_FLAGS = ("classifier_scale", "joint_temperature", "margin_temperature_discount", "gamma_factor", "dropout")
 
 
 def main():
     args = parse_flags(create_argparser(), None, PRESETS)
     refuse_contradictions(args)
-    dist_util.setup_dist()
-    device = dist_util.choose_device(args.device)
-    folder = prepare_folder(args)
-    with locked(folder) if dist.get_rank() == 0 else nullcontext() as left_behind:
-        run(args, device, folder, left_behind)
-    dist.destroy_process_group()
+    (examine if args.dry_run else run)(make_job(args))
 
 
-def run(args, device, folder, left_behind):
-    """Sample what `folder` lacks, and join it. left_behind: whose lock was found there, for the log."""
-    labels_of = label_source(args.labels, args.seed, args.num_classes)
+def make_job(args):
+    """What the flags ask for. Raises for labels that cannot be; nothing is loaded."""
+    files = {"model_path": partial(existing_file, args.model_path), "labels": partial(labels_file, args.labels)}
+    if args.classifier_type:
+        files["classifier_path"] = partial(weights_path, args.classifier_type, args.classifier_path or None)
+        if code := args.classifier_type.rpartition(":")[0]:
+            files["classifier_code"] = partial(existing_file, code)
+    elif args.classifier_path:
+        files["classifier_path"] = partial(existing_file, args.classifier_path)
+    return Job(
+        folder=Path(args.out or args.log_dir or os.environ.get("OPENAI_LOGDIR") or Path("results", args.preset or "samples")),
+        flags={key: value for key, value in vars(args).items() if key != "given"},
+        not_compared={*PLACE_FLAGS, *TRAINING_FLAGS},
+        files=files,
+        build=partial(build, args, label_source(args.labels, args.seed, args.num_classes)),
+        num_samples=args.num_samples,
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        rounding="adm",
+        drawn_by=DRAWN_BY_INDEX,
+        overwrite=args.overwrite,
+        device=args.device,
+        log_guidance=args.log_guidance,
+    )
+
+
+def build(args, labels_of, device, tally):
+    """Load the networks; returns the Sampler."""
     # For --classifier_path random; the samples' noise has streams of its own.
     torch.manual_seed(args.seed)
     model, diffusion = build_model(args, device)
-    tally = Tally(device)
     conditioning = build_conditioning(args, device, tally)
-    dist_util.keep_freed_memory()
-    store = open_store(args, folder, device)
-    if dist.get_rank() == 0:
-        logger.configure(folder)
-        if left_behind:
-            logger.log(f"{folder}: goes on after {left_behind}, which ended without removing its lock")
-        say_what_has_no_effect(args, device)
+    loop = diffusion.ddim_sample_loop_progressive if args.use_ddim else diffusion.p_sample_loop_progressive
 
     def sample(indices, tick):
         labels = torch.from_numpy(labels_of(indices)).to(device)
-        loop = diffusion.ddim_sample_loop_progressive if args.use_ddim else diffusion.p_sample_loop_progressive
         shape = (len(indices), 3, args.image_size, args.image_size)
         conditions = {"clip_denoised": args.clip_denoised, "model_kwargs": {"y": labels}, **conditioning}
         with closing(DrawnAhead(SampleNoise(args.seed, indices), shape)) as noise:
             for out in loop(model, shape, device=device, randn_like=noise, **conditions):
                 images = out["sample"]
                 tick()
-        return to_uint8(images), labels
+        return images, labels
 
-    sample_missing(store, sample, diffusion.num_timesteps, tally)
-    if dist.get_rank() == 0:
-        print(store.finish())
+    return Sampler(sample, diffusion.num_timesteps, notes(args, device))
 
 
 def create_argparser():
@@ -119,6 +125,7 @@ def create_argparser():
     flag("--guidance_interval", default="", help="LO,HI: guide only while the noise level sigma is in (LO, HI]")
     flag("--variance_max", choices=("schedule", "first_pixel"), default="schedule", help="first_pixel is EluCD's, where batches matter")
     flag("--on_nonfinite", choices=("stop", "skip"), default="stop", help="skip drops that image's guidance for that step and counts it")
+    flag("--log_guidance", type=str2bool, default=False, help="write what guidance did at each step into metrics.jsonl")
     flag = parser.add_argument_group("labels and places").add_argument
     flag("--preset", default="", help=f"flags by name: {', '.join(PRESETS)}; flags that you write win")
     flag("--labels", default="random", help="random, balanced, a list such as 1,2,5-10, or a file of classes; stored shuffled")
@@ -132,6 +139,7 @@ def create_argparser():
     flag("--log_dir", default="", help="the same under EluCD's name")
     flag("--overwrite", type=str2bool, default=False, help="start anew: remove what an earlier run wrote into the output folder")
     flag("--device", default="", help="cpu, cuda or cuda:1; by default this rank's CUDA device, else the CPU")
+    flag("--dry_run", type=str2bool, default=False, help="check files, room and memory, estimate the time, and sample nothing")
     return parser
 
 
@@ -145,7 +153,7 @@ def refuse_contradictions(args):
         raise ValueError(
             f"{_names(without_meaning)} given without an off-the-shelf classifier: add --classifier_type, for example resnet101"
         )
-    for name in {"classifier_scale", "on_nonfinite"} & given:
+    for name in {"classifier_scale", "on_nonfinite", "log_guidance"} & given:
         if getattr(args, name) != 0 and not (args.classifier_type or args.classifier_path):
             raise ValueError(f"--{name} {getattr(args, name)} needs a classifier: add --classifier_type or --classifier_path")
     if args.fix_class and "labels" in given:
@@ -174,27 +182,19 @@ def refuse_contradictions(args):
         args.labels = str(args.fix_class_index)
 
 
-def prepare_folder(args):
-    """Make the output folder, or fail before minutes go into loading."""
-    folder = Path(args.out or args.log_dir or os.environ.get("OPENAI_LOGDIR") or Path("results", args.preset or "samples"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"cannot write to the output folder {folder} ({error.strerror}); choose another --out") from error
-    return folder
-
-
-def say_what_has_no_effect(args, device):
+def notes(args, device):
+    """What the log should say at the start: flags without effect, and precisions that are not what they are called."""
     idle = [*TRAINING_FLAGS, *([] if args.classifier_path and not args.classifier_type else NOISY_CLASSIFIER_FLAGS)]
     if not (args.classifier_type or args.classifier_path):
         idle.append("classifier_use_fp16")
-    if idle := [flag for flag in idle if flag in args.given]:
-        logger.log(f"without effect in this run: {_names(idle)}")
+    lines = []
+    if written := [flag for flag in idle if flag in args.given]:
+        lines.append(f"without effect in this run: {_names(written)}")
     if device.type == "cpu" and args.use_fp16:
-        logger.log("--use_fp16 on a CPU: the U-Net runs in bfloat16")
+        lines.append("--use_fp16 on a CPU: the U-Net runs in bfloat16")
     if device.type == "cpu" and args.classifier_use_fp16 and "classifier_use_fp16" not in idle:
-        logger.log("--classifier_use_fp16 on a CPU: the classifier stays in float32, bfloat16 gradients are off by over 10%")
+        lines.append("--classifier_use_fp16 on a CPU: the classifier stays in float32, bfloat16 gradients are off by over 10%")
+    return lines
 
 
 def build_model(args, device):
@@ -217,17 +217,12 @@ def build_model(args, device):
 
 def build_conditioning(args, device, tally):
     """Return what the loops are to be given: guidance, cond_fn, or nothing."""
-
-    def count_skipped(_, gradient, bad):
-        tally.skipped += int(bad.sum())
-
-    observe = count_skipped if args.on_nonfinite == "skip" else None
     if args.classifier_type:
-        guidance = build_guidance(args, device, observe)
+        guidance = build_guidance(args, device, tally.observe)
         return {"guidance": tally.stopwatch.wrap(guidance), "variance_max": args.variance_max}
     if args.classifier_path and args.classifier_scale != 0:
         classifier = build_noisy_classifier(args, device)
-        gradient = noisy_classifier_gradient(classifier, args.classifier_scale, args.on_nonfinite, observe)
+        gradient = noisy_classifier_gradient(classifier, args.classifier_scale, args.on_nonfinite, tally.observe)
         return {"cond_fn": tally.stopwatch.wrap(gradient)}
     return {}
 
@@ -273,36 +268,6 @@ def parse_interval(text):
     except ValueError:
         raise ValueError(f"--guidance_interval {text!r} is not understood; write LO,HI, noise levels such as 0.3,5") from None
     return low, high
-
-
-def open_store(args, folder, device):
-    """Open the output folder on rank 0 first; the others then find the same settings in it."""
-    # Standard JSON has no infinity.
-    flags = {key: "inf" if value == float("inf") else value for key, value in vars(args).items() if key != "given"}
-    files = {"model": args.model_path, "classifier": args.classifier_path, "labels": labels_file(args.labels)}
-    if args.classifier_type:
-        files["classifier"] = weights_path(args.classifier_type, args.classifier_path or None)
-        files["classifier_code"] = args.classifier_type.rpartition(":")[0]
-    hashes = {name: sha256(path) for name, path in files.items() if path}
-    by_hash = {"classifier_path"} if "classifier" in hashes else set()
-    settings = {key: value for key, value in flags.items() if key not in {*PLACE_FLAGS, *TRAINING_FLAGS, *by_hash}}
-    settings |= {"sha256": hashes, "versions": versions()}
-    others = {key: value for key, value in flags.items() if key not in settings}
-    record = {"not_compared": {**others, "device": machine.describe(device)}, "rounding": "(x + 1) * 127.5, clamped to 0..255, truncated"}
-    if dist.get_rank() == 0:
-        if args.overwrite:
-            SampleStore.clear(folder)
-        SampleStore(folder, settings, args.num_samples, args.batch_size, record)
-    dist.barrier()
-    store = SampleStore(folder, settings, args.num_samples, args.batch_size)
-    store.require_space(3 * args.image_size**2)
-    return store
-
-
-def versions():
-    """What can change the numbers, by name."""
-    modules = {"torch": torch, "torchvision": torchvision, "numpy": numpy}
-    return {"elucd": __version__, **{name: str(module.__version__) for name, module in modules.items()}}
 
 
 def _names(flags):

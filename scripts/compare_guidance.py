@@ -20,10 +20,12 @@ from classifiers.registry import find_classifier, load_classifier
 from evaluation.evaluator import Options, Reference, evaluate, metric_key, metric_label
 from evaluation.networks import feature_network
 from evaluation.sets import DENSITY_NEIGHBOURS, measure, open_set
+from guided_diffusion.atomic_files import renamed_when_complete, write_json
 from guided_diffusion.checkpoints import PRETRAINED_DIR
 from guided_diffusion.cli import Parser, parse_numbers, run_main
+from guided_diffusion.grid import save_grid
 from guided_diffusion.presets import PRESETS
-from guided_diffusion.sample_store import read_run, read_samples, renamed_when_complete, save_grid, write_json
+from guided_diffusion.sample_store import read_run, read_samples
 
 NETWORKS = {"class-conditional": "False", "unconditional": "True"}
 GUIDANCE = {"unguided": ["--classifier_scale", "0"], "guided": []}

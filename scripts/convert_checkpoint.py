@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
+from guided_diffusion.atomic_files import renamed_when_complete
 from guided_diffusion.checkpoints import sha256
 from guided_diffusion.cli import Parser, run_main
 from guided_diffusion.edm_pickle import read_snapshot
 from guided_diffusion.machine import peak_memory
-from guided_diffusion.sample_store import renamed_when_complete
 
 # The names of the safetensors format.
 DTYPES = {

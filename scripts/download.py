@@ -26,6 +26,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from guided_diffusion.checkpoints import recorded_hashes
+
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained_models"
 TIMEOUT_S = 60
 RETRY_WAITS_S = (1, 4, 15)  # seconds before the second, third and fourth try; counted anew whenever bytes arrive
@@ -61,25 +63,15 @@ class Job:
         return self.part.stat().st_size if self.part.exists() else 0
 
 
-def read_records(folder):
-    """`hashes.json` of the folder: file name -> {"sha256", "bytes"}, seen at the first download. OSError if broken."""
-    path = folder / "hashes.json"
-    try:
-        records = json.loads(path.read_text()) if path.exists() else {}
-        return {name: {"sha256": row["sha256"].lower(), "bytes": row["bytes"]} for name, row in records.items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise OSError(f"{path} is not a table of sha256 and bytes: repair or remove it") from None
-
-
 def write_record(folder, name, digest, size):
-    records = {**read_records(folder), name: {"sha256": digest, "bytes": size}}
+    records = {**recorded_hashes(folder), name: {"sha256": digest, "bytes": size}}
     (folder / "hashes.json.part").write_text(json.dumps(records, indent=2, sort_keys=True) + "\n")
     os.replace(folder / "hashes.json.part", folder / "hashes.json")
 
 
 def known_hashes(job, name):
     """[(sha256 or its beginning, who says so)]: all must hold. What the user gives outranks what was recorded."""
-    recorded = read_records(job.folder).get(name, {}).get("sha256")
+    recorded = recorded_hashes(job.folder).get(name, {}).get("sha256")
     own = (job.given, "--sha256") if job.given else (recorded, f"recorded in {job.folder / 'hashes.json'}")
     return [(text, who) for text, who in ((job.published, "published"), own) if text]
 
@@ -283,7 +275,7 @@ def main(argv=None, table=None):
         return 0
     try:
         with locked(args.dir):
-            read_records(args.dir)  # a broken one shows before the download, not after
+            recorded_hashes(args.dir)  # a broken one shows before the download, not after
             missing = [job for job in jobs if not provide(job)]
             return 1 if missing else 0
     except OSError as error:

@@ -22,10 +22,10 @@ from evaluation.inception import WEIGHTS, find_inception_weights
 from evaluation.networks import add_network_flags, feature_network
 from evaluation.report import require_matplotlib, table, to_json, write_report
 from evaluation.sets import measure, open_set, require_comparable, require_images_only
+from guided_diffusion.atomic_files import write_json
 from guided_diffusion.checkpoints import PRETRAINED_DIR
 from guided_diffusion.cli import Parser, run_main
 from guided_diffusion.dist_util import choose_device
-from guided_diffusion.sample_store import write_json
 
 COMPARE_RESAMPLES = 200
 GRID_IMAGES = 64

@@ -17,9 +17,9 @@ from evaluation.images import open_images, pick_images
 from evaluation.moments import moments_of
 from evaluation.networks import add_network_flags, feature_network
 from evaluation.sets import DENSITY_NEIGHBOURS, require_enough
+from guided_diffusion.atomic_files import renamed_when_complete
 from guided_diffusion.cli import Parser, run_main
 from guided_diffusion.dist_util import choose_device
-from guided_diffusion.sample_store import renamed_when_complete
 
 
 def main():

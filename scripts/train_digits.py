@@ -1,9 +1,10 @@
-"""Train the networks of the `digits` preset on scikit-learn's 1,797 handwritten digits, and write them with a record of the training.
+"""Train the networks of the `digits` presets on scikit-learn's 1,797 handwritten digits, and write them with a record of the training.
 
     pip install -e ".[train]" && python scripts/train_digits.py
 
-Writes unet, guide, judge and features.safetensors and training.json; and the digits themselves, as images, for the evaluation. They are cut
-once, with a fixed seed, into 1,437 that all networks learn from (reference.npz) and 360 that none has seen (held_out.npz).
+Writes unet, edm, guide, judge and features.safetensors, training.json and hashes.json; and the digits themselves, as images, for the
+evaluation. They are cut once, with a fixed seed, into 1,437 that all networks learn from (reference.npz) and 360 that none has
+seen (held_out.npz).
 """
 
 import copy
@@ -23,23 +24,37 @@ from tqdm import trange
 
 from classifiers.registry import DIGITS
 from evaluation.digits_features import DigitsNetwork
-from guided_diffusion.checkpoints import PRETRAINED_DIR
+from guided_diffusion.atomic_files import renamed_when_complete, write_json
+from guided_diffusion.checkpoints import PRETRAINED_DIR, sha256
 from guided_diffusion.cli import Parser, run_main
+from guided_diffusion.edm import EDMPrecond
+from guided_diffusion.losses import edm_loss
 from guided_diffusion.presets import PRESETS
-from guided_diffusion.sample_store import renamed_when_complete, to_uint8, write_json
+from guided_diffusion.sample_store import to_uint8
 from guided_diffusion.script_util import create_from_flags
 
 NUM_CLASSES = 10
 SIZE = 16
+EDM_NETWORK = {
+    "img_resolution": SIZE,
+    "img_channels": 3,
+    "label_dim": NUM_CLASSES,
+    "model_channels": 32,
+    "channel_mult": (1, 2, 2),
+    "num_blocks": 1,
+    "attn_resolutions": (8, 4),
+    "dropout": 0.0,
+    "label_dropout": 0.1,
+}
 
 
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=PRETRAINED_DIR / "digits", help="folder for the files")
     parser.add_argument(
-        "--only", choices=["unet", "guide", "judge", "features"], help="train just this one; the record of the others stays"
+        "--only", choices=["unet", "edm", "guide", "judge", "features"], help="train just this one; the record of the others stays"
     )
-    parser.add_argument("--iterations", type=int, default=2500, help="steps of batch 64 for the U-Net")
+    parser.add_argument("--iterations", type=int, default=2500, help="steps of batch 64 for each diffusion network")
     parser.add_argument("--classifier_iterations", type=int, default=1500, help="steps of batch 64 for each classifier")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -50,6 +65,7 @@ def main():
     guide, judge = (partial(DIGITS[name].build, NUM_CLASSES) for name in ("digits_guide", "digits_judge"))
     jobs = {
         "unet": lambda: train_unet(train, args.iterations, args.seed),
+        "edm": lambda: train_edm(train, args.iterations, args.seed + 4),
         "guide": lambda: train_classifier(guide, train, test, args.classifier_iterations, args.seed + 1),
         "judge": lambda: train_classifier(judge, train, test, args.classifier_iterations, args.seed + 2),
         "features": lambda: train_classifier(DigitsNetwork, train, test, args.classifier_iterations, args.seed + 3),
@@ -59,12 +75,15 @@ def main():
             np.savez_compressed(file, arr_0=to_uint8(images).numpy(), arr_1=labels.numpy())
     for name in [args.only] if args.only else jobs:
         start = time.time()
-        state_dict, figures = jobs[name]()
+        state_dict, figures, *metadata = jobs[name]()
         with renamed_when_complete(args.out / f"{name}.safetensors") as file:
-            file.write(save({k: v.contiguous() for k, v in state_dict.items()}))
+            file.write(save({k: v.contiguous() for k, v in state_dict.items()}, *metadata))
         record[name] = {**figures, "seconds": round(time.time() - start), "torch": torch.__version__, "machine": platform.machine()}
         print(name, json.dumps(record[name]))
         write_json(record_file, record)
+    # In the layout in which scripts/download.py records what it fetched.
+    files = sorted(path for path in args.out.iterdir() if path.suffix in (".npz", ".safetensors"))
+    write_json(args.out / "hashes.json", {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files})
 
 
 def digits():
@@ -77,20 +96,43 @@ def digits():
     return (images[train], labels[train]), (images[test], labels[test])
 
 
-def train_unet(train, iterations, seed, batch_size=64, learning_rate=1e-3, ema_rate=0.998):
+def train_unet(train, iterations, seed):
     """Return the averaged weights and the losses. One label in ten is dropped to the null class, for unconditional sampling."""
     torch.manual_seed(seed)
     model, diffusion = create_from_flags(PRESETS["digits"] | {"timestep_respacing": "", "rescale_learned_sigmas": True})
+
+    def losses(images, labels):
+        y = torch.where(torch.rand(len(labels)) < 0.1, NUM_CLASSES, labels)
+        t = torch.randint(diffusion.num_timesteps, (len(labels),))
+        return diffusion.training_losses(model, images, t, {"y": y})
+
+    averaged, figures = train_denoiser(model, losses, train, iterations)
+    return averaged, {"seed": seed, **figures}
+
+
+def train_edm(train, iterations, seed):
+    """Return the averaged weights, rounded to float16, the losses and what it takes to build the network. Labels are dropped as above."""
+    torch.manual_seed(seed)
+    net = EDMPrecond(**EDM_NETWORK)
+
+    def losses(images, labels):
+        return {"loss": edm_loss(net, images, F.one_hot(labels, NUM_CLASSES).float())}
+
+    averaged, figures = train_denoiser(net, losses, train, iterations)
+    weights = {name: tensor.half() for name, tensor in averaged.items()}
+    return weights, {"seed": seed, **figures}, {"class_name": "EDMPrecond", "arguments": json.dumps(EDM_NETWORK)}
+
+
+def train_denoiser(model, losses_of, train, iterations, batch_size=64, learning_rate=1e-3, ema_rate=0.998):
+    """Train a diffusion network by the "loss" among `losses_of(images, labels)`; returns the averaged weights and figures to record."""
     averaged = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=iterations, pct_start=0.1)
     losses = []
     images, labels = train
-    for _ in (progress := trange(iterations, desc="unet")):
+    for _ in (progress := trange(iterations, desc=type(model).__name__)):
         pick = torch.randint(len(images), (batch_size,))
-        y = torch.where(torch.rand(batch_size) < 0.1, NUM_CLASSES, labels[pick])
-        t = torch.randint(diffusion.num_timesteps, (batch_size,))
-        terms = diffusion.training_losses(model, images[pick], t, {"y": y})
+        terms = losses_of(images[pick], labels[pick])
         optimizer.zero_grad()
         terms["loss"].mean().backward()
         optimizer.step()
@@ -101,7 +143,7 @@ def train_unet(train, iterations, seed, batch_size=64, learning_rate=1e-3, ema_r
         progress.set_postfix(loss=f"{losses[-1]['loss']:.4f}")
     last = {name: round(float(np.mean([x[name] for x in losses[-200:]])), 5) for name in losses[0]}
     parameters = sum(p.numel() for p in model.parameters())
-    figures = {"seed": seed, "iterations": iterations, "batch_size": batch_size, "parameters": parameters, "loss_of_last_200": last}
+    figures = {"iterations": iterations, "batch_size": batch_size, "parameters": parameters, "loss_of_last_200": last}
     return averaged.state_dict(), figures
 
 

@@ -16,10 +16,12 @@ ALLOWED = {
     "evaluation": {"torch", "numpy", "scipy", "pytorch_fid", "PIL", "tqdm", "matplotlib"},
 }
 # The modules of guided_diffusion that every room may use. They use no other module of the project: checkpoints reads EDM's pickles
-# through the two beside it, which stand apart because each is a subject, and a file's length, of its own.
+# through the two beside it, and sample_store writes files and pictures through atomic_files and grid.
 COMMON = (
+    "guided_diffusion.atomic_files",
     "guided_diffusion.checkpoints",
     "guided_diffusion.edm_pickle",
+    "guided_diffusion.grid",
     "guided_diffusion.pickle_data",
     "guided_diffusion.sample_store",
 )

@@ -138,14 +138,14 @@ def test_non_finite_gradients_stop_or_are_skipped(fault):
     with pytest.raises(NonFiniteGradientError) as caught:
         released_edm_guidance(broken(fault), **RECIPE)(LATENTS, Y, step)
     assert (caught.value.step_index, caught.value.positions) == (7, [2])
-    guidance = released_edm_guidance(broken(fault), **RECIPE, on_nonfinite="skip", observe=lambda *args: seen.append(args))
+    guidance = released_edm_guidance(broken(fault), **RECIPE, on_nonfinite="skip", observe=seen.append)
     got, sound = guidance(LATENTS, Y, step), released_edm_guidance(linear, **RECIPE)(LATENTS, Y, step)
     assert (got[2] == 0).all()
     assert torch.equal(got[[0, 1, 3]], sound[[0, 1, 3]])
-    [(observed, gradient, bad)] = seen
-    assert observed is step
-    assert bad.tolist() == [False, False, True, False]
-    assert (gradient[2] == 0).all()
+    [observation] = seen
+    assert observation.index == step.index
+    assert observation.skipped.tolist() == [False, False, True, False]
+    assert (observation.gradient[2] == 0).all()
 
 
 @pytest.mark.parametrize("max_guidance", [-0.1, math.nan, math.inf])

@@ -14,10 +14,11 @@ import torch.distributed as dist
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.cli import parse_flags, parse_numbers, run_main
-from guided_diffusion.engine import Tally, sample_missing
-from guided_diffusion.guidance import NonFiniteGradientError
+from guided_diffusion.engine import sample_missing
+from guided_diffusion.guidance import NonFiniteGradientError, Observation
 from guided_diffusion.sample_store import SampleStore
 from guided_diffusion.stopwatch import Stopwatch
+from guided_diffusion.tally import Tally
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,7 +250,8 @@ def test_guidance_that_was_dropped_is_counted_and_told(tmp_path, one_process, lo
     store, tally = SampleStore(tmp_path / "out", {}, 6, 3), Tally(CPU)
 
     def sample(indices, tick):
-        tally.skipped += 2
+        x = torch.zeros(3, 1, 2, 2)
+        tally.observe(Observation(5, None, x, torch.zeros(3, dtype=torch.int64), torch.zeros(3, 10), x, torch.tensor([True, False, True])))
         return draw(indices)
 
     sample_missing(store, sample, 1, tally)

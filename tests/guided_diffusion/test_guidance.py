@@ -248,27 +248,28 @@ def test_stop_names_step_and_positions(fault, positions):
 @pytest.mark.parametrize("positions", [[2], [0, 3], [0, 1, 2, 3]])
 def test_skip_drops_those_images_only_and_counts_them(fault, positions):
     x, seen = draws(N, *SHAPE), []
-    options = {"on_nonfinite": "skip", "classifier_scale": 2.0, "gamma_factor": 0.3, "observe": lambda *args: seen.append(args)}
+    options = {"on_nonfinite": "skip", "classifier_scale": 2.0, "gamma_factor": 0.3, "observe": seen.append}
     got = shift(x, classifier=broken_at(positions, fault), **options)
     sound = [i for i in range(N) if i not in positions]
     assert got.isfinite().all()
     assert (got[positions] == 0).all()
     assert torch.equal(got[sound], shift(x, classifier_scale=2.0, gamma_factor=0.3)[sound])
-    [(step, gradient, bad)] = seen
-    assert step is UNIT
-    assert bad.tolist() == [i in positions for i in range(N)]
-    assert torch.equal(gradient[sound], shift(x, classifier_scale=2.0)[sound])
-    assert (gradient[positions] == 0).all()
+    [observation] = seen
+    assert (observation.index, observation.sigma) == (UNIT.index, UNIT.sigma)
+    assert observation.skipped.tolist() == [i in positions for i in range(N)]
+    assert torch.equal(observation.gradient[sound], shift(x, classifier_scale=2.0)[sound])
+    assert (observation.gradient[positions] == 0).all()
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_observe_sees_sound_steps_under_either_policy(policy):
     x, seen = draws(N, *SHAPE), []
-    shift(x, on_nonfinite=policy, observe=lambda *args: seen.append(args))
-    [(step, gradient, bad)] = seen
-    assert step is UNIT
-    assert torch.equal(gradient, shift(x))
-    assert bad.tolist() == [False] * N
+    shift(x, on_nonfinite=policy, observe=seen.append)
+    [observation] = seen
+    assert observation.index == UNIT.index
+    assert torch.equal(observation.x, x)
+    assert torch.equal(observation.gradient, shift(x))
+    assert observation.skipped.tolist() == [False] * N
 
 
 def test_unknown_policy_lists_the_choices():

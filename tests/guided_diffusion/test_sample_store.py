@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion.sample_store import SampleStore, read_run, save_grid, to_uint8
+from guided_diffusion.grid import save_grid
+from guided_diffusion.sample_store import SampleStore, read_run, to_uint8
 
 SETTINGS = {"seed": 3, "softplus_beta": math.inf, "labels": "balanced", "sizes": (1, 2)}
 N, SHARD, H, W = 10, 4, 5, 6

@@ -28,7 +28,7 @@ from helpers import (
 
 from guided_diffusion.checkpoints import PRETRAINED_DIR, load_state_dict
 from guided_diffusion.presets import PRESETS
-from guided_diffusion.sample_store import locked
+from guided_diffusion.run_lock import locked
 
 script = load_script("classifier_sample")
 DIGITS_UNET = PRETRAINED_DIR / "digits/unet.safetensors"

@@ -33,6 +33,7 @@ from helpers import (
 )
 from PIL import Image
 
+import guided_diffusion.job
 import guided_diffusion.sample_store
 from guided_diffusion.checkpoints import PRETRAINED_DIR, load_state_dict, sha256
 from guided_diffusion.cli import parse_flags
@@ -113,8 +114,8 @@ def test_the_manifest_holds_settings_hashes_versions_and_totals(guided):
     assert recorded["device"].endswith(f"torch {torch.__version__}") and recorded["out"] == str(guided)
     digits = PRETRAINED_DIR / "digits"
     assert run["settings"]["sha256"] == {
-        "model": sha256(digits / "unet.safetensors"),
-        "classifier": sha256(digits / "guide.safetensors"),
+        "model_path": sha256(digits / "unet.safetensors"),
+        "classifier_path": sha256(digits / "guide.safetensors"),
     }
     assert run["settings"]["versions"]["torch"] == torch.__version__
     totals = run["totals"]
@@ -189,13 +190,13 @@ def test_random_weights_repeat_with_the_seed(tmp_path):
 def interrupted_while_sampling(patch):
     calls = []
 
-    def third_fails(images):
-        calls.append(images)
+    def third_fails(*args):
+        calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return guided_diffusion.sample_store.to_uint8(images)
+        return guided_diffusion.sample_store.to_uint8(*args)
 
-    patch.setattr(script, "to_uint8", third_fails)
+    patch.setattr(guided_diffusion.job, "to_uint8", third_fails)
 
 
 def interrupted_before_the_final_name(patch):
@@ -232,7 +233,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path, inter
     assert len(list((tmp_path / "cut").glob("samples_*.npz"))) == finished
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "to_uint8", lambda x: drawn.append(x) or guided_diffusion.sample_store.to_uint8(x))
+        patch.setattr(guided_diffusion.job, "to_uint8", lambda *args: drawn.append(args) or guided_diffusion.sample_store.to_uint8(*args))
         sample(tmp_path / "cut", *flags)
     assert len(drawn) == drawn_later
     assert samples_bytes(tmp_path / "cut") == samples_bytes(tmp_path / "whole")

@@ -1,0 +1,135 @@
+"""One sampling run, from its flags to its files: the same for every sampler."""
+
+import tempfile
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from guided_diffusion import dist_util, logger, machine
+from guided_diffusion.checkpoints import sha256
+from guided_diffusion.engine import sample_missing
+from guided_diffusion.run_lock import locked
+from guided_diffusion.sample_store import ROUNDING, SampleStore, to_uint8
+from guided_diffusion.tally import Tally
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What draws a batch: sample(indices, tick) -> ((n, 3, H, W) float images, (n,) int64 labels); it calls tick() after each step.
+
+    notes: what the log should say at the start.
+    """
+
+    sample: Callable[[range, Callable[[], None]], tuple[Tensor, Tensor]]
+    num_steps: int
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as its flags describe it, with nothing loaded yet.
+
+    flags: all of them after defaults, by name. not_compared: those that do not decide about the samples: another value of them may go on
+    in the same folder. files: by flag, a function that returns the file, or None for none, and raises FileNotFoundError; the flag's
+    value is then not compared, but the file's hash. build: loads the networks. rounding: a key of ROUNDING. drawn_by: who draws
+    noise and labels, for the record. png_name: as `SampleStore`'s.
+    """
+
+    folder: Path
+    flags: Mapping[str, Any]
+    not_compared: Collection[str]
+    files: Mapping[str, Callable[[], Path | None]]
+    build: Callable[[torch.device, Tally], Sampler]
+    num_samples: int
+    batch_size: int
+    image_size: int
+    rounding: str
+    drawn_by: Mapping[str, str]
+    overwrite: bool = False
+    device: str = ""
+    log_guidance: bool = False
+    png_name: Callable[[int], str] | None = None
+
+    @property
+    def image_bytes(self) -> int:
+        """Of one image in a shard."""
+        return 3 * self.image_size**2
+
+    def settings(self) -> dict[str, Any]:
+        """What decides about the samples: flags, hashes of files, versions."""
+        hashes = {flag: sha256(path) for flag, find in self.files.items() if (path := find())}
+        flags = {key: value for key, value in self._plain_flags().items() if key not in {*self.not_compared, *hashes}}
+        return {**flags, "sha256": hashes, "versions": machine.versions()}
+
+    def open_store(self, settings: dict[str, Any], device: torch.device) -> SampleStore:
+        """Open the output folder, and make it a run's where it is not yet."""
+        others = {key: value for key, value in self._plain_flags().items() if key not in settings}
+        record = {
+            "not_compared": {**others, "device": machine.describe(device)},
+            "rounding": ROUNDING[self.rounding],
+            "drawn_by": dict(self.drawn_by),
+        }
+        return SampleStore(self.folder, settings, self.num_samples, self.batch_size, record, self.png_name)
+
+    def _plain_flags(self):
+        # Standard JSON has no infinity.
+        return {key: "inf" if value == float("inf") else value for key, value in self.flags.items()}
+
+
+def run(job: Job) -> None:
+    """Draw what the folder lacks, together with the other processes of torchrun, and join it; the path of the result goes to stdout."""
+    dist_util.setup_dist()
+    device = dist_util.choose_device(job.device)
+    _require_writable(job.folder)
+    with locked(job.folder) if dist.get_rank() == 0 else nullcontext() as left_behind:
+        tally = Tally(device, job.log_guidance)
+        sampler = job.build(device, tally)
+        dist_util.keep_freed_memory()
+        store = _open_together(job, device)
+        store.require_space(job.image_bytes)
+        if dist.get_rank() == 0:
+            logger.configure(job.folder)
+            if left_behind:
+                logger.log(f"{job.folder}: goes on after {left_behind}, which ended without removing its lock")
+            for note in sampler.notes:
+                logger.log(note)
+        sample_missing(store, rounded(job, sampler), sampler.num_steps, tally)
+        if dist.get_rank() == 0:
+            print(store.finish())
+    dist.destroy_process_group()
+
+
+def rounded(job: Job, sampler: Sampler) -> Callable[[range, Callable[[], None]], tuple[Tensor, Tensor]]:
+    """The sampler's function with its images as the (n, H, W, 3) uint8 that are kept."""
+
+    def sample(indices, tick):
+        images, labels = sampler.sample(indices, tick)
+        return to_uint8(images, job.rounding), labels
+
+    return sample
+
+
+def _require_writable(folder):
+    """Make the output folder, or fail before minutes go into loading."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to the output folder {folder} ({error.strerror}); choose another --out") from error
+
+
+def _open_together(job, device):
+    """Open the output folder on rank 0 first; the others then find the same settings in it."""
+    settings = job.settings()
+    if dist.get_rank() == 0:
+        if job.overwrite:
+            SampleStore.clear(job.folder)
+        job.open_store(settings, device)
+    dist.barrier()
+    return job.open_store(settings, device)

@@ -1,0 +1,153 @@
+"""What can be known of a run before hours are spent on it: files, room, memory and time."""
+
+import os
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+
+from guided_diffusion import dist_util, machine
+from guided_diffusion.checkpoints import known_hashes, sha256
+from guided_diffusion.engine import named_failure
+from guided_diffusion.job import Job, rounded
+from guided_diffusion.sample_store import required_bytes
+from guided_diffusion.tally import Tally
+
+TIMED_STEPS = 2  # after one that warms up
+
+
+class ProblemsFoundError(ValueError):
+    """The run would fail; the message says in how many ways, which have been printed."""
+
+
+class _EnoughSteps(Exception):
+    """Ends the batch that was only begun to be timed."""
+
+
+def examine(job: Job) -> None:
+    """Print one line per subject to stdout. Raises ProblemsFoundError if the run would fail. Leaves the output folder alone."""
+    device = dist_util.choose_device(job.device)
+    report = _Report()
+    report.say("machine", f"{machine.describe(device)}; {', '.join(f'{name} {number}' for name, number in machine.versions().items())}")
+    for flag in job.files:
+        report.check(f"--{flag}", _check_file, job, flag)
+    report.check("folder", _check_folder, job, device)
+    if report.problems:
+        report.say("networks", "not loaded before this is mended")
+    else:
+        _examine_networks(job, device, report)
+    if report.problems:
+        raise ProblemsFoundError(f"{report.problems} problem{'s' * (report.problems > 1)}: see above")
+    print("ready")
+
+
+def _examine_networks(job, device, report):
+    sampler = report.check("networks", _load, job, device)
+    trial = report.check("steps", _try_steps, job, sampler, device) if sampler else None
+    if trial:
+        report.check("memory", _check_memory, job, trial, device)
+        report.say("time", _estimate(job, trial, sampler.num_steps))
+
+
+class _Report:
+    def __init__(self):
+        self.problems = 0
+
+    def say(self, subject, text):
+        print(f"{subject}: {text}", flush=True)
+
+    def check(self, subject, function, *arguments):
+        """Print the text that the check returns; an error of the user's is a problem. Returns what the check found beside the text."""
+        try:
+            text, found = function(*arguments)
+        except (ValueError, OSError, FloatingPointError) as error:
+            self.problems += 1
+            text, found = f"PROBLEM: {' '.join(str(error).split())}", None
+        self.say(subject, text)
+        return found
+
+
+def _check_file(job, flag):
+    path = job.files[flag]()
+    if path is None:
+        return f"{job.flags.get(flag) or 'none'}, no file", None
+    digest, known = sha256(path), known_hashes(path)
+    for expected, who in known:
+        if not digest.startswith(expected):
+            raise ValueError(f"{path} has sha256 {digest}, but {expected} is {who}: fetch it again")
+    trust = f"as {' and '.join(dict.fromkeys(who for _, who in known))}" if known else "nothing is known to hold it against"
+    return f"{path}, {path.stat().st_size:,} bytes, sha256 {digest[:16]}... ({trust})", None
+
+
+def _check_folder(job, device):
+    parent = next(path for path in [job.folder, *job.folder.absolute().parents] if path.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ValueError(f"cannot write to {parent}: choose another --out")
+    missing, state = job.num_samples, "new"
+    if (job.folder / "run.json").exists() and not job.overwrite:
+        missing = sum(map(len, job.open_store(job.settings(), device).missing()))
+        state = f"{job.num_samples - missing:,} of {job.num_samples:,} samples are there"
+    needed = required_bytes(missing, job.num_samples, job.image_bytes) if missing else 0
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ValueError(f"{job.folder} needs {needed:,} bytes more, and {free:,} are free: make room, or choose another --out")
+    return f"{job.folder}, {state}; {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free", None
+
+
+def _load(job, device):
+    sampler = job.build(device, Tally(device, job.log_guidance))
+    dist_util.keep_freed_memory()
+    return "; ".join(["loaded, they fit the flags", *sampler.notes]), sampler
+
+
+@dataclass(frozen=True)
+class _Trial:
+    batch: int
+    seconds: float  # of one step
+    memory_before: int
+    memory: int
+
+
+def _try_steps(job, sampler, device):
+    """One step to warm up and two that count: on a GPU of the run's batch, on a CPU of one image."""
+    batch = min(job.batch_size, job.num_samples) if device.type == "cuda" else 1
+    before, marks = _memory(device), []
+
+    def tick():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        marks.append(time.perf_counter())
+        if len(marks) > TIMED_STEPS:
+            raise _EnoughSteps
+
+    with suppress(_EnoughSteps):
+        named_failure(rounded(job, sampler), range(batch), tick)
+    if len(marks) < 2:
+        raise ValueError("one step is too few to be timed, and takes moments: try the run itself")
+    seconds = (marks[-1] - marks[0]) / (len(marks) - 1)
+    return f"{seconds:.3f} s each at batch {batch}", _Trial(batch, seconds, before, _memory(device))
+
+
+def _memory(device):
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else machine.resident_memory()
+
+
+def _check_memory(job, trial, device):
+    # Nothing that a step needs is larger per image in a larger batch: an upper bound.
+    whole = trial.memory + (min(job.batch_size, job.num_samples) - trial.batch) * (trial.memory - trial.memory_before)
+    available = machine.available_memory(device)
+    text = f"{trial.memory / 1e9:.2f} GB at batch {trial.batch}, at most some {whole / 1e9:.2f} GB at batch {job.batch_size}"
+    if available is None:
+        return text, None
+    if whole - trial.memory > available:
+        raise ValueError(f"{text}, but {available / 1e9:.2f} GB are left: lower --batch_size")
+    return f"{text}; {available / 1e9:.2f} GB are left", None
+
+
+def _estimate(job, trial, num_steps):
+    hours = trial.seconds / trial.batch * num_steps * job.num_samples / 3600
+    amount = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    scaled = "; scaled from batch 1, a larger batch may take less per image" if trial.batch < job.batch_size else ""
+    return f"some {amount} for {job.num_samples:,} images of {num_steps} steps in one process like this{scaled}"

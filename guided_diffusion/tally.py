@@ -1,0 +1,46 @@
+"""What guidance did in a run: how long it took, how often it was dropped, and, on request, its figures step by step."""
+
+import torch
+
+from guided_diffusion.guidance import Observation
+from guided_diffusion.stopwatch import Stopwatch
+
+
+class Tally:
+    """Keeps count over the batches of a run. Hand `observe` to the guidance, and wrap the guidance by `stopwatch`.
+
+    log_guidance: keep the figures of every step too.
+    """
+
+    def __init__(self, device: torch.device, log_guidance: bool = False):
+        self.stopwatch, self.skipped = Stopwatch(device), 0
+        self._log_guidance = log_guidance
+        self._new_skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._lines: list[dict] = []
+        self._seconds_before = 0.0
+
+    def observe(self, seen: Observation) -> None:
+        """Take note of one step. Nothing is fetched from the accelerator before the batch is over."""
+        self._new_skipped = self._new_skipped + seen.skipped.sum()
+        if self._log_guidance:
+            self._lines.append({"step": seen.index, "sigma": seen.sigma, **_figures(seen)})
+
+    def take_batch(self) -> tuple[dict[str, float], list[dict]]:
+        """What there is to record of the batch that was just drawn: numbers to be added up, and one line per call of the guidance."""
+        skipped, seconds = int(self._new_skipped), self.stopwatch.seconds
+        stats = {"guidance_seconds": seconds - self._seconds_before, "skipped_guidance": skipped}
+        lines = [{key: value.item() if isinstance(value, torch.Tensor) else value for key, value in line.items()} for line in self._lines]
+        self.skipped += skipped
+        self._new_skipped, self._lines, self._seconds_before = torch.zeros_like(self._new_skipped), [], seconds
+        return stats, lines
+
+
+def _figures(seen):
+    """Means over the images; a pixel value is clipped where it is at the end of [-1, 1] or beyond."""
+    confidence = seen.logits.float().softmax(dim=1).gather(1, seen.y[:, None])
+    return {
+        "gradient_norm": seen.gradient.float().flatten(1).norm(dim=1).mean(),
+        "confidence": confidence.mean(),
+        "clipped": (seen.x.abs() >= 1).float().mean(),
+        "non_finite": seen.skipped.sum(),
+    }
