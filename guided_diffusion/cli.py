@@ -76,3 +76,12 @@ def parse_numbers(text: str, flag: str) -> list[int]:
             raise ValueError(f"{flag} {text!r} is not understood at {part!r}; write numbers and ranges such as 1,2,5-10")
         numbers.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
     return numbers
+
+
+def parse_interval(text: str, flag: str) -> tuple[float, float]:
+    """ "0.3,5" as two floats. Raises ValueError that names the flag."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise ValueError(f"{flag} {text!r} is not understood; write LO,HI, noise levels such as 0.3,5") from None
+    return low, high

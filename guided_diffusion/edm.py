@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from guided_diffusion.checkpoints import load_edm_checkpoint, load_into
+from guided_diffusion.edm_schedules import NoiseProcess, iddpm_levels, noise_levels
 from guided_diffusion.edm_unet import DhariwalUNet
 from guided_diffusion.gaussian_diffusion import NonFiniteOutputError
 from guided_diffusion.guidance import Guidance, GuidanceStep
-from guided_diffusion.schedules import karras_sigmas
+
+SOLVERS = ("euler", "heun")
 
 
 @torch.no_grad()
@@ -37,6 +39,11 @@ def edm_sampler(
     S_min: float = 0,
     S_max: float = math.inf,
     S_noise: float = 1,
+    solver: str = "heun",
+    disc: str = "edm",
+    schedule: str = "linear",
+    scaling: str = "none",
+    on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Sample by Algorithm 2 of Karras et al., 2022: (N, C, H, W) float64, the image, in the units of the network's training data.
 
@@ -44,31 +51,53 @@ def edm_sampler(
     latents: (N, C, H, W), standard normal. class_labels: (N, label_dim), one-hot. randn_like: called once per step, in order, the last
     step and S_churn = 0 included. guidance: called once per step at x_cur, its shift goes to x_hat and so through Euler's step and
     Heun's; its `step.index` is i, 0 .. num_steps - 1. y: (N,) int64, its wanted classes, by default those of `class_labels`. One
-    step is the network's answer at sigma_max. Raises NonFiniteOutputError where the trajectory leaves the finite numbers.
+    step is the network's answer at sigma_max. on_step(i, x): called after each step.
+
+    solver ("heun" or "euler"), disc, schedule, scaling: the other columns of the paper's table 1, see edm_schedules. Where s(t) is not 1,
+    x carries it, and guidance is called at x_cur / s. Raises NonFiniteOutputError where the trajectory leaves the finite numbers.
     """
     if S_churn < 0:
         raise ValueError(f"S_churn must be 0 (no new noise) or more, got {S_churn}")
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; choose {' or '.join(SOLVERS)}")
     wanted = _wanted_classes(guidance, y, class_labels, len(latents))
-    sigmas = karras_sigmas(num_steps, max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max), rho)
-    t_steps = net.round_sigma(torch.as_tensor(sigmas, device=latents.device)).double()
-    x_next = latents.double() * t_steps[0]
-    for i, (t_cur, t_next) in enumerate(pairwise([*t_steps, t_steps.new_zeros(())])):
+    sigma_min, sigma_max = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
+    levels = noise_levels(disc, num_steps, sigma_min, sigma_max, rho)
+    process = NoiseProcess(schedule, scaling, sigma_min, sigma_max)
+    sigma, s = process.sigma, process.s
+
+    def nearest_time(level):
+        """The t of the level that the network knows."""
+        return process.sigma_inv(float(net.round_sigma(torch.as_tensor(level, dtype=torch.float64, device=latents.device))))
+
+    def slope(x, t):
+        """dx/dt, eq. 4 and 81 of the paper."""
+        denoised = net(x / s(t), x.new_tensor(sigma(t)), class_labels).double()
+        noise_part = process.sigma_deriv(t) / sigma(t)
+        return noise_part * (x - s(t) * denoised) + process.s_deriv(t) / s(t) * x
+
+    t_steps = [*(nearest_time(level) for level in levels), 0.0]
+    x_next = latents.double() * (sigma(t_steps[0]) * s(t_steps[0]))
+    for i, (t_cur, t_next) in enumerate(pairwise(t_steps)):
         x_cur = x_next
 
         # Raise the noise level for a moment: the new noise makes up for errors of earlier steps.
-        gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= t_cur <= S_max else 0
-        t_hat = net.round_sigma(t_cur + gamma * t_cur).double()
-        x_hat = x_cur + (t_hat**2 - t_cur**2).sqrt() * S_noise * randn_like(x_cur)
+        gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= sigma(t_cur) <= S_max else 0
+        t_hat = nearest_time((1 + gamma) * sigma(t_cur))
+        added = math.sqrt(max(sigma(t_hat) ** 2 - sigma(t_cur) ** 2, 0))
+        x_hat = s(t_hat) / s(t_cur) * x_cur + s(t_hat) * added * S_noise * randn_like(x_cur)
         if guidance is not None:
-            x_hat = x_hat + guidance(x_cur, wanted, GuidanceStep(i, num_steps, variance=1.0, variance_max=1.0, sigma=float(t_cur)))
+            x_hat = x_hat + s(t_hat) * guidance(x_cur / s(t_cur), wanted, GuidanceStep(i, num_steps, 1.0, 1.0, sigma(t_cur)))
 
         # Euler's step along dx/dt, then Heun's correction by the slope at its end, which t = 0 does not have.
-        d_cur = (x_hat - net(x_hat, t_hat, class_labels)) / t_hat
+        d_cur = slope(x_hat, t_hat)
         x_next = x_hat + (t_next - t_hat) * d_cur
-        if t_next > 0:
-            d_prime = (x_next - net(x_next, t_next, class_labels)) / t_next
+        if t_next > 0 and solver == "heun":
+            d_prime = slope(x_next, t_next)
             x_next = x_hat + (t_next - t_hat) * (d_cur + d_prime) / 2
         _check_finite(x_next, i)
+        if on_step is not None:
+            on_step(i, x_next)
     return x_next
 
 
@@ -205,7 +234,7 @@ class iDDPMPrecond(_Precond):
     ):
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, 2 * img_channels, model_options)
         self.M = M
-        self.register_buffer("u", torch.tensor(_iddpm_levels(M, C_1, C_2), dtype=torch.float32))
+        self.register_buffer("u", torch.tensor(iddpm_levels(M, C_1, C_2), dtype=torch.float32))
 
     @property
     def sigma_min(self) -> float:
@@ -231,18 +260,6 @@ class iDDPMPrecond(_Precond):
         distances = (sigma.reshape(-1, 1).double() - self.u.double()).abs()  # (N, M + 1)
         index = distances.argmin(dim=1).reshape(sigma.shape)
         return index if return_index else self.u[index].to(sigma.dtype if sigma.is_floating_point() else self.u.dtype)
-
-
-def _iddpm_levels(M, C_1, C_2):
-    """u_0 .. u_M, by the recursion of appendix C.3 that begins at u_M = 0."""
-
-    def alpha_bar(j):
-        return math.sin(math.pi / 2 * j / (M * (C_2 + 1))) ** 2
-
-    u = [0.0]
-    for j in range(M, 0, -1):
-        u.append(math.sqrt((u[-1] ** 2 + 1) / max(alpha_bar(j - 1) / alpha_bar(j), C_1) - 1))
-    return u[::-1]
 
 
 _NETWORKS = {"EDMPrecond": EDMPrecond, "iDDPMPrecond": iDDPMPrecond}

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -22,6 +23,7 @@ from guided_diffusion.guidance import NonFiniteGradientError
 from guided_diffusion.sample_store import NonFinitePixelsError, SampleStore
 from guided_diffusion.tally import Tally
 
+LINE_SECONDS = 30
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}, {rate_fmt}]"
 
 
@@ -61,13 +63,29 @@ def sample_missing(
 
 @contextmanager
 def _progress_bar(store, missing, num_steps, rank) -> Iterator[Callable[[int], None] | None]:
-    """Yield what shows the steps of all images so far, None on other ranks than 0. Into a file a line goes twice a minute."""
+    """Yield what shows the steps of all images so far, None on other ranks than 0."""
+    total = sum(map(len, missing))
     if rank:
         yield None
-        return
-    waiting = 0.1 if sys.stderr.isatty() else 30
-    with tqdm(total=sum(map(len, missing)), unit="image", desc=store.folder.name, mininterval=waiting, bar_format=BAR) as bar:
-        yield lambda steps: bar.update(steps / num_steps - bar.n)
+    elif sys.stderr.isatty():
+        with tqdm(total=total, unit="image", desc=store.folder.name, bar_format=BAR) as bar:
+            yield lambda steps: bar.update(steps / num_steps - bar.n)
+    else:
+        yield _progress_lines(total, num_steps)
+
+
+def _progress_lines(total, num_steps):
+    """What logs a line twice a minute, for where a bar would fill a file."""
+    start = last = time.monotonic()
+
+    def show(steps):
+        nonlocal last
+        now, images = time.monotonic(), steps / num_steps
+        if now - last >= LINE_SECONDS and images > 0:
+            last, rate = now, images / (now - start)
+            logger.log(f"{images:.0f}/{total} images, {rate:.2f} images/s, {timedelta(seconds=round((total - images) / rate))} left")
+
+    return show
 
 
 @contextmanager

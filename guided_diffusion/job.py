@@ -23,12 +23,18 @@ from guided_diffusion.tally import Tally
 class Sampler:
     """What draws a batch: sample(indices, tick) -> ((n, 3, H, W) float images, (n,) int64 labels); it calls tick() after each step.
 
-    notes: what the log should say at the start.
+    image_size: H and W. notes: what the log should say at the start.
     """
 
     sample: Callable[[range, Callable[[], None]], tuple[Tensor, Tensor]]
     num_steps: int
+    image_size: int
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def image_bytes(self) -> int:
+        """Of one image in a shard."""
+        return 3 * self.image_size**2
 
 
 @dataclass(frozen=True)
@@ -48,18 +54,12 @@ class Job:
     build: Callable[[torch.device, Tally], Sampler]
     num_samples: int
     batch_size: int
-    image_size: int
     rounding: str
     drawn_by: Mapping[str, str]
     overwrite: bool = False
     device: str = ""
     log_guidance: bool = False
     png_name: Callable[[int], str] | None = None
-
-    @property
-    def image_bytes(self) -> int:
-        """Of one image in a shard."""
-        return 3 * self.image_size**2
 
     def settings(self) -> dict[str, Any]:
         """What decides about the samples: flags, hashes of files, versions."""
@@ -92,7 +92,7 @@ def run(job: Job) -> None:
         sampler = job.build(device, tally)
         dist_util.keep_freed_memory()
         store = _open_together(job, device)
-        store.require_space(job.image_bytes)
+        store.require_space(sampler.image_bytes)
         if dist.get_rank() == 0:
             logger.configure(job.folder)
             if left_behind:

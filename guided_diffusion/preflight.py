@@ -45,7 +45,10 @@ def examine(job: Job) -> None:
 
 def _examine_networks(job, device, report):
     sampler = report.check("networks", _load, job, device)
-    trial = report.check("steps", _try_steps, job, sampler, device) if sampler else None
+    if not sampler:
+        return
+    report.check("disk", _check_disk, job, sampler, device)
+    trial = report.check("steps", _try_steps, job, sampler, device)
     if trial:
         report.check("memory", _check_memory, job, trial, device)
         report.say("time", _estimate(job, trial, sampler.num_steps))
@@ -82,18 +85,31 @@ def _check_file(job, flag):
 
 
 def _check_folder(job, device):
-    parent = next(path for path in [job.folder, *job.folder.absolute().parents] if path.exists())
+    parent = _existing_parent(job.folder)
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ValueError(f"cannot write to {parent}: choose another --out")
-    missing, state = job.num_samples, "new"
-    if (job.folder / "run.json").exists() and not job.overwrite:
-        missing = sum(map(len, job.open_store(job.settings(), device).missing()))
-        state = f"{job.num_samples - missing:,} of {job.num_samples:,} samples are there"
-    needed = required_bytes(missing, job.num_samples, job.image_bytes) if missing else 0
-    free = shutil.disk_usage(parent).free
+    done = job.num_samples - _missing(job, device)
+    return f"{job.folder}, {done:,} of {job.num_samples:,} samples are there", None
+
+
+def _missing(job, device):
+    """How many samples the output folder lacks. Raises ValueError where it holds another run's."""
+    if job.overwrite or not (job.folder / "run.json").exists():
+        return job.num_samples
+    return sum(map(len, job.open_store(job.settings(), device).missing()))
+
+
+def _check_disk(job, sampler, device):
+    missing = _missing(job, device)
+    needed = required_bytes(missing, job.num_samples, sampler.image_bytes) if missing else 0
+    free = shutil.disk_usage(_existing_parent(job.folder)).free
     if free < needed:
         raise ValueError(f"{job.folder} needs {needed:,} bytes more, and {free:,} are free: make room, or choose another --out")
-    return f"{job.folder}, {state}; {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free", None
+    return f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free", None
+
+
+def _existing_parent(folder):
+    return next(path for path in [folder, *folder.absolute().parents] if path.exists())
 
 
 def _load(job, device):

@@ -7,7 +7,9 @@ It runs on the CPU, so that an accelerator changes nothing.
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from guided_diffusion.cli import parse_numbers
 # What a stream is for. It goes to the top of Philox's counter, 2**192 draws away from the next.
 _NOISE, _LABELS = 0, 1
 DRAWN_BY_INDEX = {"noise": "NumPy's Philox, key (seed, index)", "labels": "NumPy's Philox, key (seed, index or round)"}
+DRAWN_BY_SEED = dict.fromkeys(("noise", "labels"), "torch's CPU generator, seed % 2**32: latents, label, steps")
 
 
 class SampleNoise:
@@ -43,20 +46,46 @@ class SampleNoise:
         return self.randn(x.shape).to(x)
 
 
-class DrawnAhead:
-    """The draws of a `SampleNoise`, each made by a thread while the step before it runs; all are of one shape."""
+class SeedNoise:
+    """The published generator of EDM: one of torch's per seed, on the CPU, for latents, label and the noise of each step, in this order.
 
-    def __init__(self, noise: SampleNoise, shape: Sequence[int]):
-        self._noise, self._shape = noise, tuple(shape)
+    Image by image it draws what EDM's generate.py does there; the seed is taken modulo 2**32.
+    """
+
+    def __init__(self, seeds: Sequence[int]):
+        self._generators = [torch.Generator("cpu").manual_seed(seed % 2**32) for seed in seeds]
+
+    def randn(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """(len(seeds), ...) standard normal on the CPU. Raises ValueError where the first size is another."""
+        if shape[0] != len(self._generators):
+            raise ValueError(f"shape {tuple(shape)} does not start with the number of seeds, {len(self._generators)}")
+        return torch.stack([torch.randn(shape[1:], dtype=dtype, generator=generator) for generator in self._generators])
+
+    def randint(self, high: int) -> Tensor:
+        """(len(seeds),) int64 from [0, high)."""
+        return torch.stack([torch.randint(high, (), generator=generator) for generator in self._generators])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The next draw, like x."""
+        return self.randn(x.shape, x.dtype).to(x)
+
+
+class DrawnAhead:
+    """The draws of a `SampleNoise` or `SeedNoise`, each made by a thread while the step before it runs; all of one shape and dtype."""
+
+    def __init__(self, noise: SampleNoise | SeedNoise, shape: Sequence[int], **options: Any):
+        """options: further arguments of the noise's randn."""
+        self._shape = tuple(shape)
+        self._draw = partial(noise.randn, self._shape, **options)
         self._thread = ThreadPoolExecutor(1)
-        self._next = self._thread.submit(noise.randn, self._shape)
+        self._next = self._thread.submit(self._draw)
 
     def randn(self, shape: Sequence[int]) -> Tensor:
-        """The next draw, float32 on the CPU. Raises ValueError for another shape."""
+        """The next draw, on the CPU. Raises ValueError for another shape."""
         if tuple(shape) != self._shape:
             raise ValueError(f"noise of shape {self._shape} is drawn ahead, but {tuple(shape)} was asked for")
         draw = self._next.result()
-        self._next = self._thread.submit(self._noise.randn, self._shape)
+        self._next = self._thread.submit(self._draw)
         return draw
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from classifiers.input_transform import INPUTS
 from classifiers.registry import load_classifier, weights_path
 from guided_diffusion.checkpoints import existing_file, load_into, load_state_dict
-from guided_diffusion.cli import Parser, parse_flags, run_main
+from guided_diffusion.cli import Parser, parse_flags, parse_interval, run_main
 from guided_diffusion.guidance import ClassifierGuidance, noisy_classifier_gradient, within_interval
 from guided_diffusion.job import Job, Sampler, run
 from guided_diffusion.preflight import examine
@@ -74,7 +74,6 @@ def make_job(args):
         build=partial(build, args, label_source(args.labels, args.seed, args.num_classes)),
         num_samples=args.num_samples,
         batch_size=args.batch_size,
-        image_size=args.image_size,
         rounding="adm",
         drawn_by=DRAWN_BY_INDEX,
         overwrite=args.overwrite,
@@ -101,7 +100,7 @@ def build(args, labels_of, device, tally):
                 tick()
         return images, labels
 
-    return Sampler(sample, diffusion.num_timesteps, notes(args, device))
+    return Sampler(sample, diffusion.num_timesteps, args.image_size, notes(args, device))
 
 
 def create_argparser():
@@ -247,7 +246,7 @@ def build_guidance(args, device, observe):
         on_nonfinite=args.on_nonfinite,
         observe=observe,
     )
-    return within_interval(guidance, *parse_interval(args.guidance_interval)) if args.guidance_interval else guidance
+    return within_interval(guidance, *parse_interval(args.guidance_interval, "--guidance_interval")) if args.guidance_interval else guidance
 
 
 def build_noisy_classifier(args, device):
@@ -260,14 +259,6 @@ def build_noisy_classifier(args, device):
     if half:
         classifier.convert_to_fp16()
     return classifier
-
-
-def parse_interval(text):
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        raise ValueError(f"--guidance_interval {text!r} is not understood; write LO,HI, noise levels such as 0.3,5") from None
-    return low, high
 
 
 def _names(flags):

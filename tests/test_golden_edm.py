@@ -10,6 +10,7 @@ from goldens_util import FixedNoise, load_golden, load_manifest, max_abs, random
 from classifiers import load_classifier
 from guided_diffusion.edm import EDMPrecond, edm_sampler
 from guided_diffusion.guidance import GuidanceStep, released_edm_guidance, released_edm_schedule
+from guided_diffusion.random_state import SeedNoise
 
 SETTINGS, ARRAYS = load_golden("F_edm")
 FORWARDS, CHAINS = SETTINGS["forwards"], SETTINGS["chains"]
@@ -120,3 +121,14 @@ def test_strength_of_the_released_recipe(name):
     np.testing.assert_allclose(ratios, np.broadcast_to(golden[:, None], np.shape(ratios)), rtol=1e-6)
     if f"{name}/measured_ratio" in ARRAYS:
         np.testing.assert_allclose(ratios, ARRAYS[f"{name}/measured_ratio"], rtol=1e-6)
+
+
+def test_the_published_generator_of_each_seed():
+    seeds, corner = ARRAYS["f0_stacked_rng/seeds"].tolist(), np.s_[..., :2, :4]
+    noise = SeedNoise(seeds)
+    latents, labels = noise.randn((len(seeds), 3, 32, 32)), noise.randint(1000)
+    first_step = noise(latents.double())
+    # exact
+    np.testing.assert_array_equal(latents.numpy()[corner], ARRAYS["f0_stacked_rng/latents_corner"])
+    np.testing.assert_array_equal(labels.numpy(), ARRAYS["f0_stacked_rng/labels"])
+    np.testing.assert_array_equal(first_step.numpy()[corner], ARRAYS["f0_stacked_rng/first_step_noise_corner_f64"])

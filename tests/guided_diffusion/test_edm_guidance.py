@@ -181,7 +181,7 @@ def test_the_sampler_calls_guidance_once_per_step_at_x_cur_and_adds_to_x_hat():
     edm_sampler(Net(), LATENTS, randn_like=randn_like, guidance=guidance, y=Y, num_steps=5, S_churn=1)
     assert [step.index for *_, step in calls] == [0, 1, 2, 3, 4]
     for i, (x, y, step) in enumerate(calls):
-        assert x is offered[i]
+        assert torch.equal(x, offered[i])
         assert y is Y
         assert (step.num_steps, step.variance, step.variance_max) == (5, 1, 1)
         t_hat = 1.2 * step.sigma

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +100,17 @@ def test_a_killed_writer_leaves_a_lock_that_the_next_run_takes_over(tmp_path):
     assert result.code == 0 and before < 30
     assert f"goes on after process {process.pid} on " in result.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "log.txt", "run.json", "samples_60x16x16x3.npz"]
+
+
+def test_torchrun_restarts_the_others_after_one_was_killed(tmp_path):
+    flags = [*FLAGS, "--num_samples", "60", "--timestep_respacing", "25", "--out", tmp_path]
+    with start([*several(2), "--max_restarts", "1"], *flags) as process:
+        wait_for_a_shard(process, tmp_path)
+        worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
+        os.kill(int(worker), signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert (tmp_path / "samples_60x16x16x3.npz").exists()
 
 
 def test_two_processes_on_one_folder(tmp_path):
