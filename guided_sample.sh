@@ -2,8 +2,10 @@
 # ./guided_sample.sh [PRESET] [FLAGS...]
 #
 # digits (the default while the ImageNet files are absent): guided against unguided on a small problem that ships with the project.
+# digits-edm: the same problem with EDM's sampler, two forms of guidance over numbers of steps.
 # imagenet128-resnet101, imagenet128-resnet50, imagenet128-unguided, imagenet128-finetuned: the paper's ImageNet 128x128 runs.
-# All other flags go on to scripts/compare_guidance.py (digits) or scripts/classifier_sample.py.
+# imagenet64-edm-resnet101, imagenet64-edm-unguided: those with EDM at 64x64.
+# All other flags go on to scripts/compare_guidance.py (digits), compare_edm.py (digits-edm), edm_sample.py or classifier_sample.py.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 weights=$here/pretrained_models
@@ -27,6 +29,9 @@ else
 fi
 
 case $preset in
-    digits) exec "$python" "$here/scripts/compare_guidance.py" --preset "$preset" "$@" ;;
-    *) exec "$python" "$here/scripts/classifier_sample.py" --preset "$preset" "$@" ;;
+    digits) script=compare_guidance ;;
+    digits-edm) script=compare_edm ;;
+    *-edm-*) script=edm_sample ;;
+    *) script=classifier_sample ;;
 esac
+exec "$python" "$here/scripts/$script.py" --preset "$preset" "$@"

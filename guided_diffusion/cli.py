@@ -4,8 +4,10 @@ import argparse
 import math
 import re
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -65,6 +67,15 @@ def run_main(main: Callable[[], None], resumable: bool = False) -> None:
     except KeyboardInterrupt as error:
         sys.stderr.write(f"\ninterrupted{'; what is finished is kept, the same command goes on from there' if resumable else ''}\n")
         sys.exit(128 + getattr(error, "signum", signal.SIGINT))
+
+
+def call_script(path: Path, flags: Sequence[str]) -> None:
+    """Run another script in a process of its own. Its own message stands, so only its exit code is passed on."""
+    code = subprocess.call([sys.executable, path, *flags])
+    if code < 0:
+        raise ValueError(f"{path.name} was ended by signal {-code}; the same command goes on from what is finished")
+    if code:
+        sys.exit(code)
 
 
 def parse_numbers(text: str, flag: str) -> list[int]:

@@ -1,5 +1,6 @@
 """One sampling run, from its flags to its files: the same for every sampler."""
 
+import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
@@ -79,7 +80,7 @@ class Job:
 
     def _plain_flags(self):
         # Standard JSON has no infinity.
-        return {key: "inf" if value == float("inf") else value for key, value in self.flags.items()}
+        return {key: str(value) if isinstance(value, float) and math.isinf(value) else value for key, value in self.flags.items()}
 
 
 def run(job: Job) -> None:

@@ -12,7 +12,7 @@ from guided_diffusion import dist_util, machine
 from guided_diffusion.checkpoints import known_hashes, sha256
 from guided_diffusion.engine import named_failure
 from guided_diffusion.job import Job, rounded
-from guided_diffusion.sample_store import required_bytes
+from guided_diffusion.sample_store import require_no_leftovers, required_bytes
 from guided_diffusion.tally import Tally
 
 TIMED_STEPS = 2  # after one that warms up
@@ -32,7 +32,7 @@ def examine(job: Job) -> None:
     report = _Report()
     report.say("machine", f"{machine.describe(device)}; {', '.join(f'{name} {number}' for name, number in machine.versions().items())}")
     for flag in job.files:
-        report.check(f"--{flag}", _check_file, job, flag)
+        report.check(f"--{flag}" if flag in job.flags else flag, _check_file, job, flag)
     report.check("folder", _check_folder, job, device)
     if report.problems:
         report.say("networks", "not loaded before this is mended")
@@ -47,11 +47,12 @@ def _examine_networks(job, device, report):
     sampler = report.check("networks", _load, job, device)
     if not sampler:
         return
-    report.check("disk", _check_disk, job, sampler, device)
+    missing = _missing(job, device)
+    report.check("disk", _check_disk, job, sampler, missing)
     trial = report.check("steps", _try_steps, job, sampler, device)
     if trial:
         report.check("memory", _check_memory, job, trial, device)
-        report.say("time", _estimate(job, trial, sampler.num_steps))
+        report.say("time", _estimate(job, trial, sampler.num_steps, missing))
 
 
 class _Report:
@@ -95,12 +96,13 @@ def _check_folder(job, device):
 def _missing(job, device):
     """How many samples the output folder lacks. Raises ValueError where it holds another run's."""
     if job.overwrite or not (job.folder / "run.json").exists():
+        if not job.overwrite:
+            require_no_leftovers(job.folder, pictures=job.png_name is not None)
         return job.num_samples
     return sum(map(len, job.open_store(job.settings(), device).missing()))
 
 
-def _check_disk(job, sampler, device):
-    missing = _missing(job, device)
+def _check_disk(job, sampler, missing):
     needed = required_bytes(missing, job.num_samples, sampler.image_bytes) if missing else 0
     free = shutil.disk_usage(_existing_parent(job.folder)).free
     if free < needed:
@@ -128,22 +130,25 @@ class _Trial:
 
 def _try_steps(job, sampler, device):
     """One step to warm up and two that count: on a GPU of the run's batch, on a CPU of one image."""
-    batch = min(job.batch_size, job.num_samples) if device.type == "cuda" else 1
-    before, marks = _memory(device), []
+    batch = _batch(job) if device.type == "cuda" else 1
+    before, marks = _memory(device), [time.perf_counter()]
 
     def tick():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         marks.append(time.perf_counter())
-        if len(marks) > TIMED_STEPS:
+        if len(marks) > 1 + TIMED_STEPS:
             raise _EnoughSteps
 
     with suppress(_EnoughSteps):
         named_failure(rounded(job, sampler), range(batch), tick)
-    if len(marks) < 2:
-        raise ValueError("one step is too few to be timed, and takes moments: try the run itself")
+    marks = marks[1:] if len(marks) > 2 else marks  # a single step has to do, warm or not
     seconds = (marks[-1] - marks[0]) / (len(marks) - 1)
     return f"{seconds:.3f} s each at batch {batch}", _Trial(batch, seconds, before, _memory(device))
+
+
+def _batch(job):
+    return min(job.batch_size, job.num_samples)
 
 
 def _memory(device):
@@ -152,9 +157,9 @@ def _memory(device):
 
 def _check_memory(job, trial, device):
     # Nothing that a step needs is larger per image in a larger batch: an upper bound.
-    whole = trial.memory + (min(job.batch_size, job.num_samples) - trial.batch) * (trial.memory - trial.memory_before)
+    whole = trial.memory + (_batch(job) - trial.batch) * (trial.memory - trial.memory_before)
     available = machine.available_memory(device)
-    text = f"{trial.memory / 1e9:.2f} GB at batch {trial.batch}, at most some {whole / 1e9:.2f} GB at batch {job.batch_size}"
+    text = f"{trial.memory / 1e9:.2f} GB at batch {trial.batch}, at most some {whole / 1e9:.2f} GB at batch {_batch(job)}"
     if available is None:
         return text, None
     if whole - trial.memory > available:
@@ -162,8 +167,8 @@ def _check_memory(job, trial, device):
     return f"{text}; {available / 1e9:.2f} GB are left", None
 
 
-def _estimate(job, trial, num_steps):
-    hours = trial.seconds / trial.batch * num_steps * job.num_samples / 3600
+def _estimate(job, trial, num_steps, missing):
+    hours = trial.seconds / trial.batch * num_steps * missing / 3600
     amount = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-    scaled = "; scaled from batch 1, a larger batch may take less per image" if trial.batch < job.batch_size else ""
-    return f"some {amount} for {job.num_samples:,} images of {num_steps} steps in one process like this{scaled}"
+    scaled = "; scaled from batch 1, a larger batch may take less per image" if trial.batch < _batch(job) else ""
+    return f"some {amount} for {missing:,} images of {num_steps} steps in one process like this{scaled}"

@@ -45,6 +45,8 @@ def to_uint8(x: Tensor, rounding: str = "adm") -> Tensor:
 
     Raises NonFinitePixelsError for a NaN or Inf, which would turn into a black or white pixel.
     """
+    if rounding not in ROUNDING:
+        raise ValueError(f"unknown rounding {rounding!r}; choose {' or '.join(ROUNDING)}")
     bad = ~x.isfinite().flatten(1).all(dim=1)
     if bad.any():
         raise NonFinitePixelsError(bad.nonzero()[:, 0].tolist())
@@ -83,21 +85,21 @@ class SampleStore:
         if (self.folder / "run.json").exists():
             _require_same(self.folder, read_run(self.folder)["settings"], settings)
         else:
-            if self.folder.is_dir() and any(self._leftovers()):
-                raise ValueError(f"{self.folder} holds samples but no run.json: choose another --out, or pass --overwrite True")
+            require_no_leftovers(self.folder, pictures=png_name is not None)
             self._shards.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "run.json", {"settings": settings, **(record or {})})
 
     @staticmethod
     def clear(folder: str | Path) -> None:
-        """Remove what a run wrote into `folder` but its log, and nothing else."""
-        folder = Path(folder)
-        ours = [folder / "run.json", folder / "grid.png", folder / "metrics.jsonl"]
-        for path in [*ours, *finished_files(folder), *_pngs(folder), *folder.glob(".*.part")]:
+        """Remove what a run wrote into `folder` but its log, and nothing else; pictures only where a run.json says whose they are."""
+        folder, ours = Path(folder), (Path(folder) / "run.json").exists()
+        for path in [folder / "grid.png", folder / "metrics.jsonl", *finished_files(folder), *(_pngs(folder) if ours else [])]:
             path.unlink(missing_ok=True)
+        _remove_half_written(folder)
         for subfolder in folder.glob("[0-9]*000"):
             _remove_if_empty(subfolder)
         _remove_shards(folder / "shards")
+        (folder / "run.json").unlink(missing_ok=True)
 
     def require_space(self, image_bytes: int) -> None:
         """Raise ValueError where the disk has no room for what is missing and for the final npz, at `image_bytes` per image."""
@@ -142,8 +144,7 @@ class SampleStore:
             with _told_when_full(self.folder, math.prod(shape)):
                 final = self._write_pngs() if self.png_name else self._write_npz(shape)
         _remove_shards(self._shards)
-        for left_by_a_kill in self.folder.glob(".*.part"):
-            left_by_a_kill.unlink(missing_ok=True)
+        _remove_half_written(self.folder)
         return final
 
     def _write_npz(self, shape):
@@ -198,10 +199,6 @@ class SampleStore:
             if len(images) == at_most:
                 break
         return np.stack(images)
-
-    def _leftovers(self):
-        yield from finished_files(self.folder)
-        yield from shard_files(self.folder)
 
 
 @contextmanager
@@ -263,6 +260,14 @@ def shard_files(folder: str | Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.stem.partition("-")[0]))
 
 
+def require_no_leftovers(folder: Path, pictures: bool) -> None:
+    """Raise ValueError where a folder without run.json holds samples, or, if `pictures` are to go there, such pictures."""
+    if finished_files(folder) or shard_files(folder):
+        raise ValueError(f"{folder} holds samples but no run.json: choose another --out, or pass --overwrite True")
+    if pictures and (others := _pngs(folder)):
+        raise ValueError(f"{folder} holds pictures, such as {others[0].name}, but no run.json that says whose: choose another --out")
+
+
 def required_bytes(missing: int, num_samples: int, image_bytes: int) -> int:
     """The room on disk that the shards of `missing` samples and the final file need."""
     return (missing + num_samples) * (image_bytes + 8)
@@ -278,6 +283,12 @@ def _remove_shards(folder):
         if re.fullmatch(r"\.?\d+-\d+\.npz.*", path.name):
             path.unlink()
     _remove_if_empty(folder)
+
+
+def _remove_half_written(folder):
+    """Remove what a killed process left under a name of its own."""
+    for path in [*folder.glob(".*.part"), *folder.glob("[0-9]*000/.*.part")]:
+        path.unlink(missing_ok=True)
 
 
 def _remove_if_empty(folder):

@@ -1,5 +1,7 @@
 """What guidance did in a run: how long it took, how often it was dropped, and, on request, its figures step by step."""
 
+import math
+
 import torch
 
 from guided_diffusion.guidance import Observation
@@ -29,18 +31,23 @@ class Tally:
         """What there is to record of the batch that was just drawn: numbers to be added up, and one line per call of the guidance."""
         skipped, seconds = int(self._new_skipped), self.stopwatch.seconds
         stats = {"guidance_seconds": seconds - self._seconds_before, "skipped_guidance": skipped}
-        lines = [{key: value.item() if isinstance(value, torch.Tensor) else value for key, value in line.items()} for line in self._lines]
+        lines = [{key: _plain(value) for key, value in line.items()} for line in self._lines]
         self.skipped += skipped
         self._new_skipped, self._lines, self._seconds_before = torch.zeros_like(self._new_skipped), [], seconds
         return stats, lines
 
 
 def _figures(seen):
-    """Means over the images; a pixel value is clipped where it is at the end of [-1, 1] or beyond."""
-    confidence = seen.logits.float().softmax(dim=1).gather(1, seen.y[:, None])
-    return {
-        "gradient_norm": seen.gradient.float().flatten(1).norm(dim=1).mean(),
-        "confidence": confidence.mean(),
-        "clipped": (seen.x.abs() >= 1).float().mean(),
-        "non_finite": seen.skipped.sum(),
-    }
+    """Means over the images that were not skipped; a pixel value is clipped where it is at the end of [-1, 1] or beyond."""
+    confidence = seen.logits.float().softmax(dim=1).gather(1, seen.y[:, None])[:, 0]
+    norm = seen.gradient.float().flatten(1).norm(dim=1)
+    clipped = (seen.x.abs() >= 1).float().flatten(1).mean(dim=1)
+    figures = {"gradient_norm": norm, "confidence": confidence, "clipped": clipped}
+    means = {name: torch.where(seen.skipped, torch.nan, values).nanmean() for name, values in figures.items()}
+    return {**means, "non_finite": seen.skipped.sum()}
+
+
+def _plain(value):
+    """A number for JSON, which has none that is not finite."""
+    value = value.item() if isinstance(value, torch.Tensor) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

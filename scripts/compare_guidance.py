@@ -8,30 +8,24 @@ against the digits that the networks learned from; its last row, digits that no 
 get. Writes comparison.json and comparison.png beside the runs.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from classifiers.registry import find_classifier, load_classifier
-from evaluation.evaluator import Options, Reference, evaluate, metric_key, metric_label
-from evaluation.networks import feature_network
-from evaluation.sets import DENSITY_NEIGHBOURS, measure, open_set
-from guided_diffusion.atomic_files import renamed_when_complete, write_json
-from guided_diffusion.checkpoints import PRETRAINED_DIR
-from guided_diffusion.cli import Parser, parse_numbers, run_main
+from evaluation import comparison
+from evaluation.comparison import FEATURES, METRICS, DigitsQuality, hold_out, summaries, with_error
+from evaluation.evaluator import metric_key, metric_label
+from guided_diffusion.atomic_files import write_json
+from guided_diffusion.cli import Parser, call_script, parse_numbers, run_main
 from guided_diffusion.grid import save_grid
 from guided_diffusion.presets import PRESETS
 from guided_diffusion.sample_store import read_run, read_samples
 
+SAMPLE = Path(__file__).with_name("classifier_sample.py")
 NETWORKS = {"class-conditional": "False", "unconditional": "True"}
 GUIDANCE = {"unguided": ["--classifier_scale", "0"], "guided": []}
-METRICS = ("fid", "precision", "recall", "density", "coverage")
-FEATURES, RESAMPLES = "digits", 200
-REFERENCE, HELD_OUT = PRETRAINED_DIR / "digits/reference.npz", PRETRAINED_DIR / "digits/held_out.npz"
 # Reads one flag out of those that go on.
 _GUIDE = Parser(add_help=False)
 _GUIDE.add_argument("--classifier_type")
@@ -55,9 +49,10 @@ def main():
             for mode, extra in GUIDANCE.items():
                 out = folder / f"seed{seed}" / f"{network}-{mode}"
                 print(f"{network}, {mode}, seed {seed}", file=sys.stderr)
-                sample(["--preset", args.preset, "--unconditional", unconditional, *flags, *extra, "--seed", str(seed), "--out", str(out)])
+                own = ["--preset", args.preset, "--unconditional", unconditional]
+                call_script(SAMPLE, [*own, *flags, *extra, "--seed", str(seed), "--out", str(out)])
                 runs.setdefault((network, mode), []).append(out)
-    judged = summaries(runs, lambda out: judge(out, args.judge))
+    judged = summaries(runs, ("network", "guidance"), lambda out: judge(out, args.judge))
     print_judgement(judged)
     measured = measure_all(runs, seeds)
     if measured:
@@ -84,42 +79,14 @@ def refuse_overrides(args, flags):
     find_classifier(args.judge)
 
 
-def sample(flags):
-    """Run one sampling; its own message stands, so only its exit code is passed on."""
-    code = subprocess.call([sys.executable, Path(__file__).with_name("classifier_sample.py"), *flags])
-    if code < 0:
-        raise ValueError(f"the sampling was ended by signal {-code}; the same command goes on from what is finished")
-    if code:
-        sys.exit(code)
-
-
-def summaries(runs, numbers_of):
-    """One row per kind of run: means and sample standard deviations over its runs of the numbers that `numbers_of` returns by name."""
-    rows = []
-    for (network, mode), outs in runs.items():
-        numbers = [numbers_of(out) for out in outs]
-        columns = {key: [row[key] for row in numbers] for key in numbers[0]}
-        rows.append({"network": network, "guidance": mode, **{key: spread(column) for key, column in columns.items()}})
-    return rows
-
-
-def spread(values):
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None, "runs": values}
-
-
 def judge(folder, name):
-    """What the judge and the clock say of one run: hit is the share of samples in the wanted class, log_prob its mean in nats."""
-    images, labels = read_samples(folder)
+    """What the judge and the clock say of one run."""
     run = read_run(folder)
+    images, _ = read_samples(folder)
     classifier = load_classifier(name, num_classes=run["settings"]["num_classes"], image_size=images.shape[1])
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    with torch.no_grad():
-        log_probs = F.log_softmax(torch.cat([classifier(part) for part in x.split(100)]).float(), dim=1)
-    labels = torch.from_numpy(labels)
     totals = run["totals"]
     return {
-        "hit": float((log_probs.argmax(1) == labels).float().mean()),
-        "log_prob": float(log_probs.gather(1, labels[:, None]).mean()),
+        **comparison.judge(folder, classifier),
         "seconds_per_image": totals["seconds"] / len(images),
         "guidance_share": totals["guidance_seconds"] / totals["seconds"],
     }
@@ -129,30 +96,11 @@ def measure_all(runs, seeds):
     """The rows of the second table, the held-out digits last; none where the runs are too small for its metrics."""
     outs = runs["unconditional", "unguided"]
     count = len(read_samples(outs[0])[1])
-    if count <= DENSITY_NEIGHBOURS:
-        print(f"no table of {metric_label('fid', FEATURES)}: {count} images, it takes {DENSITY_NEIGHBOURS + 1}", file=sys.stderr)
+    if count < comparison.SMALLEST:
+        print(f"no table of {metric_label('fid', FEATURES)}: {count} images, it takes {comparison.SMALLEST}", file=sys.stderr)
         return []
-    network = feature_network(FEATURES)
-    reference = Reference(measure(open_set(REFERENCE, network), network, progress=False))
     real = [hold_out(out.parent, count, seed) for out, seed in zip(outs, seeds, strict=True)]
-    return summaries({**runs, ("real", ""): real}, lambda images: quality(images, reference, network))
-
-
-def quality(images, reference, network):
-    """The metrics of one set, and the standard deviation of the distance over resamples of its images."""
-    result = evaluate(reference, measure(open_set(images, network), network, progress=False), Options(bootstrap=RESAMPLES))
-    numbers = {metric_key(metric, FEATURES): result.metrics[metric] for metric in METRICS}
-    return {**numbers, "resampled_std": result.fid_error.std, "images": result.count}
-
-
-def hold_out(folder, count, seed):
-    """Write `count` of the held-out digits, or all of them if they are fewer, to a file in `folder`; return its path."""
-    with np.load(HELD_OUT, allow_pickle=False) as held_out:
-        unseen = held_out["arr_0"]
-    path = folder / "held_out.npz"
-    with renamed_when_complete(path) as file:
-        np.savez(file, arr_0=unseen[np.random.RandomState(seed).permutation(len(unseen))[:count]])
-    return path
+    return summaries({**runs, ("real", ""): real}, ("network", "guidance"), DigitsQuality())
 
 
 def draw(path, folders, columns=20):
@@ -187,10 +135,6 @@ def print_quality(rows):
 
     one = len(rows[0]["images"]["runs"]) == 1
     print(f"± is the standard deviation over {'resamples of the images' if one else 'the seeds'}")
-
-
-def with_error(cell, form):
-    return f"{cell['mean']:{form}}" + (f" ± {cell['std']:{form}}" if cell["std"] is not None else "")
 
 
 if __name__ == "__main__":

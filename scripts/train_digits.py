@@ -54,7 +54,8 @@ def main():
     parser.add_argument(
         "--only", choices=["unet", "edm", "guide", "judge", "features"], help="train just this one; the record of the others stays"
     )
-    parser.add_argument("--iterations", type=int, default=2500, help="steps of batch 64 for each diffusion network")
+    parser.add_argument("--iterations", type=int, default=2500, help="steps of batch 64 for the U-Net")
+    parser.add_argument("--edm_iterations", type=int, default=1500, help="steps of batch 64 for EDM's network")
     parser.add_argument("--classifier_iterations", type=int, default=1500, help="steps of batch 64 for each classifier")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -65,7 +66,7 @@ def main():
     guide, judge = (partial(DIGITS[name].build, NUM_CLASSES) for name in ("digits_guide", "digits_judge"))
     jobs = {
         "unet": lambda: train_unet(train, args.iterations, args.seed),
-        "edm": lambda: train_edm(train, args.iterations, args.seed + 4),
+        "edm": lambda: train_edm(train, args.edm_iterations, args.seed + 4),
         "guide": lambda: train_classifier(guide, train, test, args.classifier_iterations, args.seed + 1),
         "judge": lambda: train_classifier(judge, train, test, args.classifier_iterations, args.seed + 2),
         "features": lambda: train_classifier(DigitsNetwork, train, test, args.classifier_iterations, args.seed + 3),

@@ -8,9 +8,11 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from evaluation.images import open_images, pick_images
+from guided_diffusion.sample_store import SampleStore
 
 N, H, W = 11, 5, 6
 IMAGES = np.random.RandomState(0).randint(0, 256, (N, H, W, 3), dtype=np.uint8)
@@ -86,6 +88,38 @@ def test_every_input_gives_the_same_images_from_any_start(tmp_path, maker, start
 
 def test_notes_of_an_unfinished_run(tmp_path):
     assert open_images(write_shards(tmp_path / "a")).notes == ["unfinished run: 11 of 20 images"]
+
+
+def run_of_pngs(folder, png_name):
+    """The store of a run of N samples in batches of 4 that ends in PNGs, with its first batch."""
+    store = SampleStore(folder, {}, N, 4, png_name=png_name)
+    write_batches(store, store.missing()[:1])
+    return store
+
+
+def write_batches(store, ranges):
+    for r in ranges:
+        store.write(r, torch.from_numpy(IMAGES[r.start : r.stop]), torch.zeros(len(r)), {})
+
+
+@pytest.mark.parametrize("name", ["{:06d}.png", "000000/{:06d}.png"])
+def test_a_run_of_pngs_before_and_after_its_end(tmp_path, name):
+    store = run_of_pngs(tmp_path / "a", name.format)
+    images = open_images(tmp_path / "a")
+    assert images.notes == [f"unfinished run: 4 of {N} images"]
+    assert np.array_equal(next(images.batches(N)), IMAGES[:4])
+    write_batches(store, store.missing())
+    store.finish()
+    images = open_images(tmp_path / "a")
+    assert (images.entries, images.notes) == (N, [])
+    assert np.array_equal(np.concatenate(list(images.batches(3))), IMAGES)
+
+
+def test_of_a_run_that_was_interrupted_between_its_pngs_the_shards_are_read(tmp_path):
+    store = run_of_pngs(tmp_path / "a", "{:06d}.png".format)
+    (tmp_path / "a" / "000000.png").write_bytes(png(IMAGES[5]))
+    write_batches(store, store.missing())
+    assert np.array_equal(np.concatenate(list(open_images(tmp_path / "a").batches(3))), IMAGES)
 
 
 def test_npz_is_streamed(tmp_path, monkeypatch):

@@ -1,13 +1,13 @@
 """Noise and labels by seed and sample index."""
 
 import math
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import numpy as np
 import pytest
 import torch
 
-from guided_diffusion.random_state import DrawnAhead, SampleNoise, label_source, random_labels, shuffled_labels
+from guided_diffusion.random_state import DrawnAhead, SampleNoise, SeedNoise, label_source, random_labels, shuffled_labels
 
 SHAPE = (3, 4, 4)
 SEEDS = [0, 1, -1, -(2**62), 2**31, 2**63, 2**63 + 1, 2**64 - 2]
@@ -246,3 +246,74 @@ def test_noise_that_is_drawn_ahead_is_the_same_noise():
             assert torch.equal(ahead(x), noise(x))
         with pytest.raises(ValueError, match=r"noise of shape \(2, 3, 8, 8\) is drawn ahead, but \(1, 3, 8, 8\)"):
             ahead.randn((1, 3, 8, 8))
+
+
+# EDM's generators, one for each seed
+
+
+def published(seed, steps=3):
+    """What EDM draws for one image: latents, label of 1000, noise of each step."""
+    generator = torch.Generator().manual_seed(seed % 2**32)
+    latents = torch.randn(SHAPE, generator=generator)
+    label = torch.randint(1000, (), generator=generator)
+    return latents, label, [torch.randn(SHAPE, dtype=torch.float64, generator=generator) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("seeds", [[0, 1, 2, 3, 4], [3, 0, 4, 2, 1], [49_999, 2**31, 2**32 - 1, 2**32 + 7, 0]])
+def test_a_seed_has_its_latents_label_and_noise_whatever_the_batch_and_the_order(seeds, size, ahead):
+    for start in range(0, len(seeds), size):
+        batch = seeds[start : start + size]
+        noise, shape = SeedNoise(batch), (len(batch), *SHAPE)
+        latents, labels = noise.randn(shape), noise.randint(1000)
+        with closing(DrawnAhead(noise, shape, dtype=torch.float64)) if ahead else nullcontext(noise) as randn_like:
+            steps = [randn_like(torch.empty(shape, dtype=torch.float64)) for _ in range(3)]
+        assert (latents.dtype, labels.dtype, labels.shape) == (torch.float32, torch.int64, (len(batch),))
+        for i, seed in enumerate(batch):
+            expected = published(seed)
+            assert torch.equal(latents[i], expected[0])
+            assert torch.equal(labels[i], expected[1])
+            assert all(torch.equal(step[i], draw) for step, draw in zip(steps, expected[2], strict=True))
+
+
+def test_seeds_count_modulo_2_to_the_32():
+    draw = SeedNoise([7, 2**32 + 7, 7 - 2**32, 8]).randn((4, *SHAPE))
+    assert torch.equal(draw[1], draw[0])
+    assert torch.equal(draw[2], draw[0])
+    assert not torch.equal(draw[3], draw[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_for_a_seed_are_like_x_and_not_rounded_from_another_type(dtype):
+    x = torch.empty(2, *SHAPE, dtype=dtype)
+    got = SeedNoise([4, 5])(x)
+    assert (got.shape, got.dtype, got.device) == (x.shape, dtype, x.device)
+    expected = [torch.randn(SHAPE, dtype=dtype, generator=torch.Generator().manual_seed(seed)) for seed in (4, 5)]
+    assert torch.equal(got, torch.stack(expected))
+
+
+def test_labels_of_seeds_are_in_range_and_uniform():
+    # Each count is binomial, with variance n p (1 - p); five standard deviations.
+    n, classes = 5000, 10
+    counts = np.bincount(SeedNoise(range(n)).randint(classes), minlength=classes)
+    assert len(counts) == classes
+    assert np.abs(counts - n / classes).max() < 5 * math.sqrt(n / classes * (1 - 1 / classes))
+
+
+def test_another_number_of_seeds():
+    with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\) .*number of seeds, 3"):
+        SeedNoise(range(3)).randn((2, *SHAPE))
+
+
+def test_seeds_leave_the_global_generator_alone():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    noise = SeedNoise([0, 1])
+    noise.randn((2, *SHAPE)), noise.randint(10), noise(torch.empty(2, *SHAPE))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_error_of_the_thread_that_draws_ahead_is_raised_where_the_draw_is_asked_for():
+    with closing(DrawnAhead(SeedNoise([0]), (2, *SHAPE))) as ahead, pytest.raises(ValueError, match="number of seeds, 1"):
+        ahead(torch.empty(2, *SHAPE))

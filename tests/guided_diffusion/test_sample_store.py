@@ -1,4 +1,4 @@
-"""The output folder: pixels, shards, resuming, the final npz, and what is refused."""
+"""The output folder: pixels, shards, resuming, the final npz or PNGs, and what is refused."""
 
 import hashlib
 import json
@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from goldens_util import load_golden
 from PIL import Image
 
 from guided_diffusion.grid import save_grid
-from guided_diffusion.sample_store import SampleStore, read_run, to_uint8
+from guided_diffusion.sample_store import SampleStore, read_metrics, read_run, read_samples, to_uint8
 
 SETTINGS = {"seed": 3, "softplus_beta": math.inf, "labels": "balanced", "sizes": (1, 2)}
 N, SHARD, H, W = 10, 4, 5, 6
@@ -72,6 +73,19 @@ def test_to_uint8_refuses_what_is_not_finite(fault):
     x[1, 0, 0, 0] = x[3, 2, 1, 1] = fault
     with pytest.raises(ValueError, match=r"non-finite.*\[1, 3\]"):
         to_uint8(x)
+
+
+def test_to_uint8_is_edms_rule_on_the_golden_values():
+    x = load_golden("E_tables")[1]["quantise/x"].astype(np.float64)
+    expected = [min(max(math.floor(value * 127.5 + 128), 0), 255) for value in x.tolist()]
+    assert to_uint8(torch.from_numpy(x).reshape(1, 3, 1, -1), "edm").permute(0, 3, 1, 2).flatten().tolist() == expected
+    assert {0, 255} <= set(expected) and min(x) * 127.5 + 128 < 0 and max(x) * 127.5 + 128 > 256
+
+
+@pytest.mark.parametrize(("x", "adm", "edm"), [(-1, 0, 0), (-0.999, 0, 0), (0, 127, 128), (0.003, 127, 128), (1, 255, 255)])
+def test_the_two_rules_differ_by_half_a_level(x, adm, edm):
+    values = torch.full((1, 3, 1, 1), float(x))
+    assert (to_uint8(values, "adm") == adm).all() and (to_uint8(values, "edm") == edm).all()
 
 
 # A run
@@ -223,6 +237,135 @@ def test_part_of_a_killed_run_is_not_taken_for_a_shard(tmp_path):
     assert store.missing() == [range(4, 8), range(8, 10)]
     fill(store).finish()
     assert not [name for name in files(tmp_path) if name.endswith(".part")]
+
+
+# A PNG for every sample
+
+
+def flat(index):
+    return f"{index:06d}.png"
+
+
+def in_subfolders(index):
+    return f"{index - index % 1000:06d}/{index:06d}.png"
+
+
+def make_pngs(folder, png_name=flat):
+    return SampleStore(folder, SETTINGS, N, SHARD, png_name=png_name)
+
+
+def png_files(count, png_name=flat):
+    return sorted(png_name(index) for index in range(count))
+
+
+def in_several_subfolders(index):
+    return f"{index - index % 3:06d}/{index:06d}.png"
+
+
+@pytest.mark.parametrize("png_name", [flat, in_several_subfolders])
+def test_finish_writes_every_image_and_its_label(tmp_path, png_name):
+    store = fill(make_pngs(tmp_path, png_name))
+    assert store.samples_file() is None
+    final = store.finish()
+    assert final == store.samples_file() == tmp_path / "dataset.json"
+    assert json.loads(final.read_text()) == {"labels": [[png_name(i), 7 * i % 10] for i in range(N)]}
+    for index in range(N):
+        with Image.open(tmp_path / png_name(index)) as picture:
+            assert (picture.format, picture.mode) == ("PNG", "RGB")
+            assert np.array_equal(np.asarray(picture), image(index))
+    # No grid.png, which a reader of the folder would take for a sample, and no shards.
+    assert files(tmp_path) == sorted([*png_files(N, png_name), "dataset.json", "run.json"])
+    assert read_run(tmp_path)["totals"]["skipped"] == N
+    assert make_pngs(tmp_path, png_name).missing() == []
+
+
+@pytest.mark.parametrize("after", [0, 5, N])
+def test_pngs_that_were_interrupted_end_the_same_and_the_labels_come_last(tmp_path, monkeypatch, after):
+    fill(make_pngs(tmp_path / "whole")).finish()
+    store, done, replace = fill(make_pngs(tmp_path / "cut")), [], os.replace
+
+    def killed(source, target):
+        if Path(target).name != "run.json":
+            if len(done) == after:
+                raise Interrupted
+            done.append(Path(target).name)
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(os, "replace", killed)
+        store.finish()
+    assert done == png_files(after) and len(list((tmp_path / "cut").glob("[!.]*.png"))) == after
+    assert store.samples_file() is None and len(list((tmp_path / "cut/shards").iterdir())) == 3
+    assert make_pngs(tmp_path / "cut").finish() == tmp_path / "cut/dataset.json"
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
+def test_finished_pngs_are_left_as_they_are(tmp_path):
+    fill(make_pngs(tmp_path)).finish()
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
+    assert make_pngs(tmp_path).finish() == tmp_path / "dataset.json"
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)} == before
+
+
+@pytest.mark.parametrize("png_name", [flat, in_subfolders])
+@pytest.mark.parametrize("finished", [True, False])
+def test_clear_removes_the_pngs_and_nothing_else(tmp_path, png_name, finished, monkeypatch):
+    store = fill(make_pngs(tmp_path, png_name))
+    mine = ["00001.png", "a.png", "000001.jpg", "sub/000000.png", "notes.txt"]
+    for name in mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    if not finished:
+        monkeypatch.setattr("guided_diffusion.sample_store.write_json", lambda *args: None)
+    store.finish()
+    assert (tmp_path / "dataset.json").exists() == finished
+    SampleStore.clear(tmp_path)
+    assert files(tmp_path) == sorted(mine)
+    assert not (tmp_path / "000000").exists()
+
+
+def test_what_a_kill_left_in_a_subfolder_goes_with_the_rest(tmp_path):
+    store = fill(make_pngs(tmp_path, in_subfolders))
+    (tmp_path / "000000").mkdir()
+    (tmp_path / "000000" / ".000003.png.123.part").write_bytes(b"half")
+    store.finish()
+    assert [name for name in files(tmp_path) if name.endswith(".part")] == []
+
+
+def test_pictures_of_somebody_else_are_not_written_over(tmp_path):
+    """As a samples_*.npz without run.json is refused, so are the files that the PNGs would replace."""
+    (tmp_path / flat(3)).write_bytes(b"somebody's")
+    with pytest.raises(ValueError, match=r"no run\.json"):
+        fill(make_pngs(tmp_path)).finish()
+    assert (tmp_path / flat(3)).read_bytes() == b"somebody's"
+
+
+def test_read_samples_says_where_there_is_no_npz(tmp_path):
+    fill(make_pngs(tmp_path)).finish()
+    with pytest.raises(FileNotFoundError, match=r"no samples_NxHxWx3\.npz"):
+        read_samples(tmp_path)
+
+
+# What guidance did
+
+
+def test_metrics_of_shards_in_any_order_become_lines_in_the_order_of_the_samples(tmp_path):
+    store = make(tmp_path)
+    for indices in (range(8, 10), range(0, 4)):
+        store.write(indices, *batch(indices), {}, [{"step": 1}, {"step": 0}])
+    expected = [{"samples": samples, "step": step} for samples in ([0, 4], [8, 10]) for step in (1, 0)]
+    assert list(read_metrics(tmp_path)) == expected
+    # A batch in which guidance rested has no line.
+    fill(store)
+    store.finish()
+    assert list(read_metrics(tmp_path)) == expected
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == expected
+    SampleStore.clear(tmp_path)
+    assert files(tmp_path) == []
 
 
 # Other runs

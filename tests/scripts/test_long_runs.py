@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -133,18 +134,30 @@ def test_too_little_space_is_noticed_before_the_first_image(tmp_path, monkeypatc
     assert f"error: {tmp_path} needs {needed:,} bytes more, and 1,000 are free: make room" in result.err
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 KiB."""
-    folder = tmp_path / "disk"
+@contextmanager
+def mounted(folder, options):
+    """A file system of its own in a folder."""
     folder.mkdir()
-    if (
-        shutil.which("mount") is None
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True).returncode
-    ):
-        pytest.skip("a small file system can only be mounted by root")
+    command = ["mount", "-t", "tmpfs", "-o", options, "none", folder]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a file system can only be mounted by root")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    with mounted(tmp_path / "disk", "size=64k") as folder:
+        yield folder
+
+
+def test_a_read_only_folder_is_refused_before_the_networks_are_loaded(tmp_path):
+    with mounted(tmp_path / "disk", "ro") as folder:
+        result = call(script.main, [*FLAGS, "--classifier_path", tmp_path / "absent.pt", "--out", folder / "out"])
+        again = call(script.main, [*FLAGS, "--out", folder])
+    assert result.code == again.code == 1
+    assert result.err == f"error: cannot write to the output folder {folder / 'out'} (Read-only file system); choose another --out\n"
+    assert again.err == f"error: cannot write to the output folder {folder} (Read-only file system); choose another --out\n"
 
 
 def test_a_disk_that_fills_up_stops_the_run_and_keeps_what_is_complete(small_disk):
