@@ -93,8 +93,8 @@ class DrawnAhead:
         return self.randn(x.shape).to(x)
 
     def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        """End the thread, after the draw that it may be at and nobody waits for."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 def random_labels(seed: int, indices: Sequence[int], num_classes: int) -> np.ndarray:

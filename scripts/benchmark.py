@@ -5,7 +5,7 @@
 Weights are random where the preset's files are absent: the time of a step does not depend on them. On a CPU the network's rate is set
 against that of one plain convolution, and bfloat16 against float32, all in one run. On CUDA it reports images per second over batch sizes.
 Run it with nothing else on the machine; the lines it prints are meant for docs/benchmarks.md.
---evaluation hands over to scripts/benchmark_evaluation.py.
+--evaluation hands over to scripts/benchmark_evaluation.py, --engine to scripts/benchmark_engine.py.
 """
 
 import runpy
@@ -32,8 +32,9 @@ BATCH = 4  # of the CPU figures; memory is measured at batch 1
 
 def main():
     args = parse_flags(create_argparser(), None, PRESETS)
-    if args.evaluation:
-        return measure_evaluation(args)
+    for other in ("evaluation", "engine"):
+        if getattr(args, other):
+            return hand_over(other, args)
     device = dist_util.choose_device(args.device)
     refuse_contradictions(args, device)
     print(f"machine: {machine.describe(device)}")
@@ -53,17 +54,19 @@ def create_argparser():
     parser.add_argument("--repeats", type=int, default=5, help="timed steps per figure, after one that is not; the median counts")
     parser.add_argument("--batch_sizes", default="1,8,16,32,64", help="on CUDA")
     parser.add_argument("--compile", action="store_true", help="on CUDA: torch.compile the network")
-    parser.add_argument("--evaluation", action="store_true", help="measure scripts/evaluate.py's work instead, on the CPU")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--evaluation", action="store_true", help="measure scripts/evaluate.py's work instead, on the CPU")
+    instead.add_argument("--engine", action="store_true", help="measure what a run needs around its steps instead, on the CPU")
     return parser
 
 
-def measure_evaluation(args):
-    """Run scripts/benchmark_evaluation.py, which takes none of the flags here."""
-    others = sorted(args.given - {"evaluation"})
-    if others:
-        raise ValueError(f"--{others[0]} is about sampling: drop it or --evaluation")
+def hand_over(other, args):
+    """Run scripts/benchmark_evaluation.py or benchmark_engine.py, which take none of the flags here."""
+    flags = sorted(args.given - {other})
+    if flags:
+        raise ValueError(f"--{flags[0]} is about sampling: drop it or --{other}")
     sys.argv = sys.argv[:1]
-    runpy.run_path(str(Path(__file__).with_name("benchmark_evaluation.py")), run_name="__main__")
+    runpy.run_path(str(Path(__file__).with_name(f"benchmark_{other}.py")), run_name="__main__")
 
 
 def refuse_contradictions(args, device):

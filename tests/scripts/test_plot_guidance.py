@@ -44,11 +44,13 @@ def test_a_line_is_the_mean_over_images_and_its_band_spans_the_batches(tmp_path)
     assert mean.tolist() == [1.0, (3 * 2 + 1 * 6) / 4] and lowest.tolist() == [1.0, 2.0] and highest.tolist() == [1.0, 6.0]
 
 
-def test_non_finite_counts_become_shares_and_non_finite_means_are_left_out(tmp_path):
-    lines = script.read_lines(make_run(tmp_path, [[line(0, 1.0, 2.0, float("nan"), 3)], [line(0, 1.0, float("nan"), float("nan"))]]))
-    _, values = script.curves(lines, "sigma")
-    assert values["non_finite"][:, 0].tolist() == [3 / 4, 0, 1] and values["gradient_norm"][:, 0].tolist() == [2, 2, 2]
-    assert np.isnan(values["confidence"]).all()
+def test_skipped_images_become_a_share_and_count_in_no_other_mean(tmp_path):
+    lines = script.read_lines(
+        make_run(tmp_path, [[line(0, 1.0, 2.0, non_finite=2), line(1, 2.0, None, non_finite=3)], [line(0, 1.0, 6.0)]])
+    )
+    places, values = script.curves(lines, "sigma")
+    assert places == [1.0, 2.0] and values["non_finite"].T.tolist() == [[2 / 4, 0, 2 / 3], [1, 1, 1]]
+    assert values["gradient_norm"][:, 0].tolist() == [4, 2, 6] and np.isnan(values["gradient_norm"][:, 1]).all()
 
 
 def test_a_run_that_is_not_finished_is_drawn_as_far_as_it_is(tmp_path):
