@@ -66,12 +66,13 @@ class DigitsQuality:
         self._network = feature_network(FEATURES)
         self._reference = Reference(measure(open_set(REFERENCE, self._network), self._network, progress=False))
 
-    def __call__(self, images: Path) -> dict[str, float]:
+    def __call__(self, images: Path) -> dict[str, Any]:
         """The metrics of one set, and the standard deviation of the distance over resamples of its images."""
         result = evaluate(
             self._reference, measure(open_set(images, self._network), self._network, progress=False), Options(bootstrap=RESAMPLES)
         )
         numbers = {metric_key(metric, FEATURES): result.metrics[metric] for metric in METRICS}
+        assert result.fid_error is not None  # it was asked for
         return {**numbers, "resampled_std": result.fid_error.std, "images": result.count}
 
 

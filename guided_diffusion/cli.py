@@ -70,8 +70,8 @@ def run_main(main: Callable[[], None], resumable: bool = False) -> None:
 
 
 def call_script(path: Path, flags: Sequence[str]) -> None:
-    """Run another script in a process of its own. Its own message stands, so only its exit code is passed on."""
-    code = subprocess.call([sys.executable, path, *flags])
+    """Run another script in a process of its own, without its stdout. Its own message stands, so only its exit code is passed on."""
+    code = subprocess.call([sys.executable, path, *flags], stdout=subprocess.DEVNULL)
     if code < 0:
         raise ValueError(f"{path.name} was ended by signal {-code}; the same command goes on from what is finished")
     if code:

@@ -61,14 +61,8 @@ def edm_sampler(
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; choose {' or '.join(SOLVERS)}")
     wanted = _wanted_classes(guidance, y, class_labels, len(latents))
-    sigma_min, sigma_max = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
-    levels = noise_levels(disc, num_steps, sigma_min, sigma_max, rho)
-    process = NoiseProcess(schedule, scaling, sigma_min, sigma_max)
+    process, t_steps = time_steps(net, num_steps, sigma_min, sigma_max, rho, disc, schedule, scaling)
     sigma, s = process.sigma, process.s
-
-    def nearest_time(level):
-        """The t of the level that the network knows."""
-        return process.sigma_inv(float(net.round_sigma(torch.as_tensor(level, dtype=torch.float64, device=latents.device))))
 
     def slope(x, t):
         """dx/dt, eq. 4 and 81 of the paper."""
@@ -76,14 +70,13 @@ def edm_sampler(
         noise_part = process.sigma_deriv(t) / sigma(t)
         return noise_part * (x - s(t) * denoised) + process.s_deriv(t) / s(t) * x
 
-    t_steps = [*(nearest_time(level) for level in levels), 0.0]
     x_next = latents.double() * (sigma(t_steps[0]) * s(t_steps[0]))
     for i, (t_cur, t_next) in enumerate(pairwise(t_steps)):
         x_cur = x_next
 
         # Raise the noise level for a moment: the new noise makes up for errors of earlier steps.
         gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= sigma(t_cur) <= S_max else 0
-        t_hat = nearest_time((1 + gamma) * sigma(t_cur))
+        t_hat = _nearest_time(net, process, (1 + gamma) * sigma(t_cur))
         added = math.sqrt(max(sigma(t_hat) ** 2 - sigma(t_cur) ** 2, 0))
         x_hat = s(t_hat) / s(t_cur) * x_cur + s(t_hat) * added * S_noise * randn_like(x_cur)
         if guidance is not None:
@@ -99,6 +92,29 @@ def edm_sampler(
         if on_step is not None:
             on_step(i, x_next)
     return x_next
+
+
+def time_steps(
+    net: Any, num_steps: int, sigma_min: float, sigma_max: float, rho: float, disc: str, schedule: str, scaling: str
+) -> tuple[NoiseProcess, list[float]]:
+    """What `edm_sampler` steps through: the process and t_0 .. t_(N-1), 0, at levels that the network knows.
+
+    Raises ValueError for what cannot be, before anything is sampled.
+    """
+    low, high = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
+    if 1e9 < high < math.inf:
+        raise ValueError(f"sigma_max {high:g} is beyond what a network in float32 can take; EDM's is 80")
+    try:
+        levels = noise_levels(disc, num_steps, low, high, rho)
+        process = NoiseProcess(schedule, scaling, low, high)
+        return process, [*(_nearest_time(net, process, level) for level in levels), 0.0]
+    except OverflowError as error:
+        raise ValueError(f"sigma_min {low:g}, sigma_max {high:g} and rho {rho:g} lead to numbers beyond all bounds") from error
+
+
+def _nearest_time(net, process, level):
+    """The t of the nearest level that the network knows."""
+    return process.sigma_inv(float(net.round_sigma(torch.as_tensor(level, dtype=torch.float64))))
 
 
 def _wanted_classes(guidance, y, class_labels, n):

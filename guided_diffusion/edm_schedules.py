@@ -97,9 +97,12 @@ def noise_levels(disc: str, num_steps: int, sigma_min: float, sigma_max: float, 
         return sigma_max * (sigma_min / sigma_max) ** progress
     if disc == "vp":
         vp = _vp_between(sigma_min, sigma_max)
+        if vp.beta_d + vp.beta_min < 0:  # the slope of its exponent at t = 1
+            raise ValueError(f"vp has no falling levels from {sigma_max:g} to {sigma_min:g}: give a smaller sigma_min, such as 0.01")
         return np.array([vp.sigma(t) for t in 1 + progress * (EPSILON_S - 1)])
     levels = np.array(iddpm_levels(1000, 0.001, 0.008))
-    within = levels[(levels >= sigma_min) & (levels <= sigma_max)]
+    slack = 1e-6  # a network holds these levels in float32
+    within = levels[(levels >= sigma_min * (1 - slack)) & (levels <= sigma_max * (1 + slack))]
     if len(within) < num_steps:
         raise ValueError(f"iddpm has {len(within)} levels from {sigma_min:g} to {sigma_max:g}, fewer than {num_steps} steps")
     return within[np.rint((len(within) - 1) * progress).astype(int)]

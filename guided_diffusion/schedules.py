@@ -32,12 +32,12 @@ def karras_sigmas(num_steps, sigma_min, sigma_max, rho):
     """Return the (num_steps,) float64 noise levels from sigma_max down to sigma_min, without the closing 0 (Karras et al., 2022, eq. 5).
 
     The rho-th roots of the levels are evenly spaced: the larger rho, the shorter the steps near sigma_min. One step is sigma_max
-    alone. Raises ValueError unless num_steps >= 1, 0 < sigma_min <= sigma_max < inf and rho > 0.
+    alone. Raises ValueError unless num_steps >= 1, 0 < sigma_min <= sigma_max < inf and 0 < rho < inf.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    if not (0 < sigma_min <= sigma_max < math.inf and rho > 0):
-        raise ValueError(f"noise levels need 0 < sigma_min <= sigma_max < inf and rho > 0, got {sigma_min}, {sigma_max}, rho {rho}")
+    if not (0 < sigma_min <= sigma_max < math.inf and 0 < rho < math.inf):
+        raise ValueError(f"noise levels need 0 < sigma_min <= sigma_max < inf and 0 < rho < inf, got {sigma_min}, {sigma_max}, rho {rho}")
     return np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps, dtype=np.float64) ** rho
 
 

@@ -19,7 +19,7 @@ from classifiers.input_transform import INPUTS
 from classifiers.registry import load_classifier, weights_path
 from guided_diffusion.checkpoints import existing_file
 from guided_diffusion.cli import Parser, parse_flags, parse_interval, parse_numbers, run_main
-from guided_diffusion.edm import SOLVERS, edm_sampler, load_edm_network
+from guided_diffusion.edm import SOLVERS, edm_sampler, load_edm_network, time_steps
 from guided_diffusion.edm_schedules import DISCRETIZATIONS, SCALINGS, SCHEDULES, default_levels
 from guided_diffusion.guidance import ClassifierGuidance, GuidedDenoiser, released_edm_guidance, within_interval
 from guided_diffusion.job import Job, Sampler, run
@@ -33,6 +33,10 @@ FORM_FLAGS = {"released": ("max_guidance", "add_factor"), "score": ("classifier_
 GUIDANCE_FLAGS = (
     *("guidance_form", "classifier_type", "classifier_path", "softplus_beta", "joint_temperature", "uncond_temperature"),
     *("classifier_input", "guidance_interval", "on_nonfinite", "log_guidance", *FORM_FLAGS["released"], *FORM_FLAGS["score"]),
+)
+FINITE_FLAGS = (
+    *("joint_temperature", "uncond_temperature", "classifier_scale", "gamma_factor", "max_guidance", "add_factor"),
+    *("rho", "S_churn", "S_noise"),
 )
 PLACE_FLAGS = ("out", "overwrite", "device", "preset", "dry_run")
 
@@ -107,9 +111,11 @@ def refuse_contradictions(args):
     for name in ("batch_size", "steps", "num_classes"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for name in ("joint_temperature", "uncond_temperature", "classifier_scale", "gamma_factor", "max_guidance", "add_factor", "S_churn"):
+    for name in FINITE_FLAGS:
         if not math.isfinite(getattr(args, name)):
             raise ValueError(f"--{name} must be finite, got {getattr(args, name)}")
+    if args.S_churn < 0 or args.S_min > args.S_max:
+        raise ValueError(f"--S_churn must be 0 or more and --S_min at most --S_max, got {args.S_churn}, {args.S_min} and {args.S_max}")
     seeds = parse_numbers(args.seeds, "--seeds")
     if min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {args.seeds} must be different whole numbers from 0 on: each gives one image")
@@ -153,18 +159,21 @@ def build(args, seeds, device, tally):
     """Load the networks; returns the Sampler."""
     torch.manual_seed(0)  # for --classifier_path random; the samples' noise has generators of its own
     net = load_edm_network(args.network).to(device)
+    refuse_for_network(args, net)
     num_classes = net.label_dim or args.num_classes
     if args.class_idx is not None and not 0 <= args.class_idx < num_classes:
         raise ValueError(f"--class {args.class_idx} is out of range, the classes are 0 to {num_classes - 1}")
     guidance = build_guidance(args, net, num_classes, device, tally) if args.use_classifier else None
     released = guidance if args.guidance_form == "released" else None
     low, high = default_levels(args.disc)
-    options = {
-        **{name: getattr(args, name) for name in ("rho", "S_churn", "S_min", "S_max", "S_noise", "solver", "disc", "schedule", "scaling")},
+    times = {
+        **{name: getattr(args, name) for name in ("rho", "disc", "schedule", "scaling")},
         "num_steps": args.steps,
         "sigma_min": low if args.sigma_min is None else args.sigma_min,
         "sigma_max": high if args.sigma_max is None else args.sigma_max,
     }
+    time_steps(net, **times)  # raises for what cannot be before the folder is this run's
+    options = {**times, **{name: getattr(args, name) for name in ("S_churn", "S_min", "S_max", "S_noise", "solver")}}
 
     def sample(indices, tick):
         noise = SeedNoise([seeds[i] for i in indices])
@@ -180,6 +189,18 @@ def build(args, seeds, device, tally):
         return images, y
 
     return Sampler(sample, args.steps, net.img_resolution, notes(net, device))
+
+
+def refuse_for_network(args, net):
+    """Raise ValueError for a network that is not for pictures, and for flags that mean nothing to it."""
+    if net.img_channels != 3:
+        raise ValueError(f"{args.network} has img_channels {net.img_channels}, and only images of 3 channels can be written")
+    if net.label_dim and "num_classes" in args.given:
+        raise ValueError(f"--num_classes {args.num_classes} is for networks without labels, and this has {net.label_dim}: drop it")
+    if not net.label_dim and args.unconditional:
+        raise ValueError(f"--unconditional True: {args.network} has no labels in any case, drop it")
+    if not net.label_dim and args.class_idx is not None and not args.use_classifier:
+        raise ValueError(f"--class {args.class_idx} needs a network with labels or a classifier: add --use_classifier 1")
 
 
 def build_guidance(args, net, num_classes, device, tally):

@@ -28,7 +28,7 @@ def children(monkeypatch):
     """Run the child processes here instead, which saves their start; their flags are kept in the list."""
     started = []
 
-    def run_here(command):
+    def run_here(command, stdout):
         assert Path(command[1]) == ROOT / "scripts/classifier_sample.py"
         started.append(command[2:])
         return call(classifier_sample.main, command[2:]).code
