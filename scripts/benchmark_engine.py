@@ -35,6 +35,7 @@ BATCH, STEPS, BATCHES = 16, 20, 6  # of the run around a step
 STEP_SECONDS = 0.05
 REPEATS = 5  # the median counts
 FEWER, MORE, MEMORY_BATCH = 1_000, 20_000, 100
+MEMORY_RUNS = 3  # the median counts: two runs that are alike differ by tens of MB, by how the C library lays out the memory of threads
 # As small as a U-Net gets, and images so large that MORE of them would show in the memory of whoever held them.
 TINY = {"image_size": 32, "num_channels": 32, "num_res_blocks": 0, "channel_mult": "1,1,1", "attention_resolutions": "8"}
 TELL_PEAK_MEMORY = """
@@ -153,17 +154,24 @@ def run_around(step, folder):
 def report_memory(folder):
     model, _ = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **TINY})
     torch.save(model.state_dict(), folder / "tiny.pt")
-    fewer, more = (sampling_memory(folder, count) for count in (FEWER, MORE))
+    fewer, more = (statistics.median(sampling_memory(folder, count) for _ in range(MEMORY_RUNS)) for count in (FEWER, MORE))
     images = (MORE - FEWER) * 3 * TINY["image_size"] ** 2
     print(
-        f"peak resident memory of a rank, tiny network, batch {MEMORY_BATCH}: {fewer / 1e6:.1f} MB for {FEWER} samples, "
-        f"{more / 1e6:.1f} MB for {MORE}: {(more - fewer) / 1e6:+.1f} MB, where the further images are {images / 1e6:.1f} MB"
+        f"peak resident memory of a rank, tiny network, batch {MEMORY_BATCH}, median of {MEMORY_RUNS} runs: {fewer / 1e6:.1f} MB for "
+        f"{FEWER} samples, {more / 1e6:.1f} MB for {MORE}: {(more - fewer) / 1e6:+.1f} MB, where the further images are {images / 1e6:.1f} MB"
     )
 
 
 def sampling_memory(folder, count):
     """The peak memory in bytes of scripts/classifier_sample.py for `count` samples, in a process of its own."""
-    flags = {**TINY, "model_path": folder / "tiny.pt", "timestep_respacing": 2, "batch_size": MEMORY_BATCH, "num_samples": count}
+    flags = {
+        **TINY,
+        "model_path": folder / "tiny.pt",
+        "timestep_respacing": 2,
+        "batch_size": MEMORY_BATCH,
+        "num_samples": count,
+        "overwrite": True,
+    }
     words = [str(word) for key, value in {**flags, "device": "cpu", "out": folder / str(count)}.items() for word in (f"--{key}", value)]
     command = [sys.executable, "-c", TELL_PEAK_MEMORY, str(Path(__file__).with_name("classifier_sample.py")), *words]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True, text=True)
