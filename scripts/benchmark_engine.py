@@ -158,21 +158,16 @@ def report_memory(folder):
     images = (MORE - FEWER) * 3 * TINY["image_size"] ** 2
     print(
         f"peak resident memory of a rank, tiny network, batch {MEMORY_BATCH}, median of {MEMORY_RUNS} runs: {fewer / 1e6:.1f} MB for "
-        f"{FEWER} samples, {more / 1e6:.1f} MB for {MORE}: {(more - fewer) / 1e6:+.1f} MB, where the further images are {images / 1e6:.1f} MB"
+        f"{FEWER} samples, {more / 1e6:.1f} MB for {MORE}: {(more - fewer) / 1e6:+.1f} MB, "
+        f"where the further images are {images / 1e6:.1f} MB"
     )
 
 
 def sampling_memory(folder, count):
     """The peak memory in bytes of scripts/classifier_sample.py for `count` samples, in a process of its own."""
-    flags = {
-        **TINY,
-        "model_path": folder / "tiny.pt",
-        "timestep_respacing": 2,
-        "batch_size": MEMORY_BATCH,
-        "num_samples": count,
-        "overwrite": True,
-    }
-    words = [str(word) for key, value in {**flags, "device": "cpu", "out": folder / str(count)}.items() for word in (f"--{key}", value)]
+    run = {"timestep_respacing": 2, "batch_size": MEMORY_BATCH, "num_samples": count, "device": "cpu", "overwrite": True}
+    flags = {**TINY, **run, "model_path": folder / "tiny.pt", "out": folder / str(count)}
+    words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
     command = [sys.executable, "-c", TELL_PEAK_MEMORY, str(Path(__file__).with_name("classifier_sample.py")), *words]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True, text=True)
     return int(done.stdout.splitlines()[-1])
