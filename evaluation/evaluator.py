@@ -9,7 +9,6 @@ a reference in the published layout are those of the statistics in it, the other
 import argparse
 import sys
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from evaluation.features import FeatureNetwork, Features
+from evaluation.features import Features
 from evaluation.frechet import (
     ErrorBar,
     Extrapolation,
@@ -111,13 +110,6 @@ class Reference:
         elif self.features is not None and len(self.features) > MAX_REFERENCE_IMAGES:
             self.notes.append(f"all but FID, sFID and IS take {MAX_REFERENCE_IMAGES:,} of {len(self.features):,} images")
             self.features = _some(self.features, MAX_REFERENCE_IMAGES, self.seed)
-
-
-def open_reference(
-    path: str | Path, network: FeatureNetwork, *, seed: int = 0, batch_size: int | None = None, cache: str | Path | None = None
-) -> Reference:
-    """Open and measure a reference: images, or statistics with or without them (see evaluation/sets.py). Errors: `open_set`, `measure`."""
-    return Reference(measure(open_set(path, network), network, batch_size=batch_size, cache=cache), seed)
 
 
 def metric_key(metric: str, features: str) -> str:

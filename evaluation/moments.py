@@ -71,13 +71,6 @@ class Moments:
         self._scatter += chunk.T @ chunk
         self._shift(len(chunk), mean)
 
-    def merge(self, other: "Moments") -> None:
-        """Add what `other` has seen. Raises ValueError where it has another D."""
-        if other.mean.size != self.mean.size:
-            raise ValueError(f"moments of {other.mean.size} dimensions cannot join moments of {self.mean.size}")
-        self._scatter += other._scatter
-        self._shift(other.count, other.mean)
-
     def _shift(self, count, mean):
         """Move the mean for `count` more points around `mean`, and add what the distance of the two means is worth."""
         if count == 0:

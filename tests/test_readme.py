@@ -11,7 +11,7 @@ def test_the_guidance_rule_of_the_readme_runs(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2  # ancestral and DDIM
+    assert len(lines) == 3  # ancestral, DDIM and EDM
     for line in lines:
         hits = sum(a == b for a, b in zip(ast.literal_eval(line), range(10), strict=True))
         assert hits >= 5, line  # chance is 1

@@ -13,7 +13,7 @@ import torch
 
 from evaluation import evaluator as module
 from evaluation.digits_features import DigitsFeatures, DigitsNetwork
-from evaluation.evaluator import METRICS, Options, Reference, compare, evaluate, five_lines, metric_key, metric_label, open_reference
+from evaluation.evaluator import METRICS, Options, Reference, compare, evaluate, five_lines, metric_key, metric_label
 from evaluation.frechet import frechet_distance, frechet_infinity
 from evaluation.networks import feature_network
 from evaluation.precision_recall import density_coverage, precision_recall
@@ -217,10 +217,6 @@ def test_only_inception_gives_a_fid():
     assert keys == ["fd_digits", "sfd_digits", "is_digits", "precision", "recall", "density", "coverage", "kd_digits"]
     labels = [metric_label(metric, "digits") for metric in METRICS]
     assert labels == ["FD(digits)", "sFD(digits)", "IS(digits)", "precision", "recall", "density", "coverage", "KD(digits)"]
-
-
-def test_open_reference_is_open_and_measure(tmp_path, network, wide):
-    assert np.array_equal(open_reference(tmp_path / "wide.npz", network).features, wide.features.pool3)
 
 
 @pytest.mark.parametrize(

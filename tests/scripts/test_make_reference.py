@@ -79,6 +79,18 @@ def test_a_folder_gives_the_same_reference(tmp_path, weights):
     assert all(np.array_equal(actual[key], expected[key]) for key in expected) and actual.keys() == expected.keys()
 
 
+def test_damaged_pictures_stop_it_or_are_skipped_and_told(tmp_path, weights):
+    (tmp_path / "folder").mkdir()
+    for index, image in enumerate(IMAGES[:20]):
+        Image.fromarray(image).save(tmp_path / "folder" / f"{index:03d}.png")
+    (tmp_path / "folder" / "007.png").write_bytes(b"not a picture")
+    refused = make(tmp_path, weights, images="folder")
+    assert refused.code == 1 and "007.png" in refused.err and not (tmp_path / "ref.npz").exists()
+    skipped = make(tmp_path, weights, "--skip_unreadable", images="folder")
+    assert (skipped.code, skipped.out) == (0, f"{tmp_path / 'ref.npz'}: statistics of 19 images, 19 of them inside\n")
+    assert "1 of 20 images" in skipped.err
+
+
 @pytest.mark.parametrize("count", [300, 40])  # with more and with fewer images than features
 def test_a_set_against_the_reference_made_from_it_is_perfect(tmp_path, weights, count):
     np.savez(tmp_path / "images.npz", arr_0=IMAGES[:count])
