@@ -11,6 +11,8 @@ import pytest
 from helpers import ROOT, call, contents, environment, load_samples, load_script
 from PIL import Image
 
+from guided_diffusion.presets import EDM_PRESETS, PRESETS, script_of
+
 compare = load_script("compare_guidance")
 classifier_sample = load_script("classifier_sample")
 ROWS = [
@@ -202,14 +204,29 @@ def test_a_preset_that_is_written_as_a_flag_is_refused(shell, words):
     assert result.stderr.startswith("error: write the preset's name first") and result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "preset", ["imagenet128-resnet101", "imagenet128-resnet50", "imagenet128-unguided", "imagenet128-finetuned", "digits"]
-)
-def test_a_preset_by_name_and_every_other_flag_goes_on(tmp_path, shell, preset):
-    name = "compare_guidance" if preset == "digits" else "classifier_sample"
+SCRIPT_OF = {
+    "imagenet128-resnet101": "classifier_sample",
+    "imagenet128-resnet50": "classifier_sample",
+    "imagenet128-unguided": "classifier_sample",
+    "imagenet128-finetuned": "classifier_sample",
+    "imagenet64-edm-resnet101": "edm_sample",
+    "imagenet64-edm-unguided": "edm_sample",
+    "digits": "compare_guidance",
+    "digits-edm": "compare_edm",
+}
+
+
+@pytest.mark.parametrize(("preset", "name"), SCRIPT_OF.items())
+def test_a_preset_by_name_and_every_other_flag_goes_on(tmp_path, shell, preset, name):
     result = shell(preset, "--out", "with a blank", "--seed", "1")
     assert result.stdout.strip() == f"{tmp_path}/scripts/{name}.py --preset {preset} --out with a blank --seed 1"
     assert result.stderr == ""
+
+
+def test_every_preset_is_among_them_and_goes_where_its_script_is():
+    assert {*PRESETS, *EDM_PRESETS} == set(SCRIPT_OF)
+    sampled = {preset: name for preset, name in SCRIPT_OF.items() if not name.startswith("compare_")}
+    assert {preset: script_of(preset) for preset in sampled} == {preset: f"{name}.py" for preset, name in sampled.items()}
 
 
 def run_shell(folder, *words):
@@ -228,6 +245,13 @@ def test_guided_sample_ends_with_a_table_and_a_picture(tmp_path):
     assert tables == [*map(list, ROWS), *map(list, ROWS), ["real", "10"]]
     assert result.stdout.splitlines()[-1].endswith("results/digits/comparison.png")
     assert sorted(path.name for path in (tmp_path / "results/digits").iterdir()) == ["comparison.json", "comparison.png", "seed0"]
+
+
+def test_guided_sample_passes_on_what_a_child_of_digits_edm_says_and_its_code(tmp_path):
+    result = run_shell(tmp_path, "digits-edm", "--steps", "1", "--num_samples", "6", "--class", "10")
+    assert (result.returncode, result.stdout) == (1, "")
+    told = ["class-conditional, unguided, 1 steps, seed 0", "error: --class 10 is out of range, the classes are 0 to 9"]
+    assert result.stderr.splitlines() == told
 
 
 def test_guided_sample_with_an_unknown_preset_lists_the_choices(tmp_path):
