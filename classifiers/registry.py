@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from classifiers.input_transform import INPUTS, InputTransform, raw_image
 from classifiers.smoothing import SmoothFunctionalRelus, smooth_relus
-from guided_diffusion.checkpoints import find_pretrained, load_into, load_state_dict
+from guided_diffusion.checkpoints import existing_file, find_pretrained, load_into, load_state_dict
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,14 @@ def weights_path(name: str, weights: str | Path | None) -> Path | None:
         return Path(weights)
     url = files[wanted]
     return find_pretrained(url.rpartition("/")[2], url=url) if "://" in url else find_pretrained(url)
+
+
+def classifier_files(name: str, weights: str | Path | None) -> dict[str, Callable[[], Path | None]]:
+    """Functions that return the files of a classifier, its weights and, of one's own, its code; they raise where one is not there."""
+    files = {"classifier_path": partial(weights_path, name, weights or None)}
+    if code := name.rpartition(":")[0]:
+        files["classifier_code"] = partial(existing_file, code)
+    return files
 
 
 def _fill(network, name, weights):

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+PART = r"\..+\.\d+\.part"  # the name of a file that is being written, or was when its process was killed
+
 
 @contextmanager
 def renamed_when_complete(path: str | Path) -> Iterator[BinaryIO]:

@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch
 import torch.distributed
 
+MOST_NUMBERS = 10_000_000  # of one range
 _NOT_GIVEN = object()
 
 
@@ -85,6 +86,8 @@ def parse_numbers(text: str, flag: str) -> list[int]:
         match = re.fullmatch(r"(-?\d+)(?:-(\d+))?", part.strip())
         if not match or (match[2] and int(match[2]) < int(match[1])):
             raise ValueError(f"{flag} {text!r} is not understood at {part!r}; write numbers and ranges such as 1,2,5-10")
+        if match[2] and int(match[2]) - int(match[1]) > MOST_NUMBERS:
+            raise ValueError(f"{flag} {part.strip()} is more than {MOST_NUMBERS:,} numbers")
         numbers.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
     return numbers
 

@@ -44,6 +44,11 @@ def shared_store():
     return _store
 
 
+def is_restart():
+    """Whether torchrun or Slurm started this process again after an earlier attempt of the same job."""
+    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 def dev():
     """This rank's device: its CUDA device by local rank, else the CPU."""
     if torch.cuda.is_available():

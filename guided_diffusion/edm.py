@@ -6,6 +6,7 @@ deviations of the noise where the clean image has weight 1.
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from guided_diffusion.checkpoints import load_edm_checkpoint, load_into
-from guided_diffusion.edm_schedules import NoiseProcess, iddpm_levels, noise_levels
+from guided_diffusion.edm_schedules import iddpm_levels, nearest_time, time_steps
 from guided_diffusion.edm_unet import DhariwalUNet
 from guided_diffusion.gaussian_diffusion import NonFiniteOutputError
 from guided_diffusion.guidance import Guidance, GuidanceStep
@@ -49,34 +50,22 @@ def edm_sampler(
 
     net(x, sigma, class_labels) -> the denoised image, with the attributes sigma_min, sigma_max and round_sigma; x and sigma are float64.
     latents: (N, C, H, W), standard normal. class_labels: (N, label_dim), one-hot. randn_like: called once per step, in order, the last
-    step and S_churn = 0 included. guidance: called once per step at x_cur, its shift goes to x_hat and so through Euler's step and
-    Heun's; its `step.index` is i, 0 .. num_steps - 1. y: (N,) int64, its wanted classes, by default those of `class_labels`. One
-    step is the network's answer at sigma_max. on_step(i, x): called after each step.
-
-    solver ("heun" or "euler"), disc, schedule, scaling: the other columns of the paper's table 1, see edm_schedules. Where s(t) is not 1,
-    x carries it, and guidance is called at x_cur / s. Raises NonFiniteOutputError where the trajectory leaves the finite numbers.
+    step and S_churn = 0 included. guidance: called once per step at x_cur / s, its shift times s goes to x_hat and so through Euler's
+    step and Heun's; `step.index` is i, 0 .. num_steps - 1. y: (N,) int64, its wanted classes, by default those of `class_labels`.
+    solver, disc, schedule, scaling: the other columns of the paper's table 1, see SOLVERS and edm_schedules. on_step(i, x): called after
+    each step. Raises NonFiniteOutputError where the trajectory leaves the finite numbers.
     """
-    if S_churn < 0:
-        raise ValueError(f"S_churn must be 0 (no new noise) or more, got {S_churn}")
-    if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}; choose {' or '.join(SOLVERS)}")
+    _check_options(S_churn, solver)
     wanted = _wanted_classes(guidance, y, class_labels, len(latents))
     process, t_steps = time_steps(net, num_steps, sigma_min, sigma_max, rho, disc, schedule, scaling)
-    sigma, s = process.sigma, process.s
-
-    def slope(x, t):
-        """dx/dt, eq. 4 and 81 of the paper."""
-        denoised = net(x / s(t), x.new_tensor(sigma(t)), class_labels).double()
-        noise_part = process.sigma_deriv(t) / sigma(t)
-        return noise_part * (x - s(t) * denoised) + process.s_deriv(t) / s(t) * x
-
+    sigma, s, slope = process.sigma, process.s, partial(_slope, net, process, class_labels)
     x_next = latents.double() * (sigma(t_steps[0]) * s(t_steps[0]))
     for i, (t_cur, t_next) in enumerate(pairwise(t_steps)):
         x_cur = x_next
 
         # Raise the noise level for a moment: the new noise makes up for errors of earlier steps.
         gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= sigma(t_cur) <= S_max else 0
-        t_hat = _nearest_time(net, process, (1 + gamma) * sigma(t_cur))
+        t_hat = nearest_time(net, process, (1 + gamma) * sigma(t_cur))
         added = math.sqrt(max(sigma(t_hat) ** 2 - sigma(t_cur) ** 2, 0))
         x_hat = s(t_hat) / s(t_cur) * x_cur + s(t_hat) * added * S_noise * randn_like(x_cur)
         if guidance is not None:
@@ -94,27 +83,18 @@ def edm_sampler(
     return x_next
 
 
-def time_steps(
-    net: Any, num_steps: int, sigma_min: float, sigma_max: float, rho: float, disc: str, schedule: str, scaling: str
-) -> tuple[NoiseProcess, list[float]]:
-    """What `edm_sampler` steps through: the process and t_0 .. t_(N-1), 0, at levels that the network knows.
-
-    Raises ValueError for what cannot be, before anything is sampled.
-    """
-    low, high = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
-    if 1e9 < high < math.inf:
-        raise ValueError(f"sigma_max {high:g} is beyond what a network in float32 can take; EDM's is 80")
-    try:
-        levels = noise_levels(disc, num_steps, low, high, rho)
-        process = NoiseProcess(schedule, scaling, low, high)
-        return process, [*(_nearest_time(net, process, level) for level in levels), 0.0]
-    except OverflowError as error:
-        raise ValueError(f"sigma_min {low:g}, sigma_max {high:g} and rho {rho:g} lead to numbers beyond all bounds") from error
+def _slope(net, process, class_labels, x, t):
+    """dx/dt, eq. 4 and 81 of the paper."""
+    sigma, s = process.sigma(t), process.s(t)
+    denoised = net(x / s, x.new_tensor(sigma), class_labels).double()
+    return process.sigma_deriv(t) / sigma * (x - s * denoised) + process.s_deriv(t) / s * x
 
 
-def _nearest_time(net, process, level):
-    """The t of the nearest level that the network knows."""
-    return process.sigma_inv(float(net.round_sigma(torch.as_tensor(level, dtype=torch.float64))))
+def _check_options(S_churn, solver):
+    if S_churn < 0:
+        raise ValueError(f"S_churn must be 0 (no new noise) or more, got {S_churn}")
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; choose {' or '.join(SOLVERS)}")
 
 
 def _wanted_classes(guidance, y, class_labels, n):

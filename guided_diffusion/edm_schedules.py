@@ -6,8 +6,10 @@ be mixed as there: the discretization chooses the levels, the schedule sigma(t),
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from guided_diffusion.schedules import karras_sigmas
@@ -106,6 +108,29 @@ def noise_levels(disc: str, num_steps: int, sigma_min: float, sigma_max: float, 
     if len(within) < num_steps:
         raise ValueError(f"iddpm has {len(within)} levels from {sigma_min:g} to {sigma_max:g}, fewer than {num_steps} steps")
     return within[np.rint((len(within) - 1) * progress).astype(int)]
+
+
+def time_steps(
+    net: Any, num_steps: int, sigma_min: float, sigma_max: float, rho: float, disc: str, schedule: str, scaling: str
+) -> tuple[NoiseProcess, list[float]]:
+    """What `edm_sampler` steps through: the process and t_0 .. t_(N-1), 0, at levels that the network knows.
+
+    Raises ValueError for what cannot be, before anything is sampled.
+    """
+    low, high = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
+    if 1e9 < high < math.inf:
+        raise ValueError(f"sigma_max {high:g} is beyond what a network in float32 can take; EDM's is 80")
+    try:
+        levels = noise_levels(disc, num_steps, low, high, rho)
+        process = NoiseProcess(schedule, scaling, low, high)
+        return process, [*(nearest_time(net, process, level) for level in levels), 0.0]
+    except OverflowError as error:
+        raise ValueError(f"sigma_min {low:g}, sigma_max {high:g} and rho {rho:g} lead to numbers beyond all bounds") from error
+
+
+def nearest_time(net: Any, process: NoiseProcess, level: float) -> float:
+    """The t of the level nearest to this one that the network knows, by its `round_sigma`."""
+    return process.sigma_inv(float(net.round_sigma(torch.as_tensor(level, dtype=torch.float64))))
 
 
 def default_levels(disc: str) -> tuple[float, float]:

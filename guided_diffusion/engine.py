@@ -32,13 +32,14 @@ def sample_missing(
     sample: Callable[[range, Callable[[], None]], tuple[Tensor, Tensor]],
     num_steps: int,
     tally: Tally,
+    name_of: Callable[[int], object] = int,
 ) -> None:
     """Draw the batches that are not in the store yet, together with the other processes; return when all are there.
 
     sample(indices, tick) -> ((n, H, W, 3) uint8 images, (n,) int64 labels); it calls tick() after each of `num_steps` steps. A process
-    takes the next batch when it is done with one. SIGTERM or SIGINT to any of them lets all finish their batch, then raises Stopped; the
-    second one raises it at once. Raises FloatingPointError that names step and sample where the network or the guidance is not finite,
-    and ValueError with the batch size where memory is not enough.
+    takes the next batch when it is done with one. name_of: what errors call a sample, by its index. SIGTERM or SIGINT to any of them
+    lets all finish their batch, then raises Stopped; the second one raises it at once. Raises FloatingPointError that names step and
+    sample where the network or the guidance is not finite, and ValueError with the batch size where memory is not enough.
     """
     rank = dist.get_rank()
     # One look for all: a shared file system may show each rank something else.
@@ -47,7 +48,7 @@ def sample_missing(
     missing, name = shared[0] or ([], "")
     if not missing:
         if rank == 0:
-            logger.log(f"{store.folder}: complete, nothing to do")
+            logger.log(f"{store.folder}: {'complete, nothing to do' if store.samples_file() else 'all batches are there, to be joined'}")
         return
     with (
         _progress_bar(store, missing, num_steps, rank) as show,
@@ -55,7 +56,10 @@ def sample_missing(
         _stopping(crew),
     ):
         for indices in _claimed(crew, missing):
-            _sample_and_keep(store, sample, indices, tally, partial(crew.progress, len(indices)))
+            start = time.perf_counter()
+            images, labels = named_failure(sample, indices, partial(crew.progress, len(indices)), name_of)
+            stats, metrics = tally.take_batch()
+            store.write(indices, images, labels, {"seconds": time.perf_counter() - start, **stats}, metrics)
         _raise_if_stopped(crew.wait_for_all())
     if tally.skipped:
         logger.log(f"guidance was dropped {tally.skipped} times for non-finite gradients")
@@ -127,29 +131,27 @@ def _raise_if_stopped(signum):
         raise Stopped(signum)
 
 
-def _sample_and_keep(store, sample, indices, tally, tick):
-    start = time.perf_counter()
-    images, labels = named_failure(sample, indices, tick)
-    stats, metrics = tally.take_batch()
-    store.write(indices, images, labels, {"seconds": time.perf_counter() - start, **stats}, metrics)
+def named_failure(sample, indices, tick, name_of=int):
+    """Call `sample`; batch positions in its errors become the samples' names, and want of memory names the batch size."""
 
+    def at(error):
+        return ", ".join(str(name_of(indices[i])) for i in error.positions)
 
-def named_failure(sample, indices, tick):
-    """Call `sample`; batch positions in its errors become sample indices, and want of memory names the batch size."""
     try:
         return sample(indices, tick)
     except NonFiniteGradientError as error:
+        level = "" if error.sigma is None else f" (sigma {error.sigma:g})"
         raise FloatingPointError(
-            f"non-finite guidance gradient at step {error.step_index} for sample {_at(error, indices)}; "
+            f"non-finite guidance gradient at step {error.step_index}{level} for sample {at(error)}; "
             "--on_nonfinite skip drops that guidance and goes on"
         ) from error
     except NonFiniteOutputError as error:
         raise FloatingPointError(
-            f"the network answered NaN or infinity at step {error.step_index} for sample {_at(error, indices)}; "
+            f"the network answered NaN or infinity at step {error.step_index} for sample {at(error)}; "
             "if it runs in float16, try --use_fp16 False"
         ) from error
     except NonFinitePixelsError as error:
-        raise FloatingPointError(f"non-finite pixels in sample {_at(error, indices)}") from error
+        raise FloatingPointError(f"non-finite pixels in sample {at(error)}") from error
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -160,7 +162,3 @@ def named_failure(sample, indices, tick):
 
 def _is_out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def _at(error, indices):
-    return ", ".join(str(indices[i]) for i in error.positions)

@@ -44,10 +44,10 @@ class GuidanceStep:
 
 
 class NonFiniteGradientError(FloatingPointError):
-    """The classifier's gradient is NaN or infinite; `step_index` and `positions` (in the batch) say where."""
+    """The classifier's gradient is NaN or infinite; `step_index`, `sigma` (if known) and `positions` (in the batch) say where."""
 
-    def __init__(self, step_index: int, positions: list[int]):
-        self.step_index, self.positions = step_index, positions
+    def __init__(self, step_index: int, positions: list[int], sigma: float | None = None):
+        self.step_index, self.positions, self.sigma = step_index, positions, sigma
         super().__init__(f"non-finite guidance gradient at step {step_index} at batch positions {positions}")
 
 
@@ -79,14 +79,14 @@ def sine_schedule(step: GuidanceStep, gamma_factor: float) -> float | Tensor:
     return step.variance + gamma_factor * step.variance_max * sine
 
 
-def without_nonfinite(gradient: Tensor, on_nonfinite: str, step_index: int) -> tuple[Tensor, Tensor]:
+def without_nonfinite(gradient: Tensor, on_nonfinite: str, step_index: int, sigma: float | None = None) -> tuple[Tensor, Tensor]:
     """Return the gradient with the images that hold a NaN or Inf set to zero, and (N,) bool, which images those are.
 
     Raises NonFiniteGradientError if there are any and `on_nonfinite` is "stop".
     """
     bad = ~gradient.isfinite().flatten(1).all(dim=1)
     if on_nonfinite == "stop" and bad.any():
-        raise NonFiniteGradientError(step_index, bad.nonzero()[:, 0].tolist())
+        raise NonFiniteGradientError(step_index, bad.nonzero()[:, 0].tolist(), sigma)
     return torch.where(bad.view(-1, *[1] * (gradient.ndim - 1)), 0, gradient), bad
 
 
@@ -149,7 +149,7 @@ class ClassifierGuidance:
             return no_shift(x)
         log_p = partial(log_prob, y=y, joint_temperature=self.joint_temperature, marginal_temperature=self.marginal_temperature)
         gradient, logits = input_gradient(self.classifier, x, log_p)
-        gradient, skipped = without_nonfinite(gradient * self.classifier_scale, self.on_nonfinite, step.index)
+        gradient, skipped = without_nonfinite(gradient * self.classifier_scale, self.on_nonfinite, step.index, step.sigma)
         if self.observe is not None:
             self.observe(Observation(step.index, step.sigma, x, y, logits, gradient, skipped))
         return (sine_schedule(step, self.gamma_factor) * gradient).to(x.dtype).detach()
@@ -190,7 +190,7 @@ def released_edm_guidance(
         z = (x / r.clamp(min=1)).float()
         log_p = partial(log_prob, y=y, joint_temperature=joint_temperature, marginal_temperature=marginal_temperature)
         gradient, logits = input_gradient(classifier, z, log_p)
-        gradient, skipped = without_nonfinite(gradient, on_nonfinite, step.index)
+        gradient, skipped = without_nonfinite(gradient, on_nonfinite, step.index, step.sigma)
         if observe is not None:
             observe(Observation(step.index, step.sigma, z, y, logits, gradient, skipped))
         length = _root_mean_square(gradient)
@@ -219,6 +219,8 @@ class GuidedDenoiser:
 
     def __call__(self, x: Tensor, sigma: Tensor | float, *args: Any, **kwargs: Any) -> Tensor:
         denoised = self.net(x, sigma, *args, **kwargs)
+        if not denoised.isfinite().all():
+            return denoised  # not guidance's fault: the sampler says whose
         return denoised + self.guidance(denoised.clamp(-1, 1), self.y, _denoising_step(sigma))
 
     def __getattr__(self, name: str) -> Any:

@@ -45,7 +45,8 @@ class Job:
     flags: all of them after defaults, by name. not_compared: those that do not decide about the samples: another value of them may go on
     in the same folder. files: by flag, a function that returns the file, or None for none, and raises FileNotFoundError; the flag's
     value is then not compared, but the file's hash. build: loads the networks. rounding: a key of ROUNDING. drawn_by: who draws
-    noise and labels, for the record. png_name: as `SampleStore`'s.
+    noise and labels, for the record. overwrite: start anew, unless this is another attempt of a job that did so. png_name: as
+    `SampleStore`'s. name_of: what errors call a sample, by its index.
     """
 
     folder: Path
@@ -61,6 +62,12 @@ class Job:
     device: str = ""
     log_guidance: bool = False
     png_name: Callable[[int], str] | None = None
+    name_of: Callable[[int], object] = int
+
+    @property
+    def starts_anew(self) -> bool:
+        """Whether what the folder holds is to be removed."""
+        return self.overwrite and not dist_util.is_restart()
 
     def settings(self) -> dict[str, Any]:
         """What decides about the samples: flags, hashes of files, versions."""
@@ -89,10 +96,12 @@ def run(job: Job) -> None:
     device = dist_util.choose_device(job.device)
     _require_writable(job.folder)
     with locked(job.folder) if dist.get_rank() == 0 else nullcontext() as left_behind:
-        tally = Tally(device, job.log_guidance)
+        settings, tally = job.settings(), Tally(device, job.log_guidance)
+        if not job.starts_anew and (job.folder / "run.json").exists():
+            job.open_store(settings, device)  # another run's folder is refused before minutes go into loading
         sampler = job.build(device, tally)
         dist_util.keep_freed_memory()
-        store = _open_together(job, device)
+        store = _open_together(job, settings, device)
         store.require_space(sampler.image_bytes)
         if dist.get_rank() == 0:
             logger.configure(job.folder)
@@ -100,7 +109,7 @@ def run(job: Job) -> None:
                 logger.log(f"{job.folder}: goes on after {left_behind}, which ended without removing its lock")
             for note in sampler.notes:
                 logger.log(note)
-        sample_missing(store, rounded(job, sampler), sampler.num_steps, tally)
+        sample_missing(store, rounded(job, sampler), sampler.num_steps, tally, job.name_of)
         if dist.get_rank() == 0:
             print(store.finish())
     dist.destroy_process_group()
@@ -125,11 +134,10 @@ def _require_writable(folder):
         raise ValueError(f"cannot write to the output folder {folder} ({error.strerror}); choose another --out") from error
 
 
-def _open_together(job, device):
+def _open_together(job, settings, device):
     """Open the output folder on rank 0 first; the others then find the same settings in it."""
-    settings = job.settings()
     if dist.get_rank() == 0:
-        if job.overwrite:
+        if job.starts_anew:
             SampleStore.clear(job.folder)
         job.open_store(settings, device)
     dist.barrier()

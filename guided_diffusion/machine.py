@@ -39,14 +39,20 @@ def available_memory(device: torch.device) -> int | None:
     """The bytes that this process may still take on `device`, None where that cannot be told. A container's limit counts."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
-    amounts = [_kilobytes("/proc/meminfo", "MemAvailable")]
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        amounts.append(int(limit.read_text()) - int(used.read_text()))
-    return min((amount for amount in amounts if amount), default=None)
+    amounts = [_kilobytes("/proc/meminfo", "MemAvailable"), _left_in_container()]
+    return min((amount for amount in amounts if amount is not None), default=None)
+
+
+def _left_in_container(folder=Path("/sys/fs/cgroup")):
+    limit, used, statistics = (folder / name for name in ("memory.max", "memory.current", "memory.stat"))
+    if not (limit.exists() and used.exists() and statistics.exists()) or limit.read_text().strip() == "max":
+        return None
+    # Pages of files that were read are given up when memory is wanted.
+    reclaimable = next((int(line.split()[1]) for line in statistics.read_text().splitlines() if line.startswith("inactive_file ")), 0)
+    return int(limit.read_text()) - int(used.read_text()) + reclaimable
 
 
 def _kilobytes(path, key):
-    """The entry `key` of a file of lines such as "VmRSS:  123 kB", in bytes; 0 where there is none."""
+    """The entry `key` of a file of lines such as "VmRSS:  123 kB", in bytes; None where there is none."""
     lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)

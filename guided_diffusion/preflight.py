@@ -12,7 +12,8 @@ from guided_diffusion import dist_util, machine
 from guided_diffusion.checkpoints import known_hashes, sha256
 from guided_diffusion.engine import named_failure
 from guided_diffusion.job import Job, rounded
-from guided_diffusion.sample_store import require_no_leftovers, required_bytes
+from guided_diffusion.run_lock import holder
+from guided_diffusion.sample_store import finished_files, require_no_leftovers, required_bytes
 from guided_diffusion.tally import Tally
 
 TIMED_STEPS = 2  # after one that warms up
@@ -89,21 +90,24 @@ def _check_folder(job, device):
     parent = _existing_parent(job.folder)
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ValueError(f"cannot write to {parent}: choose another --out")
+    if (owner := holder(job.folder)) is not None:
+        raise ValueError(f"another run is writing into {job.folder}: {owner}; wait for it, or choose another --out")
     done = job.num_samples - _missing(job, device)
     return f"{job.folder}, {done:,} of {job.num_samples:,} samples are there", None
 
 
 def _missing(job, device):
     """How many samples the output folder lacks. Raises ValueError where it holds another run's."""
-    if job.overwrite or not (job.folder / "run.json").exists():
-        if not job.overwrite:
+    if job.starts_anew or not (job.folder / "run.json").exists():
+        if not job.starts_anew:
             require_no_leftovers(job.folder, pictures=job.png_name is not None)
         return job.num_samples
     return sum(map(len, job.open_store(job.settings(), device).missing()))
 
 
 def _check_disk(job, sampler, missing):
-    needed = required_bytes(missing, job.num_samples, sampler.image_bytes) if missing else 0
+    joined = not job.starts_anew and not missing and finished_files(job.folder)
+    needed = 0 if joined else required_bytes(missing, job.num_samples, sampler.image_bytes, job.png_name is not None)
     free = shutil.disk_usage(_existing_parent(job.folder)).free
     if free < needed:
         raise ValueError(f"{job.folder} needs {needed:,} bytes more, and {free:,} are free: make room, or choose another --out")
@@ -124,27 +128,36 @@ def _load(job, device):
 class _Trial:
     batch: int
     seconds: float  # of one step
-    memory_before: int
-    memory: int
+    memory: int  # in all, bytes
+    memory_per_image: int
 
 
 def _try_steps(job, sampler, device):
-    """One step to warm up and two that count: on a GPU of the run's batch, on a CPU of one image."""
+    """One step to warm up and two that count: on a GPU of the run's batch, on a CPU of one image, and then one of two for the memory."""
     batch = _batch(job) if device.type == "cuda" else 1
-    before, marks = _memory(device), [time.perf_counter()]
+    marks = _marks(job, sampler, device, batch, 1 + TIMED_STEPS)
+    marks = marks[1:] if len(marks) > 2 else marks  # a single step has to do, warm or not
+    seconds, memory, per_image = (marks[-1] - marks[0]) / (len(marks) - 1), _memory(device), 0
+    if batch < _batch(job):
+        _marks(job, sampler, device, batch + 1, 1)
+        per_image = _memory(device) - memory
+    return f"{seconds:.3f} s each at batch {batch}", _Trial(batch, seconds, memory, per_image)
+
+
+def _marks(job, sampler, device, batch, steps):
+    """The clock at the beginning of a batch and after each of at most so many steps."""
+    marks = [time.perf_counter()]
 
     def tick():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         marks.append(time.perf_counter())
-        if len(marks) > 1 + TIMED_STEPS:
+        if len(marks) > steps:
             raise _EnoughSteps
 
     with suppress(_EnoughSteps):
-        named_failure(rounded(job, sampler), range(batch), tick)
-    marks = marks[1:] if len(marks) > 2 else marks  # a single step has to do, warm or not
-    seconds = (marks[-1] - marks[0]) / (len(marks) - 1)
-    return f"{seconds:.3f} s each at batch {batch}", _Trial(batch, seconds, before, _memory(device))
+        named_failure(rounded(job, sampler), range(batch), tick, job.name_of)
+    return marks
 
 
 def _batch(job):
@@ -156,10 +169,9 @@ def _memory(device):
 
 
 def _check_memory(job, trial, device):
-    # Nothing that a step needs is larger per image in a larger batch: an upper bound.
-    whole = trial.memory + (_batch(job) - trial.batch) * (trial.memory - trial.memory_before)
+    whole = trial.memory + (_batch(job) - trial.batch) * trial.memory_per_image
     available = machine.available_memory(device)
-    text = f"{trial.memory / 1e9:.2f} GB at batch {trial.batch}, at most some {whole / 1e9:.2f} GB at batch {_batch(job)}"
+    text = f"{trial.memory / 1e9:.2f} GB at batch {trial.batch}, some {whole / 1e9:.2f} GB at batch {_batch(job)}"
     if available is None:
         return text, None
     if whole - trial.memory > available:
@@ -171,4 +183,4 @@ def _estimate(job, trial, num_steps, missing):
     hours = trial.seconds / trial.batch * num_steps * missing / 3600
     amount = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
     scaled = "; scaled from batch 1, a larger batch may take less per image" if trial.batch < _batch(job) else ""
-    return f"some {amount} for {missing:,} images of {num_steps} steps in one process like this{scaled}"
+    return f"some {amount} for {missing:,} images of {num_steps} steps in one process like this, by its first steps{scaled}"

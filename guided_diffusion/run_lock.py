@@ -28,6 +28,19 @@ def locked(folder: str | Path) -> Iterator[str | None]:
             path.unlink()
 
 
+def holder(folder: str | Path) -> str | None:
+    """Which process holds the lock of a folder now, None if none does. Changes nothing."""
+    path = Path(folder) / "run.lock"
+    if not path.exists():
+        return None
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return file.read().strip() or "a process"
+    return None
+
+
 def _lock_file(path):
     """Open the lock file and lock it; what another process removed in between is opened anew."""
     while True:

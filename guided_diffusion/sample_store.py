@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from guided_diffusion.atomic_files import renamed_when_complete, write_json
+from guided_diffusion.atomic_files import PART, renamed_when_complete, write_json
 from guided_diffusion.grid import save_grid
 
 
@@ -60,6 +60,7 @@ ROUNDING = {
 }
 _DONE = r"samples_\d+x\d+x\d+x3\.npz|dataset\.json"  # a folder that holds one of these is complete
 _PNG = r"\d{6,}\.png"
+DISK_BLOCK = 4096  # what a file takes at least
 
 
 class SampleStore:
@@ -92,8 +93,13 @@ class SampleStore:
     @staticmethod
     def clear(folder: str | Path) -> None:
         """Remove what a run wrote into `folder` but its log, and nothing else; pictures only where a run.json says whose they are."""
-        folder, ours = Path(folder), (Path(folder) / "run.json").exists()
-        for path in [folder / "grid.png", folder / "metrics.jsonl", *finished_files(folder), *(_pngs(folder) if ours else [])]:
+        folder = Path(folder)
+        done = finished_files(folder)
+        if (folder / "run.json").exists():
+            done += [folder / "grid.png", folder / "metrics.jsonl", *_pngs(folder)]
+        else:
+            done = [path for path in done if path.suffix == ".npz"]
+        for path in done:
             path.unlink(missing_ok=True)
         _remove_half_written(folder)
         for subfolder in folder.glob("[0-9]*000"):
@@ -105,7 +111,7 @@ class SampleStore:
         """Raise ValueError where the disk has no room for what is missing and for the final npz, at `image_bytes` per image."""
         if self.samples_file():
             return
-        needed = required_bytes(sum(map(len, self.missing())), self.num_samples, image_bytes)
+        needed = required_bytes(sum(map(len, self.missing())), self.num_samples, image_bytes, self.png_name is not None)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise ValueError(f"{self.folder} needs {needed:,} bytes more, and {free:,} are free: make room, or choose another --out")
@@ -262,15 +268,19 @@ def shard_files(folder: str | Path) -> list[Path]:
 
 def require_no_leftovers(folder: Path, pictures: bool) -> None:
     """Raise ValueError where a folder without run.json holds samples, or, if `pictures` are to go there, such pictures."""
-    if finished_files(folder) or shard_files(folder):
+    done = finished_files(folder)
+    if done and done[0].suffix == ".json":
+        raise ValueError(f"{folder} holds {done[0].name}, but no run.json that says whose: choose another --out")
+    if done or shard_files(folder):
         raise ValueError(f"{folder} holds samples but no run.json: choose another --out, or pass --overwrite True")
     if pictures and (others := _pngs(folder)):
         raise ValueError(f"{folder} holds pictures, such as {others[0].name}, but no run.json that says whose: choose another --out")
 
 
-def required_bytes(missing: int, num_samples: int, image_bytes: int) -> int:
-    """The room on disk that the shards of `missing` samples and the final file need."""
-    return (missing + num_samples) * (image_bytes + 8)
+def required_bytes(missing: int, num_samples: int, image_bytes: int, pngs: bool) -> int:
+    """The room on disk that the shards of `missing` samples and the final file, or the PNGs, need."""
+    final = (math.ceil(image_bytes / DISK_BLOCK) + 1) * DISK_BLOCK if pngs else image_bytes + 8
+    return missing * (image_bytes + 8) + num_samples * final
 
 
 def _pngs(folder):
@@ -288,7 +298,8 @@ def _remove_shards(folder):
 def _remove_half_written(folder):
     """Remove what a killed process left under a name of its own."""
     for path in [*folder.glob(".*.part"), *folder.glob("[0-9]*000/.*.part")]:
-        path.unlink(missing_ok=True)
+        if re.fullmatch(PART, path.name):
+            path.unlink(missing_ok=True)
 
 
 def _remove_if_empty(folder):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from classifiers.input_transform import INPUTS
-from classifiers.registry import load_classifier, weights_path
+from classifiers.registry import classifier_files, load_classifier
 from guided_diffusion.checkpoints import existing_file, load_into, load_state_dict
 from guided_diffusion.cli import Parser, parse_flags, parse_interval, run_main
 from guided_diffusion.guidance import ClassifierGuidance, noisy_classifier_gradient, within_interval
@@ -46,8 +46,9 @@ OFF_THE_SHELF_FLAGS = (
 )
 TRAINING_FLAGS = ("use_kl", "rescale_learned_sigmas", "dropout", "use_checkpoint")
 NOISY_CLASSIFIER_FLAGS = tuple(key for key in classifier_defaults() if key not in ("image_size", "classifier_use_fp16"))
-# Where results lie and how they are made, but not what they are; files are compared by their hashes, wherever they lie.
-PLACE_FLAGS = ("out", "log_dir", "overwrite", "device", "preset", "dry_run")
+# Where results lie and how they are made, but not what they are; files are compared by their hashes, wherever they lie. Batches that were
+# finished under --on_nonfinite stop are those of skip too.
+PLACE_FLAGS = ("out", "log_dir", "overwrite", "device", "preset", "dry_run", "on_nonfinite")
 FINITE_FLAGS = ("classifier_scale", "joint_temperature", "margin_temperature_discount", "gamma_factor", "dropout")
 
 
@@ -61,21 +62,19 @@ def make_job(args):
     """What the flags ask for. Raises for labels that cannot be; nothing is loaded."""
     files = {"model_path": partial(existing_file, args.model_path), "labels": partial(labels_file, args.labels)}
     if args.classifier_type:
-        files["classifier_path"] = partial(weights_path, args.classifier_type, args.classifier_path or None)
-        if code := args.classifier_type.rpartition(":")[0]:
-            files["classifier_code"] = partial(existing_file, code)
+        files |= classifier_files(args.classifier_type, args.classifier_path)
     elif args.classifier_path:
         files["classifier_path"] = partial(existing_file, args.classifier_path)
     return Job(
         folder=Path(args.out or args.log_dir or os.environ.get("OPENAI_LOGDIR") or Path("results", args.preset or "samples")),
         flags={key: value for key, value in vars(args).items() if key != "given"},
-        not_compared={*PLACE_FLAGS, *TRAINING_FLAGS},
+        not_compared={*PLACE_FLAGS, *idle_flags(args)},
         files=files,
         build=partial(build, args, label_source(args.labels, args.seed, args.num_classes)),
         num_samples=args.num_samples,
         batch_size=args.batch_size,
         rounding="adm",
-        drawn_by=DRAWN_BY_INDEX,
+        drawn_by=DRAWN_BY_INDEX | ({} if args.labels == "random" else {"labels": f"--labels {args.labels}, shuffled"}),
         overwrite=args.overwrite,
         device=args.device,
         log_guidance=args.log_guidance,
@@ -181,12 +180,15 @@ def refuse_contradictions(args):
         args.labels = str(args.fix_class_index)
 
 
+def idle_flags(args):
+    """Flags that are without effect in this run."""
+    idle = [*TRAINING_FLAGS, *([] if args.classifier_path and not args.classifier_type else NOISY_CLASSIFIER_FLAGS)]
+    return idle if args.classifier_type or args.classifier_path else [*idle, "classifier_use_fp16"]
+
+
 def notes(args, device):
     """What the log should say at the start: flags without effect, and precisions that are not what they are called."""
-    idle = [*TRAINING_FLAGS, *([] if args.classifier_path and not args.classifier_type else NOISY_CLASSIFIER_FLAGS)]
-    if not (args.classifier_type or args.classifier_path):
-        idle.append("classifier_use_fp16")
-    lines = []
+    idle, lines = idle_flags(args), []
     if written := [flag for flag in idle if flag in args.given]:
         lines.append(f"without effect in this run: {_names(written)}")
     if device.type == "cpu" and args.use_fp16:

@@ -18,7 +18,7 @@ from evaluation.evaluator import metric_key, metric_label
 from guided_diffusion.atomic_files import renamed_when_complete, write_json
 from guided_diffusion.cli import Parser, call_script, parse_numbers, run_main
 from guided_diffusion.edm import SOLVERS
-from guided_diffusion.presets import EDM_PRESETS
+from guided_diffusion.presets import EDM_FORM_FLAGS, EDM_PRESETS
 
 SAMPLE = Path(__file__).with_name("edm_sample.py")
 NETWORKS = {"class-conditional": "False", "unconditional": "True"}
@@ -28,11 +28,7 @@ FORMS = {
     "released": ["--use_classifier", "True", "--guidance_form", "released"],
     "score": ["--use_classifier", "True", "--guidance_form", "score"],
 }
-FORM_FLAGS = {
-    "unguided": (),
-    "released": ("max_guidance", "add_factor"),
-    "score": ("classifier_scale", "gamma_factor"),
-}
+FORM_FLAGS = {"unguided": (), **EDM_FORM_FLAGS}
 BOTH_FORMS = (
     *("classifier_type", "classifier_path", "classifier_input", "softplus_beta", "joint_temperature", "uncond_temperature"),
     *("guidance_interval", "on_nonfinite", "log_guidance"),

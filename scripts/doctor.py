@@ -18,6 +18,8 @@ def main():
     parser = Parser(description=__doc__)
     parser.add_argument("preset", metavar="PRESET")
     args, flags = parser.parse_known_args()
+    if any(flag == "--preset" or flag.startswith("--preset=") for flag in flags):
+        raise ValueError("write the preset's name first, without --preset: scripts/doctor.py digits ...")
     sys.argv = [sys.argv[0], "--preset", args.preset, *flags, "--dry_run", "True"]
     runpy.run_path(str(Path(__file__).with_name(script_of(args.preset))), run_name="__main__")
 

@@ -16,29 +16,29 @@ import torch
 import torch.nn.functional as F
 
 from classifiers.input_transform import INPUTS
-from classifiers.registry import load_classifier, weights_path
+from classifiers.registry import classifier_files, load_classifier
 from guided_diffusion.checkpoints import existing_file
 from guided_diffusion.cli import Parser, parse_flags, parse_interval, parse_numbers, run_main
-from guided_diffusion.edm import SOLVERS, edm_sampler, load_edm_network, time_steps
-from guided_diffusion.edm_schedules import DISCRETIZATIONS, SCALINGS, SCHEDULES, default_levels
+from guided_diffusion.edm import SOLVERS, edm_sampler, load_edm_network
+from guided_diffusion.edm_schedules import DISCRETIZATIONS, SCALINGS, SCHEDULES, default_levels, time_steps
 from guided_diffusion.guidance import ClassifierGuidance, GuidedDenoiser, released_edm_guidance, within_interval
 from guided_diffusion.job import Job, Sampler, run
 from guided_diffusion.preflight import examine
-from guided_diffusion.presets import EDM_PRESETS
+from guided_diffusion.presets import EDM_FORM_FLAGS, EDM_PRESETS
 from guided_diffusion.random_state import DRAWN_BY_SEED, DrawnAhead, SeedNoise
 from guided_diffusion.script_util import NUM_CLASSES, str2bool
 
 # What a flag needs in order to mean anything.
-FORM_FLAGS = {"released": ("max_guidance", "add_factor"), "score": ("classifier_scale", "gamma_factor")}
+CHURN_FLAGS = ("S_min", "S_max", "S_noise")
 GUIDANCE_FLAGS = (
     *("guidance_form", "classifier_type", "classifier_path", "softplus_beta", "joint_temperature", "uncond_temperature"),
-    *("classifier_input", "guidance_interval", "on_nonfinite", "log_guidance", *FORM_FLAGS["released"], *FORM_FLAGS["score"]),
+    *("classifier_input", "guidance_interval", "on_nonfinite", "log_guidance", *EDM_FORM_FLAGS["released"], *EDM_FORM_FLAGS["score"]),
 )
 FINITE_FLAGS = (
     *("joint_temperature", "uncond_temperature", "classifier_scale", "gamma_factor", "max_guidance", "add_factor"),
     *("rho", "S_churn", "S_noise"),
 )
-PLACE_FLAGS = ("out", "overwrite", "device", "preset", "dry_run")
+PLACE_FLAGS = ("out", "overwrite", "device", "preset", "dry_run", "on_nonfinite")
 
 
 def main():
@@ -50,6 +50,7 @@ def create_argparser():
     parser = Parser(description=__doc__)
     flag = parser.add_argument_group("sampling").add_argument
     flag("--network", default="", help="EDM's .pkl, or the .safetensors that scripts/convert_checkpoint.py made of one")
+    flag("--use_fp16", type=str2bool, help="the network in float16 (bfloat16 on a CPU); by default as its file says")
     flag("--seeds", default="0-63", help="one image per seed: numbers and ranges such as 1,2,5-10")
     flag("--class", dest="class_idx", type=int, help="every sample is of this class; by default they are drawn")
     flag("--unconditional", type=str2bool, default=False, help="give the network no labels; guidance still wants them")
@@ -69,7 +70,7 @@ def create_argparser():
     flag("--scaling", choices=SCALINGS, default="none", help="s(t)")
     flag = parser.add_argument_group("guidance").add_argument
     flag("--use_classifier", type=str2bool, default=False, help="guide; 0 or False is unguided")
-    flag("--guidance_form", choices=tuple(FORM_FLAGS), default="released", help="released: EluCD's; score: added to the denoised image")
+    flag("--guidance_form", choices=tuple(EDM_FORM_FLAGS), default="released", help="released: EluCD's; score: added to the denoised image")
     flag("--classifier_type", default="resnet101", help="a torchvision name, or FILE.py:builder")
     flag("--classifier_path", default="", help="its weights: a file, IMAGENET1K_V2, random")
     flag("--softplus_beta", type=float, default=5.0, help="sharpness of the Softplus in the place of each ReLU; inf keeps ReLU")
@@ -102,7 +103,7 @@ def refuse_contradictions(args):
     if not args.use_classifier and (idle := [name for name in GUIDANCE_FLAGS if name in given]):
         raise ValueError(f"--{idle[0]} given without guidance: add --use_classifier 1")
     other = {"released": "score", "score": "released"}[args.guidance_form]
-    if foreign := [name for name in FORM_FLAGS[other] if name in given]:
+    if foreign := [name for name in EDM_FORM_FLAGS[other] if name in given]:
         raise ValueError(f"--{foreign[0]} belongs to --guidance_form {other}, and this is {args.guidance_form}: drop it")
     if "rho" in given and args.disc != "edm":
         raise ValueError(f"--rho {args.rho} belongs to --disc edm, and this is {args.disc}: drop it")
@@ -128,26 +129,29 @@ def make_job(args, seeds):
     """What the flags ask for; nothing is loaded."""
     files = {"network": partial(existing_file, args.network)}
     if args.use_classifier:
-        files["classifier_path"] = partial(weights_path, args.classifier_type, args.classifier_path or None)
-        if code := args.classifier_type.rpartition(":")[0]:
-            files["classifier_code"] = partial(existing_file, code)
-    # Flags without effect must not decide whether a folder holds the same samples.
-    idle = FORM_FLAGS["score" if args.guidance_form == "released" else "released"] if args.use_classifier else GUIDANCE_FLAGS
+        files |= classifier_files(args.classifier_type, args.classifier_path)
     return Job(
         folder=Path(args.out or Path("results", args.preset or "edm")),
-        flags={key: value for key, value in vars(args).items() if key != "given"},
-        not_compared={*PLACE_FLAGS, *idle},
+        flags={{"class_idx": "class"}.get(key, key): value for key, value in vars(args).items() if key != "given"},
+        not_compared={*PLACE_FLAGS, *idle_flags(args)},
         files=files,
         build=partial(build, args, seeds),
         num_samples=len(seeds),
         batch_size=args.batch_size,
         rounding="edm",
-        drawn_by=DRAWN_BY_SEED,
+        drawn_by=DRAWN_BY_SEED | ({} if args.class_idx is None else {"labels": f"--class {args.class_idx}"}),
         overwrite=args.overwrite,
         device=args.device,
         log_guidance=args.log_guidance,
         png_name=partial(png_name, seeds, args.subdirs) if args.format == "png" else None,
+        name_of=lambda index: f"{index} (seed {seeds[index]})",
     )
+
+
+def idle_flags(args):
+    """Flags that are without effect in this run; they must not decide whether a folder holds the same samples."""
+    idle = EDM_FORM_FLAGS["score" if args.guidance_form == "released" else "released"] if args.use_classifier else GUIDANCE_FLAGS
+    return [*idle, *([] if args.S_churn else CHURN_FLAGS)]
 
 
 def png_name(seeds, subdirs, index):
@@ -159,6 +163,8 @@ def build(args, seeds, device, tally):
     """Load the networks; returns the Sampler."""
     torch.manual_seed(0)  # for --classifier_path random; the samples' noise has generators of its own
     net = load_edm_network(args.network).to(device)
+    if args.use_fp16 is not None:
+        net.use_fp16 = args.use_fp16
     refuse_for_network(args, net)
     num_classes = net.label_dim or args.num_classes
     if args.class_idx is not None and not 0 <= args.class_idx < num_classes:
@@ -188,7 +194,7 @@ def build(args, seeds, device, tally):
             images = edm_sampler(denoiser, latents, class_labels, ahead, guidance=released, y=y, on_step=on_step, **options)
         return images, y
 
-    return Sampler(sample, args.steps, net.img_resolution, notes(net, device))
+    return Sampler(sample, args.steps, net.img_resolution, notes(args, net, device))
 
 
 def refuse_for_network(args, net):
@@ -227,9 +233,14 @@ def build_guidance(args, net, num_classes, device, tally):
     return tally.stopwatch.wrap(guidance)
 
 
-def notes(net, device):
-    """What the log should say at the start: a precision that is not what it is called."""
-    return ["the network asks for float16: on a CPU it runs in bfloat16"] if net.use_fp16 and device.type == "cpu" else []
+def notes(args, net, device):
+    """What the log should say at the start: flags without effect, and a precision that is not what it is called."""
+    lines = []
+    if written := [f"--{name}" for name in CHURN_FLAGS if name in args.given and not args.S_churn]:
+        lines.append(f"without effect at --S_churn 0: {', '.join(written)}")
+    if net.use_fp16 and device.type == "cpu":
+        lines.append("the network is to run in float16: on a CPU that is bfloat16, and --use_fp16 False is float32")
+    return lines
 
 
 if __name__ == "__main__":
