@@ -84,7 +84,7 @@ def edm_sampler(
 
 
 def _slope(net, process, class_labels, x, t):
-    """dx/dt, eq. 4 and 81 of the paper."""
+    """dx/dt: eq. 4 of the paper, as in its algorithm 1."""
     sigma, s = process.sigma(t), process.s(t)
     denoised = net(x / s, x.new_tensor(sigma), class_labels).double()
     return process.sigma_deriv(t) / sigma * (x - s * denoised) + process.s_deriv(t) / s * x
