@@ -144,7 +144,7 @@ def weights_path(name: str, weights: str | Path | None) -> Path | None:
     # "ResNet50_Weights.IMAGENET1K_V2" and "IMAGENET1K_V2" mean the same.
     wanted = next(iter(files)) if weights is None else str(weights).rpartition(".")[2]
     if wanted not in files:
-        return Path(weights)
+        return existing_file(weights)
     url = files[wanted]
     return find_pretrained(url.rpartition("/")[2], url=url) if "://" in url else find_pretrained(url)
 

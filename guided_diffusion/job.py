@@ -96,12 +96,10 @@ def run(job: Job) -> None:
     device = dist_util.choose_device(job.device)
     _require_writable(job.folder)
     with locked(job.folder) if dist.get_rank() == 0 else nullcontext() as left_behind:
-        settings, tally = job.settings(), Tally(device, job.log_guidance)
-        if not job.starts_anew and (job.folder / "run.json").exists():
-            job.open_store(settings, device)  # another run's folder is refused before minutes go into loading
+        tally = Tally(device, job.log_guidance)
         sampler = job.build(device, tally)
         dist_util.keep_freed_memory()
-        store = _open_together(job, settings, device)
+        store = _open_together(job, device)
         store.require_space(sampler.image_bytes)
         if dist.get_rank() == 0:
             logger.configure(job.folder)
@@ -134,8 +132,9 @@ def _require_writable(folder):
         raise ValueError(f"cannot write to the output folder {folder} ({error.strerror}); choose another --out") from error
 
 
-def _open_together(job, settings, device):
+def _open_together(job, device):
     """Open the output folder on rank 0 first; the others then find the same settings in it."""
+    settings = job.settings()
     if dist.get_rank() == 0:
         if job.starts_anew:
             SampleStore.clear(job.folder)

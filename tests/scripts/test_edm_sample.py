@@ -185,7 +185,8 @@ def test_the_manifest(guided):
     run = json.loads((guided / "run.json").read_text())
     files = {"network": sha256(DIGITS / "edm.safetensors"), "classifier_path": sha256(DIGITS / "guide.safetensors")}
     assert run["settings"]["sha256"] == files
-    assert (run["settings"]["steps"], run["settings"]["seeds"], run["settings"]["S_max"]) == (2, "0-4", "inf")
+    assert (run["settings"]["steps"], run["settings"]["seeds"]) == (2, "0-4")
+    assert run["not_compared"]["S_max"] == "inf"  # without churn it decides nothing
     assert run["rounding"].startswith("x * 127.5 + 128") and "seed % 2**32" in run["drawn_by"]["noise"]
     assert 0 < run["totals"]["guidance_seconds"] < run["totals"]["seconds"]
 
@@ -513,7 +514,7 @@ def test_a_float16_pickle_samples_directly(tmp_path, half):
     net = random_net(EDMPrecond, arguments)
     path.write_bytes(dumps(snapshot(net.half() if half else net, arguments, source="raise SystemExit('executed')")))
     result = sample(tmp_path / "out", "--network", path, "--device", "cpu")
-    assert "it runs in bfloat16" in result.err
+    assert "on a CPU that is bfloat16" in result.err
     images, labels = load_samples(tmp_path / "out")
     assert all(image.std() > 0 for image in images)
     np.testing.assert_array_equal(labels, Published(range(5)).labels)
