@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import time
+import uuid
 from datetime import timedelta
 
 import torch
@@ -30,11 +32,36 @@ def setup_dist():
         torch.cuda.set_device(dev())
     global _store
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _store, rank, world_size = next(dist.rendezvous("env://", timeout=_START_TIMEOUT))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=_START_TIMEOUT))
     else:
-        _store, rank, world_size = dist.HashStore(), 0, 1
+        store, rank, world_size = dist.HashStore(), 0, 1
+    _store = dist.PrefixStore(meet(store, rank, world_size, _START_TIMEOUT), store)
     group = dist.PrefixStore("process group", _store)
     dist.init_process_group(backend, timeout=_TIMEOUT, store=group, rank=rank, world_size=world_size)
+
+
+def meet(store, rank, world_size, timeout):
+    """A new name that the processes of this attempt share, once all have come; ValueError where some have not within `timeout`.
+
+    After an elastic restart torchrun's store still holds what the processes of the attempt before wrote into it, their addresses among
+    that. So nothing found there is believed unless it answers a word that was made up now.
+    """
+    word, others, deadline = uuid.uuid4().hex, [str(r) for r in range(world_size) if r], time.monotonic() + timeout.total_seconds()
+    if rank:
+        store.set(f"word/{rank}", word)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            words = [store.get(f"word/{r}").decode() for r in others if store.check([f"word/{r}"])]
+            store.set("meeting", " ".join([word, *words]))
+            if all(store.check([f"{word}/{r}"]) for r in others):
+                return word
+        elif store.check(["meeting"]):
+            name, *words = store.get("meeting").decode().split()
+            if word in words:
+                store.set(f"{name}/{rank}", "here")
+                return name
+        time.sleep(0.05)
+    raise ValueError(f"rank {rank} waited {timeout.total_seconds():.0f} s for the {world_size} processes of this run to come together")
 
 
 def shared_store():

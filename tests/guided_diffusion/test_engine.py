@@ -5,6 +5,8 @@ import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -271,3 +273,26 @@ def test_non_finite_gradient_is_named_by_step_and_sample(tmp_path, one_process, 
     with pytest.raises(FloatingPointError, match=r"step 17 for sample 3, 5;.*--on_nonfinite skip"):
         sample_missing(store, sample, 1, Tally(CPU))
     assert store.missing() == [range(3, 6)]
+
+
+# Coming together
+
+
+def test_processes_meet_under_one_new_name_whatever_an_earlier_attempt_left_in_the_store():
+    store, seconds = dist.HashStore(), timedelta(seconds=20)
+    names = []
+    for _ in range(3):  # the same store again and again, as after torchrun's restarts
+        with ThreadPoolExecutor(3) as pool:
+            attempt = list(pool.map(lambda rank: dist_util.meet(store, rank, 3, seconds), [2, 1, 0]))
+        assert len(set(attempt)) == 1
+        names.append(attempt[0])
+    assert len(set(names)) == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_does_not_come_is_waited_for_so_long(rank):
+    store = dist.HashStore()
+    store.set("word/1", "of an earlier attempt")
+    store.set("meeting", "earlier of an earlier attempt")
+    with pytest.raises(ValueError, match=f"rank {rank} waited 1 s for the 2 processes of this run to come together"):
+        dist_util.meet(store, rank, 2, timedelta(seconds=1))

@@ -9,7 +9,8 @@ from helpers import call, environment, load_script
 
 from classifiers import load_classifier
 from guided_diffusion import machine
-from guided_diffusion.checkpoints import load_into, load_state_dict
+from guided_diffusion.checkpoints import load_into, load_state_dict, sha256
+from guided_diffusion.edm import load_edm_network
 from guided_diffusion.presets import PRESETS
 from guided_diffusion.script_util import create_from_flags
 
@@ -86,10 +87,15 @@ def test_the_peak_memory_of_a_process_is_its_own(evaluation_benchmark):
 
 def test_training_writes_networks_that_load_and_a_record(tmp_path):
     torch.manual_seed(0)
-    result = call(load_script("train_digits").main, ["--out", str(tmp_path), "--iterations", "3", "--classifier_iterations", "3"])
+    result = call(
+        load_script("train_digits").main, ["--out", str(tmp_path), *(f"--{kind}iterations=3" for kind in ("", "edm_", "classifier_"))]
+    )
     assert result.code == 0, result.err
     record = json.loads((tmp_path / "training.json").read_text())
-    assert set(record) == {"unet", "guide", "judge", "features"} and record["unet"]["iterations"] == 3
+    assert set(record) == {"unet", "edm", "guide", "judge", "features"} and record["unet"]["iterations"] == 3
+    assert load_edm_network(tmp_path / "edm.safetensors").label_dim == 10
+    recorded = json.loads((tmp_path / "hashes.json").read_text())
+    assert recorded["edm.safetensors"]["sha256"] == sha256(tmp_path / "edm.safetensors") and len(recorded) == 7
     model, _ = create_from_flags(PRESETS["digits"])
     load_into(model, load_state_dict(tmp_path / "unet.safetensors"), "unet")
     for name in ("guide", "judge"):

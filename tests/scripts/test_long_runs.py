@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import ROOT, call, environment, load_script
 
-import guided_diffusion.sample_store as sample_store
+import guided_diffusion.run_lock as run_lock
 from guided_diffusion.sample_store import SampleStore
 
 script = load_script("classifier_sample")
@@ -175,14 +175,14 @@ def test_a_disk_that_fills_up_stops_the_run_and_keeps_what_is_complete(small_dis
 
 def test_a_stale_lock_is_told_from_a_held_one(tmp_path):
     (tmp_path / "run.lock").write_text("process 1 on another-host")
-    with sample_store.locked(tmp_path) as left_behind:
+    with run_lock.locked(tmp_path) as left_behind:
         assert left_behind == "process 1 on another-host"
         assert (tmp_path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
         held = f"another run is writing into {tmp_path}: process {os.getpid()} on "
-        with pytest.raises(ValueError, match=held), sample_store.locked(tmp_path):
+        with pytest.raises(ValueError, match=held), run_lock.locked(tmp_path):
             pass
     assert not (tmp_path / "run.lock").exists()
-    with sample_store.locked(tmp_path) as left_behind:
+    with run_lock.locked(tmp_path) as left_behind:
         assert left_behind is None
 
 
