@@ -14,7 +14,7 @@ def engine_benchmark(monkeypatch):
     """The script with sizes that take seconds; its child processes find this checkout."""
     script = load_script("benchmark_engine")
     sizes = {"SIZE": 8, "SHARD": 3, "IMAGES": 10, "BATCH": 2, "STEPS": 3, "BATCHES": 2, "STEP_SECONDS": 0.02, "REPEATS": 1}
-    for name, size in {**sizes, "FEWER": 2, "MORE": 5, "MEMORY_BATCH": 2}.items():
+    for name, size in {**sizes, "FEWER": 2, "MORE": 5, "MEMORY_BATCH": 2, "MEMORY_RUNS": 1}.items():
         monkeypatch.setattr(script, name, size)
     for name, value in environment().items():
         monkeypatch.setenv(name, value)

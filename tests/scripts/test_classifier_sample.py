@@ -166,15 +166,14 @@ def levels_apart(folder, other):
 
 def test_the_batch_size_changes_no_label_no_noise_and_hardly_a_pixel(tmp_path):
     for guidance in ("unguided", "guided"):
-        for size in (1, 3, 16):
+        for size in (1, 16):
             scale = () if guidance == "guided" else ("--classifier_scale", 0)
             sample(tmp_path / f"{guidance}{size}", "--num_samples", 100, "--batch_size", size, *scale)
-    for size in (1, 3):
-        for guidance in ("unguided", "guided"):
-            np.testing.assert_array_equal(load_samples(tmp_path / f"{guidance}{size}")[1], load_samples(tmp_path / f"{guidance}16")[1])
-        assert levels_apart(tmp_path / f"unguided{size}", tmp_path / "unguided16").max() <= 1
-        # A tie in a max-pooling layer can send one image astray.
-        assert (levels_apart(tmp_path / f"guided{size}", tmp_path / "guided16") <= 1).mean() >= 0.99
+    for guidance in ("unguided", "guided"):
+        np.testing.assert_array_equal(load_samples(tmp_path / f"{guidance}1")[1], load_samples(tmp_path / f"{guidance}16")[1])
+    assert levels_apart(tmp_path / "unguided1", tmp_path / "unguided16").max() <= 1
+    # A tie in a max-pooling layer can send one image astray.
+    assert (levels_apart(tmp_path / "guided1", tmp_path / "guided16") <= 1).mean() >= 0.99
 
 
 def test_random_weights_repeat_with_the_seed(tmp_path):
