@@ -11,12 +11,10 @@ import torch.distributed as dist
 
 from guided_diffusion import checkpoints
 
-# A rank that is done waits for the slowest one, which may take hours; torchrun ends all of them when one fails.
+# Scripts written for guided-diffusion gather when a batch or all is done, which may take hours; torchrun ends all ranks when one fails.
 _TIMEOUT = timedelta(days=30)
 _START_TIMEOUT = timedelta(minutes=5)
-
-
-_store = None
+_store = None  # the processes' key-value store, once setup_dist was called
 
 
 def setup_dist():

@@ -127,6 +127,14 @@ class _Precond(nn.Module):
         self.use_fp16 = use_fp16
         self.model = DhariwalUNet(img_resolution, img_channels, out_channels, label_dim, **model_options)
 
+    def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        return self._denoised(x.float(), sigma, lambda x, c_noise: self._F(x, c_noise, class_labels, augment_labels))
+
+    def _denoised(self, x, sigma, F):
+        """D(x; sigma) by the raw network F(x, c_noise)."""
+        raise NotImplementedError
+
     def _F(self, x, c_noise, class_labels, augment_labels):
         if class_labels is not None and class_labels.shape != (len(x), self.label_dim):
             raise ValueError(
@@ -186,16 +194,13 @@ class EDMPrecond(_Precond):
         self.sigma_max = sigma_max
         self.sigma_data = sigma_data
 
-    def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
-        x = x.float()
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+    def _denoised(self, x, sigma, F):
         total = (sigma**2 + self.sigma_data**2).sqrt()  # standard deviation of x
         c_skip = (self.sigma_data / total) ** 2
         c_out = sigma * self.sigma_data / total
         c_in = 1 / total
         c_noise = sigma.log().flatten() / 4
-        F_x = self._F(c_in * x, c_noise, class_labels, augment_labels)
-        return c_skip * x + c_out * F_x
+        return c_skip * x + c_out * F(c_in * x, c_noise)
 
     def round_sigma(self, sigma: Tensor | float) -> Tensor:
         """The nearest noise level that the network knows: sigma itself, since it knows all."""
@@ -242,13 +247,10 @@ class iDDPMPrecond(_Precond):
         """The largest level that the network was trained at."""
         return float(self.u[0])
 
-    def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
-        x = x.float()
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+    def _denoised(self, x, sigma, F):
         c_in = 1 / (sigma**2 + 1).sqrt()
         c_noise = (self.M - 1 - self.round_sigma(sigma, return_index=True)).flatten().float()
-        F_x = self._F(c_in * x, c_noise, class_labels, augment_labels)
-        return x - sigma * F_x[:, : self.img_channels]
+        return x - sigma * F(c_in * x, c_noise)[:, : self.img_channels]
 
     def round_sigma(self, sigma: Tensor | float, return_index: bool = False) -> Tensor:
         """The nearest level of `u`, of sigma's shape and dtype; or its index j, int64."""

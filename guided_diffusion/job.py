@@ -1,8 +1,9 @@
 """One sampling run, from its flags to its files: the same for every sampler."""
 
+import argparse
 import math
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from guided_diffusion.checkpoints import sha256
 from guided_diffusion.engine import sample_missing
 from guided_diffusion.run_lock import locked
 from guided_diffusion.sample_store import ROUNDING, SampleStore, to_uint8
+from guided_diffusion.script_util import str2bool
 from guided_diffusion.tally import Tally
 
 
@@ -88,6 +90,37 @@ class Job:
     def _plain_flags(self):
         # Standard JSON has no infinity.
         return {key: str(value) if isinstance(value, float) and math.isinf(value) else value for key, value in self.flags.items()}
+
+
+# Where results lie and how they are made, but not what they are. Batches finished under --on_nonfinite stop are those of skip too.
+RUN_FLAGS = ("out", "overwrite", "device", "preset", "dry_run", "on_nonfinite")
+
+
+def add_run_flags(parser: argparse.ArgumentParser, presets: Iterable[str]) -> None:
+    """Add the flags that every sampling script has, but for its output folder's and its batch's, which have names of their own."""
+    flag = parser.add_argument_group("the run").add_argument
+    flag("--preset", default="", help=f"flags by name: {', '.join(presets)}; flags that you write win")
+    flag("--overwrite", type=str2bool, default=False, help="start anew: remove what an earlier run wrote into the output folder")
+    flag("--device", default="", help="cpu, cuda or cuda:1; by default this rank's CUDA device, else the CPU")
+    flag("--dry_run", type=str2bool, default=False, help="check files, room and memory, estimate the time, and sample nothing")
+    flag("--on_nonfinite", choices=("stop", "skip"), default="stop", help="skip drops that image's guidance for that step and counts it")
+    flag("--log_guidance", type=str2bool, default=False, help="write what guidance did at each step into metrics.jsonl")
+
+
+def run_options(args: argparse.Namespace, written: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The fields of a Job that are flags as they stand. written: how a flag is written where its attribute has another name."""
+    flags = {(written or {}).get(key, key): value for key, value in vars(args).items() if key != "given"}
+    return {"flags": flags, **{name: getattr(args, name) for name in ("batch_size", "overwrite", "device", "log_guidance")}}
+
+
+def require_numbers(args: argparse.Namespace, at_least_one: Iterable[str], finite: Iterable[str]) -> None:
+    """Raise ValueError for flags that are below 1, or not finite, and must not be."""
+    for name in at_least_one:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name in finite:
+        if not math.isfinite(getattr(args, name)):
+            raise ValueError(f"--{name} must be finite, got {getattr(args, name)}")
 
 
 def run(job: Job) -> None:

@@ -1,7 +1,6 @@
 """What can be known of a run before hours are spent on it: files, room, memory and time."""
 
 import os
-import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from guided_diffusion.checkpoints import known_hashes, sha256
 from guided_diffusion.engine import named_failure
 from guided_diffusion.job import Job, rounded
 from guided_diffusion.run_lock import holder
-from guided_diffusion.sample_store import finished_files, require_no_leftovers, required_bytes
+from guided_diffusion.sample_store import existing_parent, require_no_leftovers, require_room, required_bytes
 from guided_diffusion.tally import Tally
 
 TIMED_STEPS = 2  # after one that warms up
@@ -34,22 +33,23 @@ def examine(job: Job) -> None:
     report.say("machine", f"{machine.describe(device)}; {', '.join(f'{name} {number}' for name, number in machine.versions().items())}")
     for flag in job.files:
         report.check(f"--{flag}" if flag in job.flags else flag, _check_file, job, flag)
-    report.check("folder", _check_folder, job, device)
+    missing = report.check("folder", _check_folder, job, device)
     if report.problems:
         report.say("networks", "not loaded before this is mended")
     else:
-        _examine_networks(job, device, report)
+        _examine_networks(job, device, report, *missing)
     if report.problems:
         raise ProblemsFoundError(f"{report.problems} problem{'s' * (report.problems > 1)}: see above")
     print("ready")
 
 
-def _examine_networks(job, device, report):
+def _examine_networks(job, device, report, missing, joined):
+    """missing: the samples that are to be drawn. joined: whether the final files are there."""
     sampler = report.check("networks", _load, job, device)
     if not sampler:
         return
-    missing = _missing(job, device)
-    report.check("disk", _check_disk, job, sampler, missing)
+    needed = 0 if joined else required_bytes(missing, job.num_samples, sampler.image_bytes, job.png_name is not None)
+    report.check("disk", _check_disk, job, needed)
     trial = report.check("steps", _try_steps, job, sampler, device)
     if trial:
         report.check("memory", _check_memory, job, trial, device)
@@ -87,35 +87,23 @@ def _check_file(job, flag):
 
 
 def _check_folder(job, device):
-    parent = _existing_parent(job.folder)
+    parent = existing_parent(job.folder)
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ValueError(f"cannot write to {parent}: choose another --out")
     if (owner := holder(job.folder)) is not None:
         raise ValueError(f"another run is writing into {job.folder}: {owner}; wait for it, or choose another --out")
-    done = job.num_samples - _missing(job, device)
-    return f"{job.folder}, {done:,} of {job.num_samples:,} samples are there", None
-
-
-def _missing(job, device):
-    """How many samples the output folder lacks. Raises ValueError where it holds another run's."""
-    if job.starts_anew or not (job.folder / "run.json").exists():
-        if not job.starts_anew:
+    missing, joined = job.num_samples, False
+    if not job.starts_anew:
+        if (job.folder / "run.json").exists():
+            store = job.open_store(job.settings(), device)
+            missing, joined = sum(map(len, store.missing())), store.samples_file() is not None
+        else:
             require_no_leftovers(job.folder, pictures=job.png_name is not None)
-        return job.num_samples
-    return sum(map(len, job.open_store(job.settings(), device).missing()))
+    return f"{job.folder}, {job.num_samples - missing:,} of {job.num_samples:,} samples are there", (missing, joined)
 
 
-def _check_disk(job, sampler, missing):
-    joined = not job.starts_anew and not missing and finished_files(job.folder)
-    needed = 0 if joined else required_bytes(missing, job.num_samples, sampler.image_bytes, job.png_name is not None)
-    free = shutil.disk_usage(_existing_parent(job.folder)).free
-    if free < needed:
-        raise ValueError(f"{job.folder} needs {needed:,} bytes more, and {free:,} are free: make room, or choose another --out")
-    return f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free", None
-
-
-def _existing_parent(folder):
-    return next(path for path in [folder, *folder.absolute().parents] if path.exists())
+def _check_disk(job, needed):
+    return f"{needed / 1e9:.2f} GB needed, {require_room(job.folder, needed) / 1e9:.2f} GB free", None
 
 
 def _load(job, device):

@@ -21,6 +21,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -108,13 +109,10 @@ class SampleStore:
         (folder / "run.json").unlink(missing_ok=True)
 
     def require_space(self, image_bytes: int) -> None:
-        """Raise ValueError where the disk has no room for what is missing and for the final npz, at `image_bytes` per image."""
-        if self.samples_file():
-            return
-        needed = required_bytes(sum(map(len, self.missing())), self.num_samples, image_bytes, self.png_name is not None)
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise ValueError(f"{self.folder} needs {needed:,} bytes more, and {free:,} are free: make room, or choose another --out")
+        """Raise ValueError where the disk has no room for what is missing and for the final files, at `image_bytes` per image."""
+        if not self.samples_file():
+            missing = sum(map(len, self.missing()))
+            require_room(self.folder, required_bytes(missing, self.num_samples, image_bytes, self.png_name is not None))
 
     def samples_file(self) -> Path | None:
         """The final npz or dataset.json, if it is there."""
@@ -177,8 +175,7 @@ class SampleStore:
         lines = _metrics_of_shards(self.folder)
         if first := next(lines, b""):
             with _told_when_full(self.folder, len(first)), renamed_when_complete(self.folder / "metrics.jsonl") as file:
-                for text in (first, *lines):
-                    file.write(text)
+                file.writelines(chain([first], lines))
 
     def _ranges(self) -> Iterator[range]:
         for start in range(0, self.num_samples, self.shard_size):
@@ -281,6 +278,19 @@ def required_bytes(missing: int, num_samples: int, image_bytes: int, pngs: bool)
     """The room on disk that the shards of `missing` samples and the final file, or the PNGs, need."""
     final = (math.ceil(image_bytes / DISK_BLOCK) + 1) * DISK_BLOCK if pngs else image_bytes + 8
     return missing * (image_bytes + 8) + num_samples * final
+
+
+def require_room(folder: Path, needed: int) -> int:
+    """The bytes that are free on the disk of a folder, which need not exist yet. Raises ValueError where they are fewer than `needed`."""
+    free = shutil.disk_usage(existing_parent(folder)).free
+    if free < needed:
+        raise ValueError(f"{folder} needs {needed:,} bytes more, and {free:,} are free: make room, or choose another --out")
+    return free
+
+
+def existing_parent(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    return next(path for path in [folder, *folder.absolute().parents] if path.exists())
 
 
 def _pngs(folder):

@@ -6,7 +6,6 @@ Writes samples_NxHxWx3.npz (arr_0 uint8 images, arr_1 int64 labels), grid.png an
 same command is given again. The flags are those of guided-diffusion and EluCD, and a few more.
 """
 
-import math
 import os
 from contextlib import closing
 from functools import partial
@@ -19,7 +18,7 @@ from classifiers.registry import classifier_files, load_classifier
 from guided_diffusion.checkpoints import existing_file, load_into, load_state_dict
 from guided_diffusion.cli import Parser, parse_flags, parse_interval, run_main
 from guided_diffusion.guidance import ClassifierGuidance, noisy_classifier_gradient, within_interval
-from guided_diffusion.job import Job, Sampler, run
+from guided_diffusion.job import RUN_FLAGS, Job, Sampler, add_run_flags, require_numbers, run, run_options
 from guided_diffusion.preflight import examine
 from guided_diffusion.presets import PRESETS
 from guided_diffusion.random_state import DRAWN_BY_INDEX, DrawnAhead, SampleNoise, label_source, labels_file
@@ -46,9 +45,6 @@ OFF_THE_SHELF_FLAGS = (
 )
 TRAINING_FLAGS = ("use_kl", "rescale_learned_sigmas", "dropout", "use_checkpoint")
 NOISY_CLASSIFIER_FLAGS = tuple(key for key in classifier_defaults() if key not in ("image_size", "classifier_use_fp16"))
-# Where results lie and how they are made, but not what they are; files are compared by their hashes, wherever they lie. Batches that were
-# finished under --on_nonfinite stop are those of skip too.
-PLACE_FLAGS = ("out", "log_dir", "overwrite", "device", "preset", "dry_run", "on_nonfinite")
 FINITE_FLAGS = ("classifier_scale", "joint_temperature", "margin_temperature_discount", "gamma_factor", "dropout")
 
 
@@ -67,17 +63,13 @@ def make_job(args):
         files["classifier_path"] = partial(existing_file, args.classifier_path)
     return Job(
         folder=Path(args.out or args.log_dir or os.environ.get("OPENAI_LOGDIR") or Path("results", args.preset or "samples")),
-        flags={key: value for key, value in vars(args).items() if key != "given"},
-        not_compared={*PLACE_FLAGS, *idle_flags(args)},
+        not_compared={*RUN_FLAGS, "log_dir", *idle_flags(args)},
         files=files,
         build=partial(build, args, label_source(args.labels, args.seed, args.num_classes)),
         num_samples=args.num_samples,
-        batch_size=args.batch_size,
         rounding="adm",
         drawn_by=DRAWN_BY_INDEX | ({} if args.labels == "random" else {"labels": f"--labels {args.labels}, shuffled"}),
-        overwrite=args.overwrite,
-        device=args.device,
-        log_guidance=args.log_guidance,
+        **run_options(args),
     )
 
 
@@ -122,10 +114,8 @@ def create_argparser():
     flag("--classifier_input", choices=INPUTS, default="paper", help="paper: the raw image; imagenet: resized and normalised")
     flag("--guidance_interval", default="", help="LO,HI: guide only while the noise level sigma is in (LO, HI]")
     flag("--variance_max", choices=("schedule", "first_pixel"), default="schedule", help="first_pixel is EluCD's, where batches matter")
-    flag("--on_nonfinite", choices=("stop", "skip"), default="stop", help="skip drops that image's guidance for that step and counts it")
-    flag("--log_guidance", type=str2bool, default=False, help="write what guidance did at each step into metrics.jsonl")
+    add_run_flags(parser, PRESETS)
     flag = parser.add_argument_group("labels and places").add_argument
-    flag("--preset", default="", help=f"flags by name: {', '.join(PRESETS)}; flags that you write win")
     flag("--labels", default="random", help="random, balanced, a list such as 1,2,5-10, or a file of classes; stored shuffled")
     flag("--fix_class", type=str2bool, default=False, help="every sample is of class --fix_class_index")
     flag("--fix_class_index", type=int, default=0)
@@ -135,9 +125,6 @@ def create_argparser():
     flag("--seed", type=int, default=0)
     flag("--out", default="", help="output folder; by default --log_dir, $OPENAI_LOGDIR or results/PRESET")
     flag("--log_dir", default="", help="the same under EluCD's name")
-    flag("--overwrite", type=str2bool, default=False, help="start anew: remove what an earlier run wrote into the output folder")
-    flag("--device", default="", help="cpu, cuda or cuda:1; by default this rank's CUDA device, else the CPU")
-    flag("--dry_run", type=str2bool, default=False, help="check files, room and memory, estimate the time, and sample nothing")
     return parser
 
 
@@ -166,12 +153,7 @@ def refuse_contradictions(args):
         raise ValueError("--unconditional True needs a network with a null class: add --null_class True if it has one")
     if args.use_ddim and args.variance_max != "schedule":
         raise ValueError(f"--variance_max {args.variance_max} belongs to the ancestral sampler: drop it or --use_ddim")
-    for name in ("num_samples", "batch_size", "num_classes"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for name in FINITE_FLAGS:
-        if not math.isfinite(getattr(args, name)):
-            raise ValueError(f"--{name} must be finite, got {getattr(args, name)}")
+    require_numbers(args, at_least_one=("num_samples", "batch_size", "num_classes"), finite=FINITE_FLAGS)
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed must be from 0 to 2**63 - 1, got {args.seed}")
     if "classifier_type" in given and "classifier_path" not in given:

@@ -22,7 +22,7 @@ from guided_diffusion.cli import Parser, parse_flags, parse_interval, parse_numb
 from guided_diffusion.edm import SOLVERS, edm_sampler, load_edm_network
 from guided_diffusion.edm_schedules import DISCRETIZATIONS, SCALINGS, SCHEDULES, default_levels, time_steps
 from guided_diffusion.guidance import ClassifierGuidance, GuidedDenoiser, released_edm_guidance, within_interval
-from guided_diffusion.job import Job, Sampler, run
+from guided_diffusion.job import RUN_FLAGS, Job, Sampler, add_run_flags, require_numbers, run, run_options
 from guided_diffusion.preflight import examine
 from guided_diffusion.presets import EDM_FORM_FLAGS, EDM_PRESETS
 from guided_diffusion.random_state import DRAWN_BY_SEED, DrawnAhead, SeedNoise
@@ -38,7 +38,6 @@ FINITE_FLAGS = (
     *("joint_temperature", "uncond_temperature", "classifier_scale", "gamma_factor", "max_guidance", "add_factor"),
     *("rho", "S_churn", "S_noise"),
 )
-PLACE_FLAGS = ("out", "overwrite", "device", "preset", "dry_run", "on_nonfinite")
 
 
 def main():
@@ -82,16 +81,11 @@ def create_argparser():
     flag("--gamma_factor", type=float, default=0.0, help="score form: weight of the sine term")
     flag("--classifier_input", choices=INPUTS, default="paper", help="paper: the raw image; imagenet: resized and normalised")
     flag("--guidance_interval", default="", help="LO,HI: guide only while the noise level sigma is in (LO, HI]")
-    flag("--on_nonfinite", choices=("stop", "skip"), default="stop", help="skip drops that image's guidance for that step and counts it")
-    flag("--log_guidance", type=str2bool, default=False, help="write what guidance did at each step into metrics.jsonl")
+    add_run_flags(parser, EDM_PRESETS)
     flag = parser.add_argument_group("places").add_argument
-    flag("--preset", default="", help=f"flags by name: {', '.join(EDM_PRESETS)}; flags that you write win")
     flag("--outdir", "--out", dest="out", default="", help="output folder; by default results/PRESET")
     flag("--format", choices=("png", "npz"), default="png")
     flag("--subdirs", action="store_true", help="PNGs in a folder for every 1000 seeds")
-    flag("--overwrite", type=str2bool, default=False, help="start anew: remove what an earlier run wrote into the output folder")
-    flag("--device", default="", help="cpu, cuda or cuda:1; by default this rank's CUDA device, else the CPU")
-    flag("--dry_run", type=str2bool, default=False, help="check files, room and memory, estimate the time, and sample nothing")
     return parser
 
 
@@ -102,19 +96,13 @@ def refuse_contradictions(args):
         raise ValueError(f"--network is missing: give an EDM network, or --preset {', '.join(EDM_PRESETS)}")
     if not args.use_classifier and (idle := [name for name in GUIDANCE_FLAGS if name in given]):
         raise ValueError(f"--{idle[0]} given without guidance: add --use_classifier 1")
-    other = {"released": "score", "score": "released"}[args.guidance_form]
-    if foreign := [name for name in EDM_FORM_FLAGS[other] if name in given]:
-        raise ValueError(f"--{foreign[0]} belongs to --guidance_form {other}, and this is {args.guidance_form}: drop it")
+    if foreign := [name for name in other_forms_flags(args) if name in given]:
+        raise ValueError(f"--{foreign[0]} is for the other form of guidance, and this is --guidance_form {args.guidance_form}: drop it")
     if "rho" in given and args.disc != "edm":
         raise ValueError(f"--rho {args.rho} belongs to --disc edm, and this is {args.disc}: drop it")
     if args.subdirs and args.format == "npz":
         raise ValueError("--subdirs is for PNGs: drop it, or --format npz")
-    for name in ("batch_size", "steps", "num_classes"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for name in FINITE_FLAGS:
-        if not math.isfinite(getattr(args, name)):
-            raise ValueError(f"--{name} must be finite, got {getattr(args, name)}")
+    require_numbers(args, at_least_one=("batch_size", "steps", "num_classes"), finite=FINITE_FLAGS)
     if args.S_churn < 0 or args.S_min > args.S_max:
         raise ValueError(f"--S_churn must be 0 or more and --S_min at most --S_max, got {args.S_churn}, {args.S_min} and {args.S_max}")
     seeds = parse_numbers(args.seeds, "--seeds")
@@ -132,17 +120,13 @@ def make_job(args, seeds):
         files |= classifier_files(args.classifier_type, args.classifier_path)
     return Job(
         folder=Path(args.out or Path("results", args.preset or "edm")),
-        flags={{"class_idx": "class"}.get(key, key): value for key, value in vars(args).items() if key != "given"},
-        not_compared={*PLACE_FLAGS, *idle_flags(args)},
+        not_compared={*RUN_FLAGS, *idle_flags(args)},
         files=files,
         build=partial(build, args, seeds),
         num_samples=len(seeds),
-        batch_size=args.batch_size,
         rounding="edm",
         drawn_by=DRAWN_BY_SEED | ({} if args.class_idx is None else {"labels": f"--class {args.class_idx}"}),
-        overwrite=args.overwrite,
-        device=args.device,
-        log_guidance=args.log_guidance,
+        **run_options(args, {"class_idx": "class"}),
         png_name=partial(png_name, seeds, args.subdirs) if args.format == "png" else None,
         name_of=lambda index: f"{index} (seed {seeds[index]})",
     )
@@ -150,8 +134,12 @@ def make_job(args, seeds):
 
 def idle_flags(args):
     """Flags that are without effect in this run; they must not decide whether a folder holds the same samples."""
-    idle = EDM_FORM_FLAGS["score" if args.guidance_form == "released" else "released"] if args.use_classifier else GUIDANCE_FLAGS
+    idle = other_forms_flags(args) if args.use_classifier else GUIDANCE_FLAGS
     return [*idle, *([] if args.S_churn else CHURN_FLAGS)]
+
+
+def other_forms_flags(args):
+    return [name for form, names in EDM_FORM_FLAGS.items() if form != args.guidance_form for name in names]
 
 
 def png_name(seeds, subdirs, index):
@@ -190,8 +178,8 @@ def build(args, seeds, device, tally):
         class_labels = F.one_hot(y, net.label_dim).float() if net.label_dim and not args.unconditional else None
         denoiser = GuidedDenoiser(net, guidance, y) if guidance and not released else net
         with closing(DrawnAhead(noise, shape, dtype=torch.float64)) as ahead:
-            on_step = lambda i, x: tick()  # noqa: E731
-            images = edm_sampler(denoiser, latents, class_labels, ahead, guidance=released, y=y, on_step=on_step, **options)
+            conditions = {"guidance": released, "y": y, "on_step": lambda i, x: tick()}
+            images = edm_sampler(denoiser, latents, class_labels, ahead, **conditions, **options)
         return images, y
 
     return Sampler(sample, args.steps, net.img_resolution, notes(args, net, device))

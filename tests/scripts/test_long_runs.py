@@ -193,3 +193,42 @@ def test_chaos_in_short(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"2 kills, 80 samples: the same bytes as those of an undisturbed run\n", done.stdout)
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Runs the Slurm example with stand-ins for Slurm's commands, which write down how they were called."""
+    calls = tmp_path / "calls"
+    for name, answer in (("srun", 'sleep "${NAP:-0}" & trap "kill $!; exit 143" TERM; wait $!'), ("scontrol", "echo node1; echo node2")):
+        (tmp_path / name).write_text(f'#!/usr/bin/env bash\necho {name} "$@" >> {calls}\n{answer}\n')
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7"}
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def submit(*words, **more):
+        return subprocess.Popen(["bash", ROOT / "scripts/sample.sbatch", *words], env={**environment(), **job, **path, **more})
+
+    return submit, lambda: calls.read_text().splitlines() if calls.exists() else []
+
+
+@pytest.mark.parametrize("name", ["classifier_sample", "edm_sample"])
+def test_the_slurm_example_starts_torchrun_on_every_node_with_the_script_and_its_flags(slurm, name):
+    submit, calls = slurm
+    assert submit(name, "--preset", "digits", "--out", "with a blank").wait(timeout=30) == 0
+    (srun,) = (call for call in calls() if call.startswith("srun"))
+    assert srun.startswith("srun torchrun --nnodes 2 --nproc_per_node gpu ") and "--rdzv_endpoint node1:29500 --rdzv_id 7" in srun
+    assert srun.endswith(f" scripts/{name}.py --preset digits --out with a blank")
+    assert (ROOT / f"scripts/{name}.py").exists()
+
+
+def test_the_slurm_example_passes_the_signal_on_and_queues_itself_again(slurm):
+    submit, calls = slurm
+    with submit("classifier_sample", NAP="60") as process:
+        deadline = time.monotonic() + 30
+        while not any(call.startswith("srun") for call in calls()):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+    assert calls()[-1] == "scontrol requeue 7"
