@@ -96,8 +96,9 @@ def refuse_contradictions(args):
         raise ValueError(f"--network is missing: give an EDM network, or --preset {', '.join(EDM_PRESETS)}")
     if not args.use_classifier and (idle := [name for name in GUIDANCE_FLAGS if name in given]):
         raise ValueError(f"--{idle[0]} given without guidance: add --use_classifier 1")
-    if foreign := [name for name in other_forms_flags(args) if name in given]:
-        raise ValueError(f"--{foreign[0]} is for the other form of guidance, and this is --guidance_form {args.guidance_form}: drop it")
+    for form, names in EDM_FORM_FLAGS.items():
+        if form != args.guidance_form and (foreign := [name for name in names if name in given]):
+            raise ValueError(f"--{foreign[0]} belongs to --guidance_form {form}, and this is {args.guidance_form}: drop it")
     if "rho" in given and args.disc != "edm":
         raise ValueError(f"--rho {args.rho} belongs to --disc edm, and this is {args.disc}: drop it")
     if args.subdirs and args.format == "npz":
@@ -134,12 +135,8 @@ def make_job(args, seeds):
 
 def idle_flags(args):
     """Flags that are without effect in this run; they must not decide whether a folder holds the same samples."""
-    idle = other_forms_flags(args) if args.use_classifier else GUIDANCE_FLAGS
-    return [*idle, *([] if args.S_churn else CHURN_FLAGS)]
-
-
-def other_forms_flags(args):
-    return [name for form, names in EDM_FORM_FLAGS.items() if form != args.guidance_form for name in names]
+    others = [name for form, names in EDM_FORM_FLAGS.items() if form != args.guidance_form for name in names]
+    return [*(others if args.use_classifier else GUIDANCE_FLAGS), *([] if args.S_churn else CHURN_FLAGS)]
 
 
 def png_name(seeds, subdirs, index):
