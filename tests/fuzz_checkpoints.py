@@ -10,11 +10,14 @@ import argparse
 import faulthandler
 import random
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before tests/, whose folders have the packages' names
 from edm_pickles import dumps, module_state, persistent
 
 from guided_diffusion.checkpoints import load_state_dict

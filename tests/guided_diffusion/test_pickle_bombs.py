@@ -4,9 +4,12 @@ import contextlib
 import pickle
 import pickletools
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,3 +251,10 @@ def test_mutated_files(tmp_path):
     assert sum(outcomes.values()) == 1500
     assert min(outcomes[what] for what in ("read", "damaged", "refused by name")) > 20
     assert growth < 64 * MiB
+
+
+def test_the_command_of_the_readme_runs_as_it_is_written():
+    command = [sys.executable, "tests/fuzz_checkpoints.py", "--files", "30"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("30 files: ")
