@@ -10,14 +10,18 @@ INPUTS = ("paper", "imagenet")
 
 @dataclass(frozen=True)
 class InputTransform:
-    """What a classifier's weights were trained on: square images of `size` pixels in [0, 1], minus `mean`, over `std`, per channel."""
+    """What a classifier's weights were trained on: square images of `size` pixels in [0, 1], minus `mean`,
+    over `std`, per channel.
+    """
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) in [-1, 1] -> (N, 3, size, size), normalised: a bilinear resize, antialiased where it shrinks."""
+        """(N, 3, H, W) in [-1, 1] -> (N, 3, size, size), normalised: a bilinear resize, antialiased where it
+        shrinks.
+        """
         x = (x + 1) / 2
         if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)
@@ -26,5 +30,7 @@ class InputTransform:
 
 
 def raw_image(x: Tensor) -> Tensor:
-    """The image as it is, in [-1, 1] at its own resolution: what the paper's published numbers were made with."""
+    """The image as it is, in [-1, 1] at its own resolution: what the paper's published numbers were made
+    with.
+    """
     return x

@@ -1,4 +1,6 @@
-"""Classifiers by name: how to build one, where its weights lie, what input they were trained on, and under which licence."""
+"""Classifiers by name: how to build one, where its weights lie, what input they were trained on, and under
+which licence.
+"""
 
 import importlib.util
 import math
@@ -17,15 +19,16 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from classifiers.input_transform import INPUTS, InputTransform, raw_image
 from classifiers.smoothing import SmoothFunctionalRelus, smooth_relus
-from guided_diffusion.checkpoints import existing_file, find_pretrained, load_into, load_state_dict
+from guided_diffusion.files.checkpoints import existing_file, find_pretrained, load_into, load_state_dict
 
 
 @dataclass(frozen=True)
 class ClassifierSpec:
-    """One entry: builder(num_classes) -> network, and its weights as name -> url or file in pretrained_models/, the default first.
+    """One entry: builder(num_classes) -> network, and its weights as name -> url or file in
+    pretrained_models/, the default first.
 
-    image_size: pixels of the images that the weights were trained on, None where it is not known. trained_on: how those were normalised,
-    None where they were raw.
+    image_size: pixels of the images that the weights were trained on, None where it is not known. trained_on:
+    how those were normalised, None where they were raw.
     """
 
     name: str
@@ -42,7 +45,9 @@ class Classifier(nn.Module):
     `softplus_beta` also smooths relus that the network calls as functions; None leaves those alone.
     """
 
-    def __init__(self, network: nn.Module, transform: Callable[[Tensor], Tensor], softplus_beta: float | None = None):
+    def __init__(
+        self, network: nn.Module, transform: Callable[[Tensor], Tensor], softplus_beta: float | None = None
+    ):
         super().__init__()
         self.network, self.transform, self.softplus_beta = network, transform, softplus_beta
 
@@ -64,7 +69,8 @@ def load_classifier(
 ) -> Classifier:
     """Return a classifier of [-1, 1] NCHW images: in eval mode, frozen, float32, on the CPU.
 
-    name: a torchvision classification network, "digits_guide", "digits_judge", or "FILE.py:builder", one's own builder(num_classes).
+    name: a torchvision classification network, "digits_guide", "digits_judge", or "FILE.py:builder", one's
+    own builder(num_classes).
     weights: None for the default file in pretrained_models/, "random", a torchvision weights name such as "IMAGENET1K_V2", a path, or a
     state dict with the network's own names. softplus_beta: replaces every ReLU by Softplus; inf keeps them.
     classifier_input: "paper" feeds the raw image, "imagenet" resizes and normalises it to what the weights were trained on.
@@ -101,18 +107,24 @@ def find_classifier(name: str) -> ClassifierSpec:
         return DIGITS[name]
     choices = torchvision.models.list_models(module=torchvision.models)
     if name not in choices:
-        raise ValueError(f"unknown classifier {name!r}; choose FILE.py:builder or one of {', '.join([*DIGITS, *choices])}")
+        raise ValueError(
+            f"unknown classifier {name!r}; choose FILE.py:builder or one of {', '.join([*DIGITS, *choices])}"
+        )
     return _from_torchvision(name)
 
 
 def _smooth(classifier, name, beta, size):
     if size is None:
-        raise ValueError(f"to smooth {name}, pass image_size: a forward pass shows which relus it calls as functions")
+        raise ValueError(
+            f"to smooth {name}, pass image_size: a forward pass shows which relus it calls as functions"
+        )
     count = smooth_relus(classifier.network, beta)
     with SmoothFunctionalRelus(beta) as functional:
         _probe(classifier, name, size)
     if functional.kinked:
-        raise ValueError(f"{name} calls {', '.join(sorted(functional.kinked))}, which cannot be smoothed; use softplus_beta inf")
+        raise ValueError(
+            f"{name} calls {', '.join(sorted(functional.kinked))}, which cannot be smoothed; use softplus_beta inf"
+        )
     if functional.count:
         classifier.softplus_beta = beta
     if count + functional.count == 0:
@@ -133,11 +145,15 @@ def _probe(classifier, name, size):
 def _check_answer(classifier, name, size, num_classes):
     logits = _probe(classifier, name, size)
     if logits.shape != (1, num_classes):
-        raise ValueError(f"{name} answers {list(logits.shape)} to one image; with num_classes {num_classes} it must be [1, {num_classes}]")
+        raise ValueError(
+            f"{name} answers {list(logits.shape)} to one image; with num_classes {num_classes} it must be [1, {num_classes}]"
+        )
 
 
 def weights_path(name: str, weights: str | Path | None) -> Path | None:
-    """The file that `load_classifier` would read; None where it would read none. Raises FileNotFoundError if it is not there."""
+    """The file that `load_classifier` would read; None where it would read none. Raises FileNotFoundError if
+    it is not there.
+    """
     files = {} if ".py:" in name else find_classifier(name).weights_files
     if weights == "random" or (weights is None and not files):
         return None
@@ -150,7 +166,9 @@ def weights_path(name: str, weights: str | Path | None) -> Path | None:
 
 
 def classifier_files(name: str, weights: str | Path | None) -> dict[str, Callable[[], Path | None]]:
-    """Functions that return the files of a classifier, its weights and, of one's own, its code; they raise where one is not there."""
+    """Functions that return the files of a classifier, its weights and, of one's own, its code; they raise
+    where one is not there.
+    """
     files = {"classifier_path": partial(weights_path, name, weights or None)}
     if code := name.rpartition(":")[0]:
         files["classifier_code"] = partial(existing_file, code)
@@ -178,10 +196,14 @@ def _from_torchvision(name):
     default = torchvision.models.get_model_weights(name).DEFAULT
     preset = default.transforms()
     # What torchvision itself sets for the published weights of these two.
-    options = {"transform_input": True, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    options = (
+        {"transform_input": True, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    )
     return ClassifierSpec(
         name=name,
-        build=lambda num_classes: torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options),
+        build=lambda num_classes: torchvision.models.get_model(
+            name, weights=None, num_classes=num_classes, **options
+        ),
         weights_files={key: table[key].url for key in [default.name, *table]},
         image_size=preset.crop_size[0],
         trained_on=InputTransform(preset.crop_size[0], tuple(preset.mean), tuple(preset.std)),
@@ -198,7 +220,9 @@ def _from_file(name):
     sys.modules[module_spec.name] = module  # dataclasses, for one, look their module up there
     module_spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
-        raise ValueError(f"{file} has no function {function!r}; write FILE.py:builder, where builder(num_classes) returns the network")
+        raise ValueError(
+            f"{file} has no function {function!r}; write FILE.py:builder, where builder(num_classes) returns the network"
+        )
     return ClassifierSpec(name, getattr(module, function), {}, None, None, "your own")
 
 
@@ -207,14 +231,20 @@ def _digits_resnet(num_classes):
 
 
 def _digits_judge(num_classes):
-    return torchvision.models.DenseNet(growth_rate=16, block_config=(4, 4), num_init_features=32, num_classes=num_classes)
+    return torchvision.models.DenseNet(
+        growth_rate=16, block_config=(4, 4), num_init_features=32, num_classes=num_classes
+    )
 
 
 _DIGITS_LICENCE = "MIT; trained on the digits of scikit-learn (UCI, CC BY 4.0)"
 DIGITS = {
     spec.name: spec
     for spec in (
-        ClassifierSpec("digits_guide", _digits_resnet, {"digits": "digits/guide.safetensors"}, 16, None, _DIGITS_LICENCE),
-        ClassifierSpec("digits_judge", _digits_judge, {"digits": "digits/judge.safetensors"}, 16, None, _DIGITS_LICENCE),
+        ClassifierSpec(
+            "digits_guide", _digits_resnet, {"digits": "digits/guide.safetensors"}, 16, None, _DIGITS_LICENCE
+        ),
+        ClassifierSpec(
+            "digits_judge", _digits_judge, {"digits": "digits/judge.safetensors"}, 16, None, _DIGITS_LICENCE
+        ),
     )
 }

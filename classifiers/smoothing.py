@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# Activations with a kink that have no counterpart here: a network that holds one is refused rather than left half smooth.
+# Activations with a kink that have no counterpart here: a network that holds one is refused rather than left
+# half smooth.
 _KINKED = (
     nn.ReLU6,
     nn.LeakyReLU,
@@ -40,13 +41,17 @@ _FUNCTIONAL_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, torch.Tensor.relu
 
 
 def smooth_relus(network: nn.Module, beta: float) -> int:
-    """Replace every nn.ReLU below `network`, in place, by Softplus_beta(x) = log(1 + exp(beta x)) / beta; return how many.
+    """Replace every nn.ReLU below `network`, in place, by Softplus_beta(x) = log(1 + exp(beta x)) / beta;
+    return how many.
 
-    A ReLU that several parents share counts once for each. Raises ValueError for activations that are kinked in another way.
+    A ReLU that several parents share counts once for each. Raises ValueError for activations that are kinked
+    in another way.
     """
     names = sorted({type(m).__name__ for m in network.modules() if isinstance(m, _KINKED)})
     if names:
-        raise ValueError(f"{type(network).__name__} has {', '.join(names)} activations, which cannot be smoothed; use softplus_beta inf")
+        raise ValueError(
+            f"{type(network).__name__} has {', '.join(names)} activations, which cannot be smoothed; use softplus_beta inf"
+        )
     count = 0
     for module in network.modules():
         # Not named_children(), which passes over the second name of a shared module.

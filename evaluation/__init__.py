@@ -5,4 +5,11 @@ from evaluation.inception import InceptionFeatures
 from evaluation.precision_recall import density_coverage, precision_recall
 from evaluation.scores import inception_score, kernel_distance
 
-__all__ = ["InceptionFeatures", "density_coverage", "frechet_distance", "inception_score", "kernel_distance", "precision_recall"]
+__all__ = [
+    "InceptionFeatures",
+    "density_coverage",
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "precision_recall",
+]

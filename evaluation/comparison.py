@@ -12,9 +12,9 @@ from torch import Tensor
 from evaluation.evaluator import Options, Reference, evaluate, metric_key
 from evaluation.networks import feature_network
 from evaluation.sets import DENSITY_NEIGHBOURS, measure, open_set
-from guided_diffusion.atomic_files import renamed_when_complete
-from guided_diffusion.checkpoints import PRETRAINED_DIR
-from guided_diffusion.sample_store import read_samples
+from guided_diffusion.files.atomic import renamed_when_complete
+from guided_diffusion.files.checkpoints import PRETRAINED_DIR
+from guided_diffusion.files.run_folder import read_samples
 
 METRICS = ("fid", "precision", "recall", "density", "coverage")
 FEATURES, RESAMPLES = "digits", 200
@@ -24,19 +24,32 @@ REFERENCE, HELD_OUT = PRETRAINED_DIR / "digits/reference.npz", PRETRAINED_DIR / 
 Runs = Mapping[tuple, Sequence[Path]]
 
 
-def summaries(runs: Runs, names: Iterable[str], numbers_of: Callable[[Path], dict[str, float]]) -> list[dict[str, Any]]:
-    """One row per kind of run: its key under `names`, and the `spread` over its runs of the numbers that `numbers_of` returns by name."""
+def summaries(
+    runs: Runs, names: Iterable[str], numbers_of: Callable[[Path], dict[str, float]]
+) -> list[dict[str, Any]]:
+    """One row per kind of run: its key under `names`, and the `spread` over its runs of the numbers that
+    `numbers_of` returns by name.
+    """
     rows = []
     for key, outs in runs.items():
         numbers = [numbers_of(out) for out in outs]
         columns = {column: [row[column] for row in numbers] for column in numbers[0]}
-        rows.append({**dict(zip(names, key, strict=True)), **{column: spread(values) for column, values in columns.items()}})
+        rows.append(
+            {
+                **dict(zip(names, key, strict=True)),
+                **{column: spread(values) for column, values in columns.items()},
+            }
+        )
     return rows
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean, sample standard deviation (None of a single value) and the values."""
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None, "runs": list(values)}
+    return {
+        "mean": float(np.mean(values)),
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "runs": list(values),
+    }
 
 
 def with_error(cell: Mapping[str, Any], form: str) -> str:
@@ -47,7 +60,8 @@ def with_error(cell: Mapping[str, Any], form: str) -> str:
 def judge(folder: Path, classifier: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """What a classifier, [-1, 1] NCHW images -> logits, says of a finished run.
 
-    hit: the share of the samples that it assigns to the class that was asked for; log_prob: that class's mean log-probability in nats.
+    hit: the share of the samples that it assigns to the class that was asked for; log_prob: that class's mean
+    log-probability in nats.
     """
     images, labels = (torch.from_numpy(array) for array in read_samples(folder))
     x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -64,12 +78,16 @@ class DigitsQuality:
 
     def __init__(self):
         self._network = feature_network(FEATURES)
-        self._reference = Reference(measure(open_set(REFERENCE, self._network), self._network, progress=False))
+        self._reference = Reference(
+            measure(open_set(REFERENCE, self._network), self._network, progress=False)
+        )
 
     def __call__(self, images: Path) -> dict[str, Any]:
         """The metrics of one set, and the standard deviation of the distance over resamples of its images."""
         result = evaluate(
-            self._reference, measure(open_set(images, self._network), self._network, progress=False), Options(bootstrap=RESAMPLES)
+            self._reference,
+            measure(open_set(images, self._network), self._network, progress=False),
+            Options(bootstrap=RESAMPLES),
         )
         numbers = {metric_key(metric, FEATURES): result.metrics[metric] for metric in METRICS}
         assert result.fid_error is not None  # it was asked for
@@ -77,7 +95,9 @@ class DigitsQuality:
 
 
 def hold_out(folder: Path, count: int, seed: int) -> Path:
-    """Write `count` of the held-out digits, or all of them if they are fewer, to a file in `folder`; return its path."""
+    """Write `count` of the held-out digits, or all of them if they are fewer, to a file in `folder`; return
+    its path.
+    """
     with np.load(HELD_OUT, allow_pickle=False) as held_out:
         unseen = held_out["arr_0"]
     path = folder / "held_out.npz"

@@ -1,4 +1,6 @@
-"""A small feature network for the 16x16 digits, so that their evaluation needs no download; its distance is FD(digits), never FID."""
+"""A small feature network for the 16x16 digits, so that their evaluation needs no download; its distance is
+FD(digits), never FID.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,14 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evaluation.features import read_weights
-from guided_diffusion.checkpoints import load_into
+from guided_diffusion.files.checkpoints import load_into
 
 SIZE = 16
 SPATIAL_CHANNELS = 7  # of the 4x4 map, as many as sFID takes of Inception's
 
 
 class DigitsNetwork(nn.Module):
-    """Three stages of 3x3 convolutions over (N, 3, 16, 16) images in [-1, 1]; `forward` returns (N, 10) logits."""
+    """Three stages of 3x3 convolutions over (N, 3, 16, 16) images in [-1, 1]; `forward` returns (N, 10)
+    logits.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +32,9 @@ class DigitsNetwork(nn.Module):
         return self.fc(self.features(x)[1])
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """((N, 64, 4, 4), (N, 64)): the map before the last stage, and the average over space of the map after it."""
+        """((N, 64, 4, 4), (N, 64)): the map before the last stage, and the average over space of the map
+        after it.
+        """
         maps = self.stages(x)
         return maps, self.last(maps).mean(dim=(2, 3))
 
@@ -36,20 +42,27 @@ class DigitsNetwork(nn.Module):
 def _stage(before, after, pooled):
     convolutions = []
     for channels in (before, after):
-        convolutions += [nn.Conv2d(channels, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        convolutions += [
+            nn.Conv2d(channels, after, 3, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(),
+        ]
     return nn.Sequential(*convolutions, *([nn.MaxPool2d(2)] if pooled else []))
 
 
 def normalise(images: NDArray[np.uint8] | Tensor) -> Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in [-1, 1]: what the network is trained on and asked about."""
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in [-1, 1]: what the network is trained on and asked
+    about.
+    """
     return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class DigitsFeatures:
-    """Called on (N, 16, 16, 3) uint8 images, numpy or torch, it returns float32 arrays: `pool3` (N, 64), `logits` (N, 10), and `spatial`
-    (N, 112), the first 7 channels of the 4x4 map in NHWC order.
+    """Called on (N, 16, 16, 3) uint8 images, numpy or torch, it returns float32 arrays: `pool3` (N, 64),
+    `logits` (N, 10), and `spatial` (N, 112), the first 7 channels of the 4x4 map in NHWC order.
 
-    `weights` is a file or a state dict. Raises ValueError for weights that do not fit and for images of another size.
+    `weights` is a file or a state dict. Raises ValueError for weights that do not fit and for images of
+    another size.
     """
 
     name, protocol, batch_size = "digits", "digits", 256
@@ -64,7 +77,12 @@ class DigitsFeatures:
     @torch.inference_mode()
     def __call__(self, images: NDArray[np.uint8] | Tensor) -> dict[str, NDArray[np.float32]]:
         if tuple(images.shape[1:]) != (SIZE, SIZE, 3) or images.dtype not in (np.uint8, torch.uint8):
-            raise ValueError(f"the digits features need uint8 images (N, {SIZE}, {SIZE}, 3), not {images.dtype} {tuple(images.shape)}")
+            raise ValueError(
+                f"the digits features need uint8 images (N, {SIZE}, {SIZE}, 3), not {images.dtype} {tuple(images.shape)}"
+            )
         maps, pool = self.network.features(normalise(torch.as_tensor(images).to(self.device)))
         spatial = maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-        return {key: value.cpu().numpy() for key, value in {"pool3": pool, "spatial": spatial, "logits": self.network.fc(pool)}.items()}
+        return {
+            key: value.cpu().numpy()
+            for key, value in {"pool3": pool, "spatial": spatial, "logits": self.network.fc(pool)}.items()
+        }

@@ -1,9 +1,11 @@
-"""FID, sFID, Inception Score, precision, recall, density, coverage and KID of sets of images against a reference.
+"""FID, sFID, Inception Score, precision, recall, density, coverage and KID of sets of images against a
+reference.
 
     python evaluation/evaluator.py REFERENCE SAMPLES
 
-prints the five lines of guided-diffusion's evaluator under its protocol; scripts/evaluate.py is the same with every option. FID and sFID of
-a reference in the published layout are those of the statistics in it, the other numbers those of its images.
+prints the five lines of guided-diffusion's evaluator under its protocol; scripts/evaluate.py is the same with
+every option. FID and sFID of a reference in the published layout are those of the statistics in it, the other
+numbers those of its images.
 """
 
 import argparse
@@ -43,15 +45,24 @@ from evaluation.sets import (
 )
 
 MAX_REFERENCE_IMAGES = 10_000  # as in guided-diffusion's evaluation
-ENOUGH_IMAGES = 10_000  # from here on what is left of the bias of precision, recall and Inception Score is small
+ENOUGH_IMAGES = (
+    10_000  # from here on what is left of the bias of precision, recall and Inception Score is small
+)
 INFINITY_IMAGES = 20
-DISTANCES = {"fid": ("FID", "fd", "FD"), "sfid": ("sFID", "sfd", "sFD"), "inception_score": ("IS", "is", "IS"), "kid": ("KID", "kd", "KD")}
+DISTANCES = {
+    "fid": ("FID", "fd", "FD"),
+    "sfid": ("sFID", "sfd", "sFD"),
+    "inception_score": ("IS", "is", "IS"),
+    "kid": ("KID", "kd", "KD"),
+}
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "density", "coverage", "kid")
 
 
 @dataclass(frozen=True)
 class Options:
-    """bootstrap: resamples for the error bar of FID, 0 for none; precision_recall_dtype: float16 or float32."""
+    """bootstrap: resamples for the error bar of FID, 0 for none; precision_recall_dtype: float16 or
+    float32.
+    """
 
     bootstrap: int = 0
     fid_infinity: bool = False
@@ -63,7 +74,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """The numbers of one set. `metrics` has all of METRICS; what could not be had is None, and `notes` say why.
+    """The numbers of one set. `metrics` has all of METRICS; what could not be had is None, and `notes` say
+    why.
 
     The names in `metrics` are those of Inception; `metric_key` and `metric_label` give the names to show.
     """
@@ -82,7 +94,9 @@ class Result:
     @property
     def protocol(self) -> str:
         """All that two results must share to be compared, but the reference."""
-        network = f"{self.samples['protocol']}, {self.samples['features']} {self.samples['weights_sha256'][:8]}"
+        network = (
+            f"{self.samples['protocol']}, {self.samples['features']} {self.samples['weights_sha256'][:8]}"
+        )
         return f"{network}, precision/recall in {self.precision_recall_dtype}"
 
 
@@ -90,7 +104,8 @@ class Result:
 class Reference:
     """A measured set to which others are compared: its covariances are factored once.
 
-    `features` are those of at most 10,000 of its images, drawn with `seed`; None where it has no images. `notes` are about the reference.
+    `features` are those of at most 10,000 of its images, drawn with `seed`; None where it has no images.
+    `notes` are about the reference.
     """
 
     measured: MeasuredSet
@@ -102,19 +117,28 @@ class Reference:
 
     def __post_init__(self) -> None:
         spatial = self.measured.spatial()
-        self.pool, self.spatial = FrechetReference(self.measured.pool()), FrechetReference(spatial) if spatial else None
+        self.pool, self.spatial = (
+            FrechetReference(self.measured.pool()),
+            FrechetReference(spatial) if spatial else None,
+        )
         self.notes = self.measured.notes + _notes_on_covariances(self.measured)
         self.features = self.measured.features.pool3 if self.measured.features else None
         if self.features is not None and len(self.features) < ENOUGH_IMAGES:
-            self.notes.append(f"{len(self.features)} images, fewer than {ENOUGH_IMAGES:,}: precision and recall depend on their number")
+            self.notes.append(
+                f"{len(self.features)} images, fewer than {ENOUGH_IMAGES:,}: precision and recall depend on their number"
+            )
         elif self.features is not None and len(self.features) > MAX_REFERENCE_IMAGES:
-            self.notes.append(f"all but FID, sFID and IS take {MAX_REFERENCE_IMAGES:,} of {len(self.features):,} images")
+            self.notes.append(
+                f"all but FID, sFID and IS take {MAX_REFERENCE_IMAGES:,} of {len(self.features):,} images"
+            )
             self.features = _some(self.features, MAX_REFERENCE_IMAGES, self.seed)
 
 
 def metric_key(metric: str, features: str) -> str:
     """The name in JSON: fid is Inception's alone, another feature network's distance is fd_NAME."""
-    return metric if _is_inception(features) or metric not in DISTANCES else f"{DISTANCES[metric][1]}_{features}"
+    return (
+        metric if _is_inception(features) or metric not in DISTANCES else f"{DISTANCES[metric][1]}_{features}"
+    )
 
 
 def metric_label(metric: str, features: str) -> str:
@@ -132,25 +156,32 @@ def _is_inception(features):
 def evaluate(reference: Reference, samples: MeasuredSet, options: Options | None = None) -> Result:
     """Every number of one set against a reference that was measured with the same network.
 
-    Raises ValueError for sets of two networks or protocols, two resolutions (unless allowed), and too few images.
+    Raises ValueError for sets of two networks or protocols, two resolutions (unless allowed), and too few
+    images.
     """
     options = options or Options()
     ours, theirs = samples.provenance, reference.measured.provenance
     for key in ("features", "protocol", "weights_sha256"):
         if ours[key] != theirs[key]:
-            raise ValueError(f"{samples.name} was measured with {key} {ours[key]}, the reference with {theirs[key]}: measure both alike")
+            raise ValueError(
+                f"{samples.name} was measured with {key} {ours[key]}, the reference with {theirs[key]}: measure both alike"
+            )
     notes = samples.notes + _notes_on_covariances(samples)
     if not options.allow_resolution:
         require_same_resolution(reference.measured, samples)
     elif samples.resolution and reference.measured.resolution not in (None, samples.resolution):
-        notes.append(f"resolution {samples.resolution} against {reference.measured.resolution} of the reference")
+        notes.append(
+            f"resolution {samples.resolution} against {reference.measured.resolution} of the reference"
+        )
     metrics: dict[str, float | None] = dict.fromkeys(METRICS)
     metrics |= {"fid": _frechet(reference, samples), "sfid": _spatial_frechet(reference, samples, notes)}
     if samples.features is None:
         notes.append("statistics without images: only the Frechet distances can be had")
     else:
         if samples.features.count < ENOUGH_IMAGES:
-            notes.append(f"fewer than {ENOUGH_IMAGES:,} images: compare IS, precision and recall only with those of as many images")
+            notes.append(
+                f"fewer than {ENOUGH_IMAGES:,} images: compare IS, precision and recall only with those of as many images"
+            )
         metrics["inception_score"] = inception_score(logits=samples.features.logits)
         metrics |= _manifold_metrics(reference, samples.features, options, notes)
     return Result(
@@ -170,7 +201,13 @@ def _on_record(reference, options):
     """What the numbers depend on besides the two sets."""
     used = None if reference.features is None else len(reference.features)
     neighbours = {"neighbours": NEIGHBOURS, "density_neighbours": DENSITY_NEIGHBOURS}
-    record = {**asdict(options), **neighbours, "reference_images_used": used, "reference_seed": reference.seed, "scipy": scipy.__version__}
+    record = {
+        **asdict(options),
+        **neighbours,
+        "reference_images_used": used,
+        "reference_seed": reference.seed,
+        "scipy": scipy.__version__,
+    }
     return {key: value for key, value in record.items() if key != "progress"}
 
 
@@ -194,7 +231,10 @@ def _manifold_metrics(reference, features: Features, options, notes):
         return {}
     real, fake = reference.features, features.pool3
     if options.progress:
-        print(f"precision, recall, density, coverage and KID: {len(real)} against {len(fake)} images", file=sys.stderr)
+        print(
+            f"precision, recall, density, coverage and KID: {len(real)} against {len(fake)} images",
+            file=sys.stderr,
+        )
     dtype = getattr(torch, options.precision_recall_dtype)
     scores = manifold_scores(real=real, fake=fake, k=NEIGHBOURS, density_k=DENSITY_NEIGHBOURS, dtype=dtype)
     return {**vars(scores), "kid": kernel_distance(real=real, fake=fake)}
@@ -205,10 +245,15 @@ def _notes_on_covariances(measured):
     if measured.statistics:
         dimensions = {"pooled": measured.statistics.pool.mu.size}
     else:
-        dimensions = {"pooled": measured.features.pool3.shape[1], "spatial": measured.features.spatial.mean.size}
+        dimensions = {
+            "pooled": measured.features.pool3.shape[1],
+            "spatial": measured.features.spatial.mean.size,
+        }
     for kind, dimension in dimensions.items():
         if count is not None and count <= dimension:
-            notes.append(f"{count} images are not more than the {dimension} {kind} features: singular covariance")
+            notes.append(
+                f"{count} images are not more than the {dimension} {kind} features: singular covariance"
+            )
     return notes
 
 
@@ -217,12 +262,18 @@ def _frechet_extras(reference, samples, fid, options, notes):
     if not (options.bootstrap or options.fid_infinity):
         return {}
     if samples.statistics or samples.features is None:
-        notes.append("no error bar and no extrapolation: the distance is that of statistics, which cannot be resampled")
+        notes.append(
+            "no error bar and no extrapolation: the distance is that of statistics, which cannot be resampled"
+        )
         return {}
     extras, pool3 = {}, samples.features.pool3
     if options.bootstrap:
-        with tqdm(total=options.bootstrap, desc=f"resamples of {samples.name}", disable=not options.progress) as watch:
-            resampled = bootstrap_frechet(_Watched(reference.pool, watch), pool3, options.bootstrap, options.seed)
+        with tqdm(
+            total=options.bootstrap, desc=f"resamples of {samples.name}", disable=not options.progress
+        ) as watch:
+            resampled = bootstrap_frechet(
+                _Watched(reference.pool, watch), pool3, options.bootstrap, options.seed
+            )
         bar = error_bar(fid, resampled)
         extras["fid_error"] = replace(bar, low=max(bar.low, 0.0))
     if options.fid_infinity and len(pool3) < INFINITY_IMAGES:
@@ -245,8 +296,11 @@ class _Watched(FrechetReference):
         return distance
 
 
-def compare(reference: Reference, a: MeasuredSet, b: MeasuredSet, repeats: int, seed: int = 0, progress: bool = False) -> ErrorBar:
-    """The Frechet distance of a minus that of b, with a 95% interval from `repeats` resamples that both share.
+def compare(
+    reference: Reference, a: MeasuredSet, b: MeasuredSet, repeats: int, seed: int = 0, progress: bool = False
+) -> ErrorBar:
+    """The Frechet distance of a minus that of b, with a 95% interval from `repeats` resamples that both
+    share.
 
     Of the larger set as many images as the smaller has are drawn with `seed`.
 
@@ -260,7 +314,9 @@ def compare(reference: Reference, a: MeasuredSet, b: MeasuredSet, repeats: int, 
     x, y = (_some(features.pool3, count, seed) for features in (a.features, b.features))
     with tqdm(total=2 * repeats, desc=f"resamples of {a.name} and {b.name}", disable=not progress) as bar:
         resampled = bootstrap_difference(_Watched(reference.pool, bar), x, y, repeats, seed)
-    return error_bar(reference.pool.distance_to_features(x) - reference.pool.distance_to_features(y), resampled)
+    return error_bar(
+        reference.pool.distance_to_features(x) - reference.pool.distance_to_features(y), resampled
+    )
 
 
 def _some(features, count, seed):
@@ -272,14 +328,24 @@ def _some(features, count, seed):
 
 def five_lines(result: Result) -> str:
     """What guided-diffusion's evaluator prints; nan for what could not be had."""
-    names = {"Inception Score": "inception_score", "FID": "fid", "sFID": "sfid", "Precision": "precision", "Recall": "recall"}
+    names = {
+        "Inception Score": "inception_score",
+        "FID": "fid",
+        "sFID": "sfid",
+        "Precision": "precision",
+        "Recall": "recall",
+    }
     values = {label: result.metrics[metric] for label, metric in names.items()}
-    return "\n".join(f"{label}: {float('nan') if value is None else value}" for label, value in values.items())
+    return "\n".join(
+        f"{label}: {float('nan') if value is None else value}" for label, value in values.items()
+    )
 
 
 def main() -> None:
     """The command line of guided-diffusion's evaluator; --weights and --device are this project's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("ref_batch", help="reference npz, or images")
     parser.add_argument("sample_batch", help="npz, folder or zip of samples")
     parser.add_argument("--weights", help="Inception weights, by default those in pretrained_models/")
@@ -288,7 +354,9 @@ def main() -> None:
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]}); write cpu or cuda") from error
+        raise ValueError(
+            f"--device {args.device} cannot be used here ({str(error).splitlines()[0]}); write cpu or cuda"
+        ) from error
     network = feature_network(weights=args.weights, device=args.device)
     opened = [open_set(path, network) for path in (args.ref_batch, args.sample_batch)]
     require_comparable(opened[0], opened[1], network)
@@ -296,7 +364,10 @@ def main() -> None:
     result = evaluate(reference, measure(opened[1], network))
     for note in [f"reference: {note}" for note in reference.notes] + result.notes:
         print(f"note: {note}", file=sys.stderr)
-    print("note: precision and recall in float32; in guided-diffusion's float16 both come out 0.001 to 0.004 larger", file=sys.stderr)
+    print(
+        "note: precision and recall in float32; in guided-diffusion's float16 both come out 0.001 to 0.004 larger",
+        file=sys.stderr,
+    )
     print(five_lines(result))
 
 

@@ -1,12 +1,14 @@
 """From images to features, in one pass: what every metric is computed from.
 
-Reading and decoding run in a thread ahead of the network. With a cache folder the features of every few thousand images are kept as a part:
+Reading and decoding run in a thread ahead of the network. With a cache folder the features of every few
+thousand images are kept as a part:
 
     NAME-PROTOCOL-KEY/00000000-00002048.npz   pool3 and logits of these entries, what was remarked so far, and the versions used
     NAME-PROTOCOL-KEY/spatial-00002048.npz    the moments of the spatial features of all entries before 2,048
 
-The key is a hash of the network, its weights and the images' fingerprint. A file with one of these names is complete, and the moments are
-written before the part that they end with, so that a killed extraction goes on after its last part, and a complete one extracts nothing.
+The key is a hash of the network, its weights and the images' fingerprint. A file with one of these names is
+complete, and the moments are written before the part that they end with, so that a killed extraction goes on
+after its last part, and a complete one extracts nothing.
 """
 
 import hashlib
@@ -29,16 +31,18 @@ from tqdm import tqdm
 
 from evaluation.images import Images, describe
 from evaluation.moments import Moments
-from guided_diffusion.atomic_files import renamed_when_complete
-from guided_diffusion.checkpoints import load_state_dict
-from guided_diffusion.checkpoints import sha256 as sha256_of_file
+from guided_diffusion.files.atomic import renamed_when_complete
+from guided_diffusion.files.checkpoints import load_state_dict
+from guided_diffusion.files.checkpoints import sha256 as sha256_of_file
 
 PART_SIZE = 2048
 BATCHES_AHEAD = 4
 
 
 class FeatureNetwork(Protocol):
-    """What `extract` asks of a network: (n, H, W, 3) uint8 -> float32 `pool3` (n, D), `spatial` (n, S) and `logits` (n, C)."""
+    """What `extract` asks of a network: (n, H, W, 3) uint8 -> float32 `pool3` (n, D), `spatial` (n, S) and
+    `logits` (n, C).
+    """
 
     name: str
     protocol: str
@@ -50,8 +54,10 @@ class FeatureNetwork(Protocol):
 
 @dataclass(frozen=True)
 class Features:
-    """The features of one set of images, in its order: `pool3` (N, D) and `logits` (N, C), float32; the float64 moments of the spatial
-    features; the images' (height, width); and `provenance`, which says by JSON-able names and numbers where all this comes from."""
+    """The features of one set of images, in its order: `pool3` (N, D) and `logits` (N, C), float32; the
+    float64 moments of the spatial features; the images' (height, width); and `provenance`, which says by
+    JSON-able names and numbers where all this comes from.
+    """
 
     pool3: NDArray[np.float32]
     logits: NDArray[np.float32]
@@ -75,8 +81,9 @@ def extract(
 ) -> Features:
     """Run every image through the network once, `batch_size` (by default the network's own) at a time.
 
-    `cache` is a folder in which features are kept, as said above; `progress` draws a bar with the time left on stderr. Raises ValueError
-    for a batch size below 1, for a damaged cache, for features that are not finite, and for what `Images.batches` refuses.
+    `cache` is a folder in which features are kept, as said above; `progress` draws a bar with the time left
+    on stderr. Raises ValueError for a batch size below 1, for a damaged cache, for features that are not
+    finite, and for what `Images.batches` refuses.
     """
     batch_size = network.batch_size if batch_size is None else batch_size
     if batch_size < 1:
@@ -85,7 +92,9 @@ def extract(
     parts = _PartFiles(cache, network, fingerprint) if cache is not None else None
     gathered = parts.restore(images.entries) if parts else _Gathered(images.entries)
     if gathered.stop < images.entries:
-        with tqdm(total=images.entries, initial=gathered.stop, unit="image", desc=images.name, disable=not progress) as bar:
+        with tqdm(
+            total=images.entries, initial=gathered.stop, unit="image", desc=images.name, disable=not progress
+        ) as bar:
             for part in _parts(images, network, batch_size, gathered, bar):
                 gathered.add(part)
                 if parts:
@@ -124,16 +133,25 @@ class _Gathered:
     def __init__(self, entries: int):
         self._entries, self.stop, self.count = entries, 0, 0
         self.remarks: Counter[str] = Counter()
-        self.versions = {"torch": torch.__version__, "numpy": np.__version__, "pytorch_fid": version("pytorch-fid")}
+        self.versions = {
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "pytorch_fid": version("pytorch-fid"),
+        }
         self.spatial = Moments(0)
         self._pool3 = self._logits = np.empty((0, 0), np.float32)
 
     def add(self, part: _Part) -> None:
         n = len(part.pool3)
         if self.count == 0:
-            self._pool3, self._logits = (np.empty((self._entries, x.shape[1]), np.float32) for x in (part.pool3, part.logits))
+            self._pool3, self._logits = (
+                np.empty((self._entries, x.shape[1]), np.float32) for x in (part.pool3, part.logits)
+            )
             self.spatial = Moments(part.spatial.shape[1])
-        self._pool3[self.count : self.count + n], self._logits[self.count : self.count + n] = part.pool3, part.logits
+        self._pool3[self.count : self.count + n], self._logits[self.count : self.count + n] = (
+            part.pool3,
+            part.logits,
+        )
         self.spatial.update(part.spatial)
         self.stop, self.count, self.remarks = part.stop, self.count + n, part.remarks
 
@@ -141,7 +159,9 @@ class _Gathered:
         return self._pool3[: self.count], self._logits[: self.count]
 
     def no_rows(self) -> dict[str, list[NDArray[np.float32]]]:
-        """What the lists of a new part begin with, so that a part in which every image is unreadable has its shape."""
+        """What the lists of a new part begin with, so that a part in which every image is unreadable has its
+        shape.
+        """
         if self.count == 0:
             return {"pool3": [], "logits": [], "spatial": []}
         spatial = np.empty((0, self.spatial.mean.size), np.float32)
@@ -149,7 +169,9 @@ class _Gathered:
 
 
 def _parts(images, network, batch_size, gathered, bar):
-    """Yield a _Part for every PART_SIZE entries, and one for the rest; the caller adds it to `gathered` before it asks for the next."""
+    """Yield a _Part for every PART_SIZE entries, and one for the rest; the caller adds it to `gathered`
+    before it asks for the next.
+    """
     rows, remarks_before = gathered.no_rows(), gathered.remarks
     with closing(_read_ahead(images, batch_size, gathered.stop)) as batches:
         for stop, batch, remarks in batches:
@@ -164,7 +186,9 @@ def _parts(images, network, batch_size, gathered, bar):
 
 
 def _read_ahead(images, batch_size, start):
-    """Yield (entries covered, (n, H, W, 3) uint8, remarks) while a thread reads the next batches; its errors come out here."""
+    """Yield (entries covered, (n, H, W, 3) uint8, remarks) while a thread reads the next batches; its errors
+    come out here.
+    """
     batches = images.batches(batch_size, start)
 
     def read():
@@ -186,7 +210,9 @@ class _PartFiles:
     """The parts of one set under one network in a cache folder."""
 
     def __init__(self, cache: str | Path, network: FeatureNetwork, fingerprint: str):
-        key = hashlib.sha256(f"{network.name} {network.protocol} {network.sha256} {fingerprint}".encode()).hexdigest()
+        key = hashlib.sha256(
+            f"{network.name} {network.protocol} {network.sha256} {fingerprint}".encode()
+        ).hexdigest()
         self._folder = Path(cache) / f"{network.name}-{network.protocol}-{key[:32]}"
         self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -210,7 +236,16 @@ class _PartFiles:
             arrays = self._read(path)
             about = json.loads(str(arrays["about"]))
             spatial = np.empty((0, moments.mean.size), np.float32)
-            gathered.add(_Part(gathered.stop, _stop(path), arrays["pool3"], arrays["logits"], spatial, Counter(about["remarks"])))
+            gathered.add(
+                _Part(
+                    gathered.stop,
+                    _stop(path),
+                    arrays["pool3"],
+                    arrays["logits"],
+                    spatial,
+                    Counter(about["remarks"]),
+                )
+            )
             gathered.versions = about["versions"]
         gathered.spatial = moments
         return gathered
@@ -233,7 +268,9 @@ class _PartFiles:
             with np.load(path, allow_pickle=False) as arrays:
                 return {key: arrays[key] for key in arrays.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is damaged ({error}): delete its folder, and the features are extracted anew") from error
+            raise ValueError(
+                f"{path} is damaged ({error}): delete its folder, and the features are extracted anew"
+            ) from error
 
 
 def _stop(path):
@@ -252,7 +289,9 @@ def _moments(count, mean, scatter):
 
 
 def read_weights(weights: str | Path | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """A file or a state dict -> (name -> tensor, 64 hexadecimal digits: of the file, or of the names and values of the state dict)."""
+    """A file or a state dict -> (name -> tensor, 64 hexadecimal digits: of the file, or of the names and
+    values of the state dict).
+    """
     if isinstance(weights, str | Path):
         return load_state_dict(weights), sha256_of_file(weights)
     digest = hashlib.sha256()

@@ -1,6 +1,8 @@
-"""Sets of images on disk, read as a stream of uint8 batches: npz files, folders, zip files, and the output folders of this project.
+"""Sets of images on disk, read as a stream of uint8 batches: npz files, folders, zip files, and the output
+folders of this project.
 
-Nothing here holds more than one batch, and no file is opened before its turn but the first picture and the headers of npz files.
+Nothing here holds more than one batch, and no file is opened before its turn but the first picture and the
+headers of npz files.
 """
 
 import hashlib
@@ -18,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from guided_diffusion.sample_store import finished_files, read_run, shard_files
+from guided_diffusion.files.run_folder import finished_files, read_run, shard_files
 
 ENDINGS = (".png", ".jpg", ".jpeg")
 LOSSY = "JPEG, whose compression changes the features that are compared"
@@ -46,8 +48,9 @@ class _Refused(ValueError):
 class Images:
     """A set of images of one size, as `open_images` returns it.
 
-    `name` is the file's or folder's; `entries` counts the images, unreadable picture files included; `resolution` is (height, width);
-    `remarks` counts, by its text, what the latest pass over `batches` met; `standing_notes` are true without a pass.
+    `name` is the file's or folder's; `entries` counts the images, unreadable picture files included;
+    `resolution` is (height, width); `remarks` counts, by its text, what the latest pass over `batches` met;
+    `standing_notes` are true without a pass.
     """
 
     def __init__(self, path: Path, entries: int, resolution: tuple[int, int]):
@@ -66,32 +69,38 @@ class Images:
         return self.standing_notes + describe(self.remarks, self.entries)
 
     def batches(self, batch_size: int, start: int = 0) -> Iterator[NDArray[np.uint8]]:
-        """Yield (n, H, W, 3) uint8 arrays, beginning at entry `start`. Each covers `batch_size` entries, the last one the rest.
+        """Yield (n, H, W, 3) uint8 arrays, beginning at entry `start`. Each covers `batch_size` entries, the
+        last one the rest.
 
-        With skip_unreadable an array may hold fewer images than it covers entries, even none. Raises ValueError for a picture that is
-        damaged, of another size, with alpha or with 16 bits, and for a damaged npz.
+        With skip_unreadable an array may hold fewer images than it covers entries, even none. Raises
+        ValueError for a picture that is damaged, of another size, with alpha or with 16 bits, and for a
+        damaged npz.
         """
         raise NotImplementedError
 
     def pick(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """(n, H, W, 3): the images at these entries, which ascend; fewer where some are unreadable and skipped. Errors: see `batches`."""
+        """(n, H, W, 3): the images at these entries, which ascend; fewer where some are unreadable and
+        skipped. Errors: see `batches`.
+        """
         raise NotImplementedError
 
     def fingerprint(self) -> str:
         """64 hexadecimal digits that change when any pixel, the order or the number of the images changes.
 
-        Hashed are names, sizes and CRC-32, which npz and zip record in their directories; a folder's files are read once. A folder
-        and a zip of it have the same fingerprint.
+        Hashed are names, sizes and CRC-32, which npz and zip record in their directories; a folder's files
+        are read once. A folder and a zip of it have the same fingerprint.
         """
         raise NotImplementedError
 
 
 def open_images(path: str | Path, *, skip_unreadable: bool = False) -> Images:
-    """Open an npz (`arr_0`: uint8 NHWC), a zip or folder of PNG and JPEG files, or an output folder of this project.
+    """Open an npz (`arr_0`: uint8 NHWC), a zip or folder of PNG and JPEG files, or an output folder of this
+    project.
 
-    Folders are read recursively, in the order of the relative paths; hidden and other files are ignored. Of an output folder only the
-    samples are read: samples_*.npz, or the shards of an unfinished run in the order of their indices. With skip_unreadable, damaged
-    pictures are skipped and counted, not refused. Raises FileNotFoundError, and ValueError for anything that is not such a set.
+    Folders are read recursively, in the order of the relative paths; hidden and other files are ignored. Of
+    an output folder only the samples are read: samples_*.npz, or the shards of an unfinished run in the order
+    of their indices. With skip_unreadable, damaged pictures are skipped and counted, not refused. Raises
+    FileNotFoundError, and ValueError for anything that is not such a set.
     """
     path = Path(path)
     if path.is_dir():
@@ -106,7 +115,9 @@ def open_images(path: str | Path, *, skip_unreadable: bool = False) -> Images:
 
 
 def pick_images(images: Images, count: int, seed: int = 0) -> NDArray[np.uint8]:
-    """(count, H, W, 3) random images of a set, in its order; fewer where it has fewer, or where some are unreadable and skipped."""
+    """(count, H, W, 3) random images of a set, in its order; fewer where it has fewer, or where some are
+    unreadable and skipped.
+    """
     return images.pick(np.sort(np.random.RandomState(seed).permutation(images.entries)[:count]))
 
 
@@ -120,12 +131,16 @@ def _open_folder(folder, skip_unreadable):
     if finished and finished[0].suffix == ".json":
         return _Pictures(folder, skip_unreadable)
     if len(finished) > 1:
-        raise ValueError(f"{folder} holds {len(finished)} sample files ({finished[0].name}, {finished[1].name}, ...): give one of them")
+        raise ValueError(
+            f"{folder} holds {len(finished)} sample files ({finished[0].name}, {finished[1].name}, ...): give one of them"
+        )
     if finished:
         return _Arrays(folder, finished)
     if shards := shard_files(folder):
         images = _Arrays(folder, shards)
-        images.standing_notes.append(f"unfinished run: {images.entries} of {read_run(folder)['settings'].get('num_samples')} images")
+        images.standing_notes.append(
+            f"unfinished run: {images.entries} of {read_run(folder)['settings'].get('num_samples')} images"
+        )
         return images
     if (folder / "run.json").is_file():
         raise ValueError(f"{folder} holds 0 images: its run has not completed a shard yet")
@@ -144,7 +159,11 @@ class _Arrays(Images):
         super().__init__(path, sum(self._lengths), shapes[0][1:3])
 
     def batches(self, batch_size: int, start: int = 0) -> Iterator[NDArray[np.uint8]]:
-        batch, filled, remaining = _empty(min(batch_size, self.entries - start), self.resolution), 0, self.entries - start
+        batch, filled, remaining = (
+            _empty(min(batch_size, self.entries - start), self.resolution),
+            0,
+            self.entries - start,
+        )
         for file, length in zip(self._files, self._lengths, strict=True):
             if start >= length:
                 start -= length
@@ -171,22 +190,30 @@ class _Arrays(Images):
         return picked
 
     def fingerprint(self) -> str:
-        checksums = ((size, crc) for file in self._files for name, size, crc in _directory(file) if name == "arr_0.npy")
+        checksums = (
+            (size, crc) for file in self._files for name, size, crc in _directory(file) if name == "arr_0.npy"
+        )
         return _hash("arrays", *checksums)
 
 
 @contextmanager
 def _opened(file):
-    """(stream of the pixels of arr_0, its shape); whatever is wrong with the file, now or while it is read, becomes a ValueError."""
+    """(stream of the pixels of arr_0, its shape); whatever is wrong with the file, now or while it is read,
+    becomes a ValueError.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             if "arr_0.npy" not in archive.namelist():
                 held = ", ".join(name.removesuffix(".npy") for name in archive.namelist())
-                raise _Refused(f"{file} has no arr_0, which holds the images in an npz; it holds {held or 'nothing'}")
+                raise _Refused(
+                    f"{file} has no arr_0, which holds the images in an npz; it holds {held or 'nothing'}"
+                )
             with archive.open("arr_0.npy") as stream:
                 shape = _read_header(file, stream)
                 if stream.tell() + math.prod(shape) != archive.getinfo("arr_0.npy").file_size:
-                    raise _Refused(f"{file} is damaged: arr_0 does not hold as many pixels as its header says")
+                    raise _Refused(
+                        f"{file} is damaged: arr_0 does not hold as many pixels as its header says"
+                    )
                 yield stream, shape
     except _Refused:
         raise
@@ -201,12 +228,16 @@ def _shape(file):
 
 def _read_header(file, stream):
     short = np.lib.format.read_magic(stream) == (1, 0)
-    shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if short else np.lib.format.read_array_header_2_0)(stream)
+    shape, fortran, dtype = (
+        np.lib.format.read_array_header_1_0 if short else np.lib.format.read_array_header_2_0
+    )(stream)
     if dtype.hasobject:
         raise _Refused(f"{file}: arr_0 holds Python objects, which are refused; save uint8 images")
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape[1:] or fortran:
         order = "Fortran" if fortran else "C"
-        raise _Refused(f"{file}: arr_0 is {dtype} {shape} in {order} order; needed are uint8 images (N, height, width, 3) in C order")
+        raise _Refused(
+            f"{file}: arr_0 is {dtype} {shape} in {order} order; needed are uint8 images (N, height, width, 3) in C order"
+        )
     if shape[0] == 0:
         raise _Refused(f"{file} holds 0 images")
     return shape
@@ -258,15 +289,25 @@ class _Pictures(Images):
             raise ValueError(f"{self.path / name} {error}") from error
         except DAMAGED as error:
             if not self._skip:
-                why = "no PNG or JPEG" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-                raise ValueError(f"{self.path / name} is damaged ({why}); --skip_unreadable leaves it out") from error
+                why = (
+                    "no PNG or JPEG"
+                    if isinstance(error, UnidentifiedImageError)
+                    else str(error) or type(error).__name__
+                )
+                raise ValueError(
+                    f"{self.path / name} is damaged ({why}); --skip_unreadable leaves it out"
+                ) from error
             self.remarks[SKIPPED] += 1
             return None
         self.remarks.update(remarks)
         return image
 
     def _listing(self, path: Path) -> list[str]:
-        return [file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file()]
+        return [
+            file.relative_to(path).as_posix()
+            for file in path.rglob("*")
+            if file.suffix.lower() in ENDINGS and file.is_file()
+        ]
 
     def _reader(self) -> AbstractContextManager[Callable[[str], bytes]]:
         return nullcontext(lambda name: (self.path / name).read_bytes())
@@ -292,7 +333,12 @@ class _ZippedPictures(_Pictures):
             yield archive.read
 
     def _checksums(self):
-        return iter(sorted((entry for entry in _directory(self.path) if _is_picture(entry[0])), key=lambda e: PurePosixPath(e[0])))
+        return iter(
+            sorted(
+                (entry for entry in _directory(self.path) if _is_picture(entry[0])),
+                key=lambda e: PurePosixPath(e[0]),
+            )
+        )
 
 
 def _is_picture(name):
@@ -319,7 +365,9 @@ def _empty(n, resolution):
 
 
 def _mixed_sizes(path, first, one, second, other):
-    return ValueError(f"{path} holds images of different sizes: {first} is {one[0]}x{one[1]}, {second} is {other[0]}x{other[1]} (HxW)")
+    return ValueError(
+        f"{path} holds images of different sizes: {first} is {one[0]}x{one[1]}, {second} is {other[0]}x{other[1]} (HxW)"
+    )
 
 
 def _directory(file):

@@ -1,11 +1,13 @@
 """Precision, recall, density and coverage from k-nearest-neighbour manifolds.
 
-Precision and recall: Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models" (2019). Density and
-coverage: Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative Models" (2020). Both compare distances between two sets
-with radii: the distance of a point to its k-th neighbour in its own set, not counting itself. Distances are squared, |u|^2 - 2 u.v + |v|^2
-clamped at 0, and computed tile by tile, so that memory does not grow with their number.
+Precision and recall: Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative
+Models" (2019). Density and coverage: Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative
+Models" (2020). Both compare distances between two sets with radii: the distance of a point to its k-th
+neighbour in its own set, not counting itself. Distances are squared, |u|^2 - 2 u.v + |v|^2 clamped at 0, and
+computed tile by tile, so that memory does not grow with their number.
 
-The dtypes. float64 and float32: the mean of the real features is subtracted first, which changes no distance but keeps its digits.
+The dtypes. float64 and float32: the mean of the real features is subtracted first, which changes no distance
+but keeps its digits.
 float16: as in guided-diffusion's evaluator, features, products and distances are rounded to float16 (sums stay float32), and a tile that
 overflows is computed in float32; distances tie then, which raises precision and recall by a few thousandths and lowers density. None,
 the default: float64 where a set is float64, else float32.
@@ -26,9 +28,11 @@ DTYPES = (torch.float16, torch.float32, torch.float64)
 def precision_recall(
     *, real: ArrayLike | Tensor, fake: ArrayLike | Tensor, k: int = 3, dtype: torch.dtype | None = None
 ) -> tuple[float, float]:
-    """Share of fake inside the manifold of real, and share of real inside the manifold of fake; features (N, D) and (M, D).
+    """Share of fake inside the manifold of real, and share of real inside the manifold of fake; features (N,
+    D) and (M, D).
 
-    Inside: no farther from some point of the other set than that point's radius. Errors: see `manifold_scores`.
+    Inside: no farther from some point of the other set than that point's radius. Errors: see
+    `manifold_scores`.
     """
     distances = TiledDistances(real, fake, dtype, k)
     counter = _PrecisionRecall(distances.radii(distances.real, k), distances.radii(distances.fake, k))
@@ -39,10 +43,11 @@ def precision_recall(
 def density_coverage(
     *, real: ArrayLike | Tensor, fake: ArrayLike | Tensor, k: int = 5, dtype: torch.dtype | None = None
 ) -> tuple[float, float]:
-    """How many radii of real a fake point lies within, over k, on average; and the share of real with a fake point within its radius.
+    """How many radii of real a fake point lies within, over k, on average; and the share of real with a fake
+    point within its radius.
 
-    Features (N, D) and (M, D). Within: strictly nearer than the radius, so that the density of identical sets is 1. Errors: see
-    `manifold_scores`.
+    Features (N, D) and (M, D). Within: strictly nearer than the radius, so that the density of identical sets
+    is 1. Errors: see `manifold_scores`.
     """
     distances = TiledDistances(real, fake, dtype, k)
     counter = _DensityCoverage(distances.radii(distances.real, k), len(distances.fake), k)
@@ -61,11 +66,18 @@ class ManifoldScores:
 
 
 def manifold_scores(
-    *, real: ArrayLike | Tensor, fake: ArrayLike | Tensor, k: int = 3, density_k: int = 5, dtype: torch.dtype | None = None
+    *,
+    real: ArrayLike | Tensor,
+    fake: ArrayLike | Tensor,
+    k: int = 3,
+    density_k: int = 5,
+    dtype: torch.dtype | None = None,
 ) -> ManifoldScores:
-    """`precision_recall` with k and `density_coverage` with density_k in one pass over the distances, where the real features lie.
+    """`precision_recall` with k and `density_coverage` with density_k in one pass over the distances, where
+    the real features lie.
 
-    Raises ValueError for arrays that are not (N, D) and (M, D), N or M not above k, k below 1, NaN or infinity, and other dtypes.
+    Raises ValueError for arrays that are not (N, D) and (M, D), N or M not above k, k below 1, NaN or
+    infinity, and other dtypes.
     """
     distances = TiledDistances(real, fake, dtype, k, density_k)
     nearest = distances.nearest(distances.real, max(k, density_k))
@@ -102,16 +114,22 @@ class _DensityCoverage:
 
 
 class TiledDistances:
-    """Two sets of features on one device, checked to have enough neighbours, and their squared distances, one tile at a time."""
+    """Two sets of features on one device, checked to have enough neighbours, and their squared distances, one
+    tile at a time.
+    """
 
-    def __init__(self, real: ArrayLike | Tensor, fake: ArrayLike | Tensor, dtype: torch.dtype | None, *neighbours: int):
+    def __init__(
+        self, real: ArrayLike | Tensor, fake: ArrayLike | Tensor, dtype: torch.dtype | None, *neighbours: int
+    ):
         self.real = _as_tensor(real)
         self.fake = _as_tensor(fake).to(self.real.device)
         _check_pair(self.real, self.fake, neighbours)
         double = torch.float64 in (self.real.dtype, self.fake.dtype)
         self.dtype = dtype or (torch.float64 if double else torch.float32)
         if self.dtype not in DTYPES:
-            raise ValueError(f"distances in {self.dtype}; choose torch.float16, torch.float32 or torch.float64")
+            raise ValueError(
+                f"distances in {self.dtype}; choose torch.float16, torch.float32 or torch.float64"
+            )
         self._centre = 0 if self.dtype == torch.float16 else self.real.mean(dim=0, dtype=torch.float64)
 
     def radii(self, points: Tensor, k: int) -> Tensor:
@@ -187,16 +205,22 @@ def _as_tensor(features):
     if isinstance(features, Tensor):
         return features.detach()
     features = np.asarray(features)
-    return torch.from_numpy(features if features.flags.writeable else features.copy())  # torch warns of read-only memory
+    return torch.from_numpy(
+        features if features.flags.writeable else features.copy()
+    )  # torch warns of read-only memory
 
 
 def _check_pair(real, fake, neighbours):
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
-        raise ValueError(f"features of shapes {tuple(real.shape)} and {tuple(fake.shape)}; needed are (N, D) and (M, D)")
+        raise ValueError(
+            f"features of shapes {tuple(real.shape)} and {tuple(fake.shape)}; needed are (N, D) and (M, D)"
+        )
     if min(neighbours) < 1:
         raise ValueError(f"k is {min(neighbours)}; neighbours are counted from 1")
     for name, features in (("real", real), ("fake", fake)):
         if len(features) <= max(neighbours):
-            raise ValueError(f"{len(features)} {name} images; {max(neighbours)} neighbours of each need at least {max(neighbours) + 1}")
+            raise ValueError(
+                f"{len(features)} {name} images; {max(neighbours)} neighbours of each need at least {max(neighbours) + 1}"
+            )
         if not torch.stack(features.aminmax()).isfinite().all():  # no mask as large as the features
             raise ValueError(f"{name} features hold NaN or infinity")

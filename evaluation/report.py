@@ -1,6 +1,7 @@
 """What was measured, for people and for programs: a text table, JSON, and a Markdown page with pictures.
 
-Results of different protocols or references are not comparable. Where they meet, a warning stands above them, and each row says its own.
+Results of different protocols or references are not comparable. Where they meet, a warning stands above them,
+and each row says its own.
 """
 
 import importlib.util
@@ -15,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.evaluator import METRICS, Result, metric_key, metric_label
-from guided_diffusion.atomic_files import renamed_when_complete, write_json
-from guided_diffusion.grid import save_grid
+from guided_diffusion.files.atomic import renamed_when_complete, write_json
+from guided_diffusion.files.grid import save_grid
 
 WARNING = "WARNING: DIFFERENT PROTOCOLS OR REFERENCES: NUMBERS OF TWO ROWS MUST NOT BE COMPARED UNLESS THEIR LAST COLUMNS AGREE"
 PICTURE_WARNING = "DIFFERENT PROTOCOLS OR REFERENCES: not comparable"
@@ -32,9 +33,16 @@ def require_matplotlib() -> None:
         raise ValueError('--report draws with matplotlib, which is not installed: pip install -e ".[plot]"')
 
 
-def to_json(results: Sequence[Result], reference_notes: Sequence[str] = (), comparison: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def to_json(
+    results: Sequence[Result],
+    reference_notes: Sequence[str] = (),
+    comparison: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Every number with all that it depends on, made of dicts, lists, strings, numbers and None."""
-    content: dict[str, Any] = {"results": [_row_to_json(result) for result in results], "reference_notes": list(reference_notes)}
+    content: dict[str, Any] = {
+        "results": [_row_to_json(result) for result in results],
+        "reference_notes": list(reference_notes),
+    }
     if _differ(results):
         content["warning"] = WARNING
     return content | ({"comparison": dict(comparison)} if comparison else {})
@@ -55,10 +63,14 @@ def _row_to_json(result):
 
 
 def table(results: Sequence[Result]) -> str:
-    """One row per set, with the number of images; the protocol, the feature network and the reference above it, the notes below it."""
+    """One row per set, with the number of images; the protocol, the feature network and the reference above
+    it, the notes below it.
+    """
     rows = _cells(results)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+    ]
     return "\n".join([*_heading(results), "", *lines, *_footnotes(results)])
 
 
@@ -66,8 +78,12 @@ def markdown_table(results: Sequence[Result]) -> str:
     """The same in Markdown."""
     head, *rows = _cells(results)
     align = ["---"] + ["---:"] * (len(head) - 1)
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, align, *rows)]
-    return "\n\n".join([*_heading(results), "\n".join(lines), "\n".join(f"- {note}" for note in _notes(results))])
+    lines = [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, align, *rows)
+    ]
+    return "\n\n".join(
+        [*_heading(results), "\n".join(lines), "\n".join(f"- {note}" for note in _notes(results))]
+    )
 
 
 def _heading(results):
@@ -75,7 +91,11 @@ def _heading(results):
         return [WARNING]
     reference = results[0].reference
     statistics = f"statistics {reference['statistics']} ({reference['statistics_count'] or 'unknown number'})"
-    digest = f"sha256 {reference['file_sha256'][:8]}" if reference["file_sha256"] else f"fingerprint {reference['fingerprint'][:8]}"
+    digest = (
+        f"sha256 {reference['file_sha256'][:8]}"
+        if reference["file_sha256"]
+        else f"fingerprint {reference['fingerprint'][:8]}"
+    )
     return [
         f"protocol {results[0].protocol}",
         f"reference {reference['images']}: {reference['count'] or 'no'} images, {statistics}, {digest}",
@@ -94,15 +114,26 @@ def _comparable(result):
 def _cells(results):
     """Rows of strings, the titles first; a column for every number that some row has or might have had."""
     labels = list(dict.fromkeys(_label(result, metric) for metric in METRICS for result in results))
-    extrapolated = list(dict.fromkeys(f"{_label(result, 'fid')}-inf" for result in results if result.fid_infinity))
+    extrapolated = list(
+        dict.fromkeys(f"{_label(result, 'fid')}-inf" for result in results if result.fid_infinity)
+    )
     told = _differ(results)
     rows = [["set", "images", *labels, *extrapolated, *(["protocol", "reference"] if told else [])]]
     for result in results:
         values = {_label(result, metric): _number(result, metric) for metric in METRICS}
         if result.fid_infinity:
-            values[f"{_label(result, 'fid')}-inf"] = f"{result.fid_infinity.value:.3f} ± {result.fid_infinity.standard_error:.3f}"
+            values[f"{_label(result, 'fid')}-inf"] = (
+                f"{result.fid_infinity.value:.3f} ± {result.fid_infinity.standard_error:.3f}"
+            )
         numbers = [values.get(label, "n/a") for label in labels + extrapolated]
-        rows.append([result.name, str(result.count or "n/a"), *numbers, *([result.protocol, result.reference["images"]] if told else [])])
+        rows.append(
+            [
+                result.name,
+                str(result.count or "n/a"),
+                *numbers,
+                *([result.protocol, result.reference["images"]] if told else []),
+            ]
+        )
     return rows
 
 
@@ -143,9 +174,13 @@ def _notes(results):
             "the sets differ in their number of images, by which Frechet distances and Inception Scores are biased: compare equal ones"
         )
     if any(result.fid_error for result in results):
-        notes.append("± is the standard deviation over bootstrap resamples; of a distance that is mostly bias it is too large")
+        notes.append(
+            "± is the standard deviation over bootstrap resamples; of a distance that is mostly bias it is too large"
+        )
     if any(result.fid_infinity for result in results):
-        notes.append("-inf is extrapolated to infinitely many images; its ± is that of the line alone, too small to compare two sets by")
+        notes.append(
+            "-inf is extrapolated to infinitely many images; its ± is that of the line alone, too small to compare two sets by"
+        )
     return notes
 
 
@@ -156,7 +191,8 @@ def write_report(
     reference_notes: Sequence[str] = (),
     comparison: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write report.md with its pictures, and report.json, into `folder`; `grids` has images (n, H, W, 3) by the name of the set.
+    """Write report.md with its pictures, and report.json, into `folder`; `grids` has images (n, H, W, 3) by
+    the name of the set.
 
     Returns the page's path. Raises ValueError where matplotlib is missing (see `require_matplotlib`).
     """
@@ -194,9 +230,21 @@ def _draw_plane(path, results):
     for index, result in enumerate(results):
         if _has_plane(result):
             # Hollow, so that sets at the same place all show.
-            look = {"color": f"C{index % 10}", "markersize": 9, "markerfacecolor": "none", "markeredgewidth": 2}
+            look = {
+                "color": f"C{index % 10}",
+                "markersize": 9,
+                "markerfacecolor": "none",
+                "markeredgewidth": 2,
+            }
             place = result.metrics["recall"], result.metrics["precision"]
-            axes.plot(*place, MARKERS[index % len(MARKERS)], label=_legend(result, results), clip_on=False, zorder=3, **look)
+            axes.plot(
+                *place,
+                MARKERS[index % len(MARKERS)],
+                label=_legend(result, results),
+                clip_on=False,
+                zorder=3,
+                **look,
+            )
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision", aspect="equal")
     axes.grid(color="0.9")
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
@@ -233,10 +281,22 @@ def _draw_panel(axes, metric, label, measured, results):
     errors = [_half_interval(result) if metric == "fid" else math.nan for result in measured]
     if np.isfinite(errors).any():
         label += " (95% interval)"
-    axes.barh(places, values, xerr=errors, color=[f"C{place % 10}" for place in places], capsize=3, height=0.7)
-    starts, ends = np.fmin(np.fmin(0, values), np.subtract(values, errors)), np.fmax(np.fmax(0, values), np.add(values, errors))
+    axes.barh(
+        places, values, xerr=errors, color=[f"C{place % 10}" for place in places], capsize=3, height=0.7
+    )
+    starts, ends = (
+        np.fmin(np.fmin(0, values), np.subtract(values, errors)),
+        np.fmax(np.fmax(0, values), np.add(values, errors)),
+    )
     for place, value, end in zip(places, values, ends, strict=True):
-        axes.annotate(_rounded(metric, value), (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(
+            _rounded(metric, value),
+            (end, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
     start, end = starts.min(), 1 if metric in UNIT_METRICS else max(ends.max(), 1e-9)
     axes.set_xlim(start - 0.1 * (end - start) * (start < 0), end + 0.5 * (end - start))
     axes.set_xticks([0, 0.5, 1]) if metric in UNIT_METRICS else axes.locator_params(axis="x", nbins=4)
@@ -257,7 +317,9 @@ def _legend(result, results):
     name = result.name
     if len(name) > LONGEST_NAME:
         name = f"{name[: LONGEST_NAME // 2 - 1]}…{name[-LONGEST_NAME // 2 :]}"
-    return f"{name}\n{result.samples['protocol']} on {result.reference['images']}" if _differ(results) else name
+    return (
+        f"{name}\n{result.samples['protocol']} on {result.reference['images']}" if _differ(results) else name
+    )
 
 
 def _save(figure, path):

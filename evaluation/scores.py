@@ -1,7 +1,7 @@
 """Inception Score and kernel distance (KID).
 
-Inception Score: Salimans et al., "Improved Techniques for Training GANs" (2016). Kernel distance: Binkowski et al., "Demystifying MMD
-GANs" (2018).
+Inception Score: Salimans et al., "Improved Techniques for Training GANs" (2016). Kernel distance: Binkowski
+et al., "Demystifying MMD GANs" (2018).
 """
 
 from collections.abc import Iterator
@@ -15,21 +15,29 @@ from evaluation.moments import to_float64, to_numpy
 TILE = 2048
 
 
-def inception_score(*, logits: ArrayLike | None = None, probs: ArrayLike | None = None, split_size: int = 5000) -> float:
-    """exp of the mean KL divergence from p(y | x) to p(y), averaged over consecutive splits of `split_size` images.
+def inception_score(
+    *, logits: ArrayLike | None = None, probs: ArrayLike | None = None, split_size: int = 5000
+) -> float:
+    """exp of the mean KL divergence from p(y | x) to p(y), averaged over consecutive splits of `split_size`
+    images.
 
-    Exactly one of logits (N, classes), probs (N, classes) in [0, 1] with rows that sum to 1. As in guided-diffusion's evaluator the
-    splits follow the order of the images, and a ragged last one counts like the others. In float64. Raises ValueError for both or
-    neither, NaN or infinity, rows that are no probabilities, no images, and a split size below 1.
+    Exactly one of logits (N, classes), probs (N, classes) in [0, 1] with rows that sum to 1. As in
+    guided-diffusion's evaluator the splits follow the order of the images, and a ragged last one counts like
+    the others. In float64. Raises ValueError for both or neither, NaN or infinity, rows that are no
+    probabilities, no images, and a split size below 1.
     """
     if logits is not None and probs is None:
         values, to_probs = to_numpy(logits), _probs_of_logits
     elif probs is not None and logits is None:
         values, to_probs = to_numpy(probs), _checked_probs
     else:
-        raise ValueError(f"an Inception Score takes either logits or probs, not {'neither' if logits is None else 'both'}")
+        raise ValueError(
+            f"an Inception Score takes either logits or probs, not {'neither' if logits is None else 'both'}"
+        )
     if values.ndim != 2 or values.size == 0:
-        raise ValueError(f"an Inception Score takes an array (images, classes), not one of shape {values.shape}")
+        raise ValueError(
+            f"an Inception Score takes an array (images, classes), not one of shape {values.shape}"
+        )
     if split_size < 1:
         raise ValueError(f"a split of {split_size} images; it takes at least 1")
     splits = (to_float64(values[start : start + split_size]) for start in range(0, len(values), split_size))
@@ -45,7 +53,9 @@ def _probs_of_logits(logits):
 def _checked_probs(probs):
     # Written so that NaN fails too. float32 rows of a thousand classes sum to 1 within 1e-4.
     if not (probs.min() >= 0 and np.abs(probs.sum(axis=1) - 1).max() <= 1e-3):
-        raise ValueError("probs hold rows that are negative or do not sum to 1; pass raw network outputs as logits=")
+        raise ValueError(
+            "probs hold rows that are negative or do not sum to 1; pass raw network outputs as logits="
+        )
     return probs
 
 
@@ -58,11 +68,13 @@ def _split_score(probs):
 def kernel_distance(
     *, real: ArrayLike, fake: ArrayLike, subsets: int | None = None, subset_size: int = 1000, seed: int = 2020
 ) -> float | tuple[float, float]:
-    """Unbiased squared MMD of features (N, D), (M, D) under the kernel (x.y / D + 1)^3, in float64; it may be below 0.
+    """Unbiased squared MMD of features (N, D), (M, D) under the kernel (x.y / D + 1)^3, in float64; it may be
+    below 0.
 
-    Over all images; or, given a number of `subsets`, mean and standard deviation (dividing by `subsets`) over that many pairs of random
-    subsets of `subset_size` images each, drawn as torch-fidelity draws them, real first. Raises ValueError for fewer than 2 images,
-    fewer than `subset_size`, two different D, NaN or infinity.
+    Over all images; or, given a number of `subsets`, mean and standard deviation (dividing by `subsets`) over
+    that many pairs of random subsets of `subset_size` images each, drawn as torch-fidelity draws them, real
+    first. Raises ValueError for fewer than 2 images, fewer than `subset_size`, two different D, NaN or
+    infinity.
     """
     real, fake = to_numpy(real), to_numpy(fake)
     _check_pair(real, fake)
@@ -71,7 +83,9 @@ def kernel_distance(
     if subsets < 1 or subset_size < 2:
         raise ValueError(f"{subsets} subsets of {subset_size} images; it takes at least 1 of at least 2")
     if subset_size > min(len(real), len(fake)):
-        raise ValueError(f"subsets of {subset_size} out of {len(real)} real and {len(fake)} fake images; pass a smaller subset_size")
+        raise ValueError(
+            f"subsets of {subset_size} out of {len(real)} real and {len(fake)} fake images; pass a smaller subset_size"
+        )
     random_state = np.random.RandomState(seed)
     distances = []
     for _ in range(subsets):
@@ -106,7 +120,9 @@ def _mean_within(x):
 
 
 def _mean_across(x, y):
-    return sum(_kernel(rows, columns).sum() for rows in _tiles(x) for columns in _tiles(y)) / (len(x) * len(y))
+    return sum(_kernel(rows, columns).sum() for rows in _tiles(x) for columns in _tiles(y)) / (
+        len(x) * len(y)
+    )
 
 
 def _kernel(x, y):

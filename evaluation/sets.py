@@ -1,9 +1,10 @@
-"""A set of images as the metrics see it: by the features of its images, by statistics that a file brings, or by both.
+"""A set of images as the metrics see it: by the features of its images, by statistics that a file brings, or
+by both.
 
-An npz may hold statistics beside or instead of images. Then FID and sFID come from them, everything else from the images. Whose
-statistics they are is told by the array `protocol`, which scripts/make_reference.py writes. Published files have none: those in
-guided-diffusion's layout, with images or spatial statistics, are of the protocol adm; a plain mu and sigma is believed to be of the
-protocol that is asked for.
+An npz may hold statistics beside or instead of images. Then FID and sFID come from them, everything else from
+the images. Whose statistics they are is told by the array `protocol`, which scripts/make_reference.py writes.
+Published files have none: those in guided-diffusion's layout, with images or spatial statistics, are of the
+protocol adm; a plain mu and sigma is believed to be of the protocol that is asked for.
 """
 
 import zipfile
@@ -16,7 +17,7 @@ import numpy as np
 from evaluation.features import FeatureNetwork, Features, extract
 from evaluation.images import Images, open_images
 from evaluation.moments import Gaussian, load_statistics, moments_of
-from guided_diffusion.checkpoints import sha256
+from guided_diffusion.files.checkpoints import sha256
 
 NEIGHBOURS = 3  # of precision and recall
 DENSITY_NEIGHBOURS = 5  # of density and coverage
@@ -24,7 +25,9 @@ DENSITY_NEIGHBOURS = 5  # of density and coverage
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a file says of its images: the Gaussians of their pooled and spatial features, and their number; None for what it lacks."""
+    """What a file says of its images: the Gaussians of their pooled and spatial features, and their number;
+    None for what it lacks.
+    """
 
     pool: Gaussian
     spatial: Gaussian | None
@@ -49,7 +52,9 @@ class OpenedSet:
 
 @dataclass(frozen=True)
 class MeasuredSet:
-    """A set that is ready for the metrics. Where `statistics` is None, the Gaussians are those of `features`; one of the two is there."""
+    """A set that is ready for the metrics. Where `statistics` is None, the Gaussians are those of `features`;
+    one of the two is there.
+    """
 
     name: str
     features: Features | None
@@ -84,11 +89,14 @@ class MeasuredSet:
         return self.features
 
 
-def open_set(path: str | Path, network: FeatureNetwork, *, skip_unreadable: bool = False, name: str | None = None) -> OpenedSet:
+def open_set(
+    path: str | Path, network: FeatureNetwork, *, skip_unreadable: bool = False, name: str | None = None
+) -> OpenedSet:
     """Open what `open_images` reads, or an npz with statistics; nothing is extracted.
 
-    Statistics of another protocol, or of another network's weights, are ignored with a note if the file has images too. Raises ValueError
-    if it has none, for statistics that `load_statistics` refuses, and for too few images; else what `open_images` raises.
+    Statistics of another protocol, or of another network's weights, are ignored with a note if the file has
+    images too. Raises ValueError if it has none, for statistics that `load_statistics` refuses, and for too
+    few images; else what `open_images` raises.
     """
     path = Path(path)
     arrays = _arrays_of(path)
@@ -103,11 +111,15 @@ def open_set(path: str | Path, network: FeatureNetwork, *, skip_unreadable: bool
     if spatial is None:
         notes.append(f"{name} has no spatial statistics (mu_s, sigma_s): sFID is n/a")
     count = arrays.get("count")
-    return OpenedSet(path, name, images, Statistics(pool, spatial, count if isinstance(count, int) else None), notes)
+    return OpenedSet(
+        path, name, images, Statistics(pool, spatial, count if isinstance(count, int) else None), notes
+    )
 
 
 def _arrays_of(path):
-    """The names of the arrays in an npz, with the value of the short ones that tell where the statistics come from."""
+    """The names of the arrays in an npz, with the value of the short ones that tell where the statistics come
+    from.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist() if path.suffix == ".npz"]
@@ -118,7 +130,9 @@ def _arrays_of(path):
         with np.load(path, allow_pickle=False) as archive:
             told = {name: archive[name] for name in {"protocol", "weights_sha256", "count"} & arrays.keys()}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged, or says whose statistics it holds in Python objects, which are refused") from error
+        raise ValueError(
+            f"{path} is damaged, or says whose statistics it holds in Python objects, which are refused"
+        ) from error
     return arrays | {name: array.item() for name, array in told.items() if array.ndim == 0}
 
 
@@ -138,12 +152,16 @@ def require_enough(path: str | Path, count: int) -> None:
 
 
 def _whose(path, name, arrays, network, has_images):
-    """(notes, whether the statistics are of this network and protocol). Raises ValueError where nothing else could be used."""
+    """(notes, whether the statistics are of this network and protocol). Raises ValueError where nothing else
+    could be used.
+    """
     protocol = arrays.get("protocol")
     if protocol is None and {"mu_s", "arr_0"} & arrays.keys():
         protocol = "adm"
     if protocol is None:
-        return [f"{name} does not say of which protocol its statistics are: taken as {network.protocol}"], True
+        return [
+            f"{name} does not say of which protocol its statistics are: taken as {network.protocol}"
+        ], True
     weights = arrays.get("weights_sha256")
     if protocol == network.protocol and weights in (None, network.sha256):
         return [], True
@@ -152,14 +170,20 @@ def _whose(path, name, arrays, network, has_images):
     else:
         whose = f"of a feature network with other weights (sha256 {str(weights)[:8]}..., not {network.sha256[:8]}...)"
     if not has_images:
-        raise ValueError(f"{path} holds statistics {whose}, and no images (arr_0) to compute others from: give a reference that fits")
+        raise ValueError(
+            f"{path} holds statistics {whose}, and no images (arr_0) to compute others from: give a reference that fits"
+        )
     return [
         f"the statistics in {name} are {whose}: not used, but computed from its images, which may be a subset of what they were of"
     ], False
 
 
-def require_comparable(reference: OpenedSet, samples: OpenedSet, network: FeatureNetwork, allow_resolution: bool = False) -> None:
-    """Raise ValueError, before anything is extracted, for a pair of two resolutions (unless allowed) or of two feature dimensions."""
+def require_comparable(
+    reference: OpenedSet, samples: OpenedSet, network: FeatureNetwork, allow_resolution: bool = False
+) -> None:
+    """Raise ValueError, before anything is extracted, for a pair of two resolutions (unless allowed) or of
+    two feature dimensions.
+    """
     if not allow_resolution:
         require_same_resolution(reference, samples)
     if not (reference.statistics or samples.statistics):
@@ -175,7 +199,11 @@ def require_comparable(reference: OpenedSet, samples: OpenedSet, network: Featur
 def require_same_resolution(reference: OpenedSet | MeasuredSet, samples: OpenedSet | MeasuredSet) -> None:
     """Raise ValueError for images of two sizes; a set without images fits to any."""
     if reference.resolution and samples.resolution and reference.resolution != samples.resolution:
-        sizes = [f"{opened.resolution[0]}x{opened.resolution[1]}" for opened in (reference, samples) if opened.resolution]
+        sizes = [
+            f"{opened.resolution[0]}x{opened.resolution[1]}"
+            for opened in (reference, samples)
+            if opened.resolution
+        ]
         raise ValueError(
             f"the reference {reference.name} is {sizes[0]} and {samples.name} is {sizes[1]} (HxW): resize one, or pass --allow_resolution"
         )
@@ -184,7 +212,9 @@ def require_same_resolution(reference: OpenedSet | MeasuredSet, samples: OpenedS
 def require_images_only(compared: OpenedSet | MeasuredSet) -> None:
     """Raise ValueError for a set whose distance is that of statistics, which cannot be resampled."""
     if compared.statistics:
-        raise ValueError(f"a comparison resamples images; {compared.name} holds statistics, give its images instead")
+        raise ValueError(
+            f"a comparison resamples images; {compared.name} holds statistics, give its images instead"
+        )
 
 
 def _dimension(opened, network):
@@ -218,7 +248,9 @@ def measure(
         "versions": {"numpy": np.__version__},
     }
     if features:
-        provenance |= {key: value for key, value in features.provenance.items() if key not in ("images", "notes")}
+        provenance |= {
+            key: value for key, value in features.provenance.items() if key not in ("images", "notes")
+        }
     provenance["statistics"] = "in the file" if opened.statistics else "of the images"
     provenance["statistics_count"] = opened.statistics.count if opened.statistics else provenance["count"]
     provenance["file_sha256"] = sha256(opened.path) if opened.path.is_file() else None

@@ -1,7 +1,7 @@
 """EDM: the stochastic Heun sampler and the preconditionings of the network (which is in edm_unet.py).
 
-Method: "Elucidating the Design Space of Diffusion-Based Generative Models" (Karras et al., 2022). Noise levels sigma are standard
-deviations of the noise where the clean image has weight 1.
+Method: "Elucidating the Design Space of Diffusion-Based Generative Models" (Karras et al., 2022). Noise
+levels sigma are standard deviations of the noise where the clean image has weight 1.
 """
 
 import math
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from guided_diffusion.checkpoints import load_edm_checkpoint, load_into
 from guided_diffusion.edm_schedules import iddpm_levels, nearest_time, time_steps
 from guided_diffusion.edm_unet import DhariwalUNet
+from guided_diffusion.files.checkpoints import load_edm_checkpoint, load_into
 from guided_diffusion.gaussian_diffusion import NonFiniteOutputError
 from guided_diffusion.guidance import Guidance, GuidanceStep
 
@@ -46,9 +46,11 @@ def edm_sampler(
     scaling: str = "none",
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Sample by Algorithm 2 of Karras et al., 2022: (N, C, H, W) float64, the image, in the units of the network's training data.
+    """Sample by Algorithm 2 of Karras et al., 2022: (N, C, H, W) float64, the image, in the units of the
+    network's training data.
 
-    net(x, sigma, class_labels) -> the denoised image, with the attributes sigma_min, sigma_max and round_sigma; x and sigma are float64.
+    net(x, sigma, class_labels) -> the denoised image, with the attributes sigma_min, sigma_max and
+    round_sigma; x and sigma are float64.
     latents: (N, C, H, W), standard normal. class_labels: (N, label_dim), one-hot. randn_like: called once per step, in order, the last
     step and S_churn = 0 included. guidance: called once per step at x_cur / s, its shift times s goes to x_hat and so through Euler's
     step and Heun's; `step.index` is i, 0 .. num_steps - 1. y: (N,) int64, its wanted classes, by default those of `class_labels`.
@@ -69,7 +71,9 @@ def edm_sampler(
         added = math.sqrt(max(sigma(t_hat) ** 2 - sigma(t_cur) ** 2, 0))
         x_hat = s(t_hat) / s(t_cur) * x_cur + s(t_hat) * added * S_noise * randn_like(x_cur)
         if guidance is not None:
-            x_hat = x_hat + s(t_hat) * guidance(x_cur / s(t_cur), wanted, GuidanceStep(i, num_steps, 1.0, 1.0, sigma(t_cur)))
+            x_hat = x_hat + s(t_hat) * guidance(
+                x_cur / s(t_cur), wanted, GuidanceStep(i, num_steps, 1.0, 1.0, sigma(t_cur))
+            )
 
         # Euler's step along dx/dt, then Heun's correction by the slope at its end, which t = 0 does not have.
         d_cur = slope(x_hat, t_hat)
@@ -115,21 +119,35 @@ def _check_finite(x, index):
 
 
 class _Precond(nn.Module):
-    """What the preconditionings share: a raw network F of `out_channels`, called in the precision that was asked for."""
+    """What the preconditionings share: a raw network F of `out_channels`, called in the precision that was
+    asked for.
+    """
 
-    def __init__(self, img_resolution, img_channels, label_dim, use_fp16, model_type, out_channels, model_options):
+    def __init__(
+        self, img_resolution, img_channels, label_dim, use_fp16, model_type, out_channels, model_options
+    ):
         super().__init__()
         if model_type != "DhariwalUNet":
-            raise ValueError(f"model_type {model_type!r} is not supported; only the ADM network, DhariwalUNet, is")
+            raise ValueError(
+                f"model_type {model_type!r} is not supported; only the ADM network, DhariwalUNet, is"
+            )
         self.img_resolution = img_resolution
         self.img_channels = img_channels
         self.label_dim = label_dim
         self.use_fp16 = use_fp16
         self.model = DhariwalUNet(img_resolution, img_channels, out_channels, label_dim, **model_options)
 
-    def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        return self._denoised(x.float(), sigma, lambda x, c_noise: self._F(x, c_noise, class_labels, augment_labels))
+        return self._denoised(
+            x.float(), sigma, lambda x, c_noise: self._F(x, c_noise, class_labels, augment_labels)
+        )
 
     def _denoised(self, x, sigma, F):
         """D(x; sigma) by the raw network F(x, c_noise)."""
@@ -150,15 +168,18 @@ class _Precond(nn.Module):
 
 
 class EDMPrecond(_Precond):
-    """The denoiser D(x; sigma) around a raw network (Karras et al., 2022, eq. 7 and table 1): forward(x, sigma, class_labels) -> float32.
+    """The denoiser D(x; sigma) around a raw network (Karras et al., 2022, eq. 7 and table 1): forward(x,
+    sigma, class_labels) -> float32.
 
-    x: (N, img_channels, H, W) float; the network was trained at H = W = img_resolution. sigma: a number or tensor, one level or N.
+    x: (N, img_channels, H, W) float; the network was trained at H = W = img_resolution. sigma: a number or
+    tensor, one level or N.
     class_labels: (N, label_dim), one-hot or zeros; None is zeros. augment_labels: (N, augment_dim), or None for none.
 
-    sigma_min, sigma_max: the levels that a sampler may ask for. sigma_data: standard deviation of the data. With `use_fp16`, which may
-    be set at any time, convolutions and attention compute in float16 on an accelerator and bfloat16 on a CPU, where float16 arithmetic
-    is emulated and slow; parameters, embeddings, normalisations and the output head stay in float32. `attn_resolutions` are in pixels
-    of an image of `img_resolution`. Raises ValueError for another model_type or class_labels of another shape.
+    sigma_min, sigma_max: the levels that a sampler may ask for. sigma_data: standard deviation of the data.
+    With `use_fp16`, which may be set at any time, convolutions and attention compute in float16 on an
+    accelerator and bfloat16 on a CPU, where float16 arithmetic is emulated and slow; parameters, embeddings,
+    normalisations and the output head stay in float32. `attn_resolutions` are in pixels of an image of
+    `img_resolution`. Raises ValueError for another model_type or class_labels of another shape.
     """
 
     def __init__(
@@ -189,7 +210,9 @@ class EDMPrecond(_Precond):
             "dropout": dropout,
             "label_dropout": label_dropout,
         }
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, img_channels, model_options)
+        super().__init__(
+            img_resolution, img_channels, label_dim, use_fp16, model_type, img_channels, model_options
+        )
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
         self.sigma_data = sigma_data
@@ -208,14 +231,16 @@ class EDMPrecond(_Precond):
 
 
 class iDDPMPrecond(_Precond):
-    """The denoiser around a network that was trained to predict eps at M discrete levels, as improved DDPM does: forward as EDMPrecond's.
+    """The denoiser around a network that was trained to predict eps at M discrete levels, as improved DDPM
+    does: forward as EDMPrecond's.
 
-    Karras et al., 2022, table 1 and appendix C.3: D(x; sigma) = x - sigma F(x / sqrt(sigma^2 + 1); c_noise). The levels are those of
-    the cosine schedule of Nichol and Dhariwal, 2021, in the buffer `u`, (M + 1,), from the largest to u_M = 0; c_noise is M - 1 - j for
-    the nearest u_j, their timestep. The network predicts a variance too, 2 * img_channels in all, of which this uses the first half.
+    Karras et al., 2022, table 1 and appendix C.3: D(x; sigma) = x - sigma F(x / sqrt(sigma^2 + 1); c_noise).
+    The levels are those of the cosine schedule of Nichol and Dhariwal, 2021, in the buffer `u`, (M + 1,),
+    from the largest to u_M = 0; c_noise is M - 1 - j for the nearest u_j, their timestep. The network
+    predicts a variance too, 2 * img_channels in all, of which this uses the first half.
 
-    C_1: the least ratio of two neighbouring alpha_bar. C_2: the schedule's offset. model_options: those of EDMPrecond from
-    model_channels on. sigma may be any number; a sampler rounds it by `round_sigma` first.
+    C_1: the least ratio of two neighbouring alpha_bar. C_2: the schedule's offset. model_options: those of
+    EDMPrecond from model_channels on. sigma may be any number; a sampler rounds it by `round_sigma` first.
     """
 
     u: Tensor
@@ -233,7 +258,9 @@ class iDDPMPrecond(_Precond):
         model_type: str = "DhariwalUNet",
         **model_options: Any,
     ):
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, 2 * img_channels, model_options)
+        super().__init__(
+            img_resolution, img_channels, label_dim, use_fp16, model_type, 2 * img_channels, model_options
+        )
         self.M = M
         self.register_buffer("u", torch.tensor(iddpm_levels(M, C_1, C_2), dtype=torch.float32))
 
@@ -257,15 +284,24 @@ class iDDPMPrecond(_Precond):
         sigma = torch.as_tensor(sigma, device=self.u.device)
         distances = (sigma.reshape(-1, 1).double() - self.u.double()).abs()  # (N, M + 1)
         index = distances.argmin(dim=1).reshape(sigma.shape)
-        return index if return_index else self.u[index].to(sigma.dtype if sigma.is_floating_point() else self.u.dtype)
+        return (
+            index
+            if return_index
+            else self.u[index].to(sigma.dtype if sigma.is_floating_point() else self.u.dtype)
+        )
 
 
 _NETWORKS = {"EDMPrecond": EDMPrecond, "iDDPMPrecond": iDDPMPrecond}
-_MOST = {"num_blocks": 100, "M": 100_000}  # what a constructor counts up to: a file must not make it count for ever
+_MOST = {
+    "num_blocks": 100,
+    "M": 100_000,
+}  # what a constructor counts up to: a file must not make it count for ever
 
 
 def create_edm_network(class_name: str, arguments: Mapping[str, Any]) -> EDMPrecond | iDDPMPrecond:
-    """Build the network that a file describes: its class, and its constructor's arguments by name. Raises ValueError for others."""
+    """Build the network that a file describes: its class, and its constructor's arguments by name. Raises
+    ValueError for others.
+    """
     if class_name not in _NETWORKS:
         raise ValueError(f"network class {class_name!r} is not supported; only {' and '.join(_NETWORKS)} are")
     try:
@@ -274,13 +310,17 @@ def create_edm_network(class_name: str, arguments: Mapping[str, Any]) -> EDMPrec
                 raise ValueError(f"{class_name} needs {name} between 1 and {most:,}, got {arguments[name]}")
         return _NETWORKS[class_name](**arguments)
     except (TypeError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"{class_name} cannot be built with {dict(arguments)}: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{class_name} cannot be built with {dict(arguments)}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def load_edm_network(path: str | Path) -> EDMPrecond | iDDPMPrecond:
-    """Read a network from an EDM .pkl or a converted .safetensors, strictly: float32, on the CPU, in eval mode, frozen.
+    """Read a network from an EDM .pkl or a converted .safetensors, strictly: float32, on the CPU, in eval
+    mode, frozen.
 
-    Raises FileNotFoundError, and ValueError for a file that cannot be read, or whose network is of another kind.
+    Raises FileNotFoundError, and ValueError for a file that cannot be read, or whose network is of another
+    kind.
     """
     checkpoint = load_edm_checkpoint(path)
     with torch.device("meta"):

@@ -1,7 +1,9 @@
-"""The time axis of EDM's sampler: which noise levels it visits, and how noise level and scale of x follow from t. Float64 throughout.
+"""The time axis of EDM's sampler: which noise levels it visits, and how noise level and scale of x follow
+from t. Float64 throughout.
 
-Karras et al., 2022, "Elucidating the Design Space of Diffusion-Based Generative Models": table 1, whose columns VP, VE, iDDPM and EDM can
-be mixed as there: the discretization chooses the levels, the schedule sigma(t), the scaling s(t).
+Karras et al., 2022, "Elucidating the Design Space of Diffusion-Based Generative Models": table 1, whose
+columns VP, VE, iDDPM and EDM can be mixed as there: the discretization chooses the levels, the schedule
+sigma(t), the scaling s(t).
 """
 
 import math
@@ -20,7 +22,9 @@ EPSILON_S = 1e-3  # where VP's time ends; it begins at 1
 
 @dataclass(frozen=True)
 class VPSchedule:
-    """sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1), the noise level of the variance-preserving process."""
+    """sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1), the noise level of the variance-preserving
+    process.
+    """
 
     beta_d: float = 19.9
     beta_min: float = 0.1
@@ -33,7 +37,9 @@ class VPSchedule:
         return (self.beta_d * t + self.beta_min) * (sigma + 1 / sigma) / 2
 
     def sigma_inv(self, sigma: float) -> float:
-        return (math.sqrt(self.beta_min**2 + 2 * self.beta_d * math.log1p(sigma**2)) - self.beta_min) / self.beta_d
+        return (
+            math.sqrt(self.beta_min**2 + 2 * self.beta_d * math.log1p(sigma**2)) - self.beta_min
+        ) / self.beta_d
 
 
 class VESchedule:
@@ -63,17 +69,28 @@ class LinearSchedule:
 
 
 class NoiseProcess:
-    """x(t) = s(t) (x_0 + sigma(t) noise), of a schedule, "vp", "ve" or "linear", and a scaling, "vp" or "none".
+    """x(t) = s(t) (x_0 + sigma(t) noise), of a schedule, "vp", "ve" or "linear", and a scaling, "vp" or
+    "none".
 
     sigma_min, sigma_max: the levels at the ends of VP's time. Raises ValueError for an unknown name.
     """
 
     def __init__(self, schedule: str, scaling: str, sigma_min: float, sigma_max: float):
         if schedule not in SCHEDULES or scaling not in SCALINGS:
-            raise ValueError(f"schedule {schedule!r} with scaling {scaling!r}: choose of {', '.join(SCHEDULES)} and {', '.join(SCALINGS)}")
-        self._schedule = {"vp": lambda: _vp_between(sigma_min, sigma_max), "ve": VESchedule, "linear": LinearSchedule}[schedule]()
+            raise ValueError(
+                f"schedule {schedule!r} with scaling {scaling!r}: choose of {', '.join(SCHEDULES)} and {', '.join(SCALINGS)}"
+            )
+        self._schedule = {
+            "vp": lambda: _vp_between(sigma_min, sigma_max),
+            "ve": VESchedule,
+            "linear": LinearSchedule,
+        }[schedule]()
         self._scaled = scaling == "vp"
-        self.sigma, self.sigma_deriv, self.sigma_inv = self._schedule.sigma, self._schedule.sigma_deriv, self._schedule.sigma_inv
+        self.sigma, self.sigma_deriv, self.sigma_inv = (
+            self._schedule.sigma,
+            self._schedule.sigma_deriv,
+            self._schedule.sigma_inv,
+        )
 
     def s(self, t: float) -> float:
         """The scale of x; under "vp" the one that keeps the variance of unit data."""
@@ -83,11 +100,14 @@ class NoiseProcess:
         return -self.sigma(t) * self.sigma_deriv(t) * self.s(t) ** 3 if self._scaled else 0.0
 
 
-def noise_levels(disc: str, num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> NDArray[np.float64]:
-    """(num_steps,) levels from sigma_max down to sigma_min, without the closing 0; `rho` counts for "edm" alone.
+def noise_levels(
+    disc: str, num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0
+) -> NDArray[np.float64]:
+    """(num_steps,) levels from sigma_max down to sigma_min, without the closing 0; `rho` counts for "edm"
+    alone.
 
-    "iddpm" takes them from the 1000 levels of improved DDPM, so that its ends are the nearest of these within the range. One
-    step is sigma_max alone. Raises ValueError for another name and for levels that cannot be.
+    "iddpm" takes them from the 1000 levels of improved DDPM, so that its ends are the nearest of these within
+    the range. One step is sigma_max alone. Raises ValueError for another name and for levels that cannot be.
     """
     if disc not in DISCRETIZATIONS:
         raise ValueError(f"unknown discretization {disc!r}; choose {', '.join(DISCRETIZATIONS)}")
@@ -100,18 +120,29 @@ def noise_levels(disc: str, num_steps: int, sigma_min: float, sigma_max: float, 
     if disc == "vp":
         vp = _vp_between(sigma_min, sigma_max)
         if vp.beta_d + vp.beta_min < 0:  # the slope of its exponent at t = 1
-            raise ValueError(f"vp has no falling levels from {sigma_max:g} to {sigma_min:g}: give a smaller sigma_min, such as 0.01")
+            raise ValueError(
+                f"vp has no falling levels from {sigma_max:g} to {sigma_min:g}: give a smaller sigma_min, such as 0.01"
+            )
         return np.array([vp.sigma(t) for t in 1 + progress * (EPSILON_S - 1)])
     levels = np.array(iddpm_levels(1000, 0.001, 0.008))
     slack = 1e-6  # a network holds these levels in float32
     within = levels[(levels >= sigma_min * (1 - slack)) & (levels <= sigma_max * (1 + slack))]
     if len(within) < num_steps:
-        raise ValueError(f"iddpm has {len(within)} levels from {sigma_min:g} to {sigma_max:g}, fewer than {num_steps} steps")
+        raise ValueError(
+            f"iddpm has {len(within)} levels from {sigma_min:g} to {sigma_max:g}, fewer than {num_steps} steps"
+        )
     return within[np.rint((len(within) - 1) * progress).astype(int)]
 
 
 def time_steps(
-    net: Any, num_steps: int, sigma_min: float, sigma_max: float, rho: float, disc: str, schedule: str, scaling: str
+    net: Any,
+    num_steps: int,
+    sigma_min: float,
+    sigma_max: float,
+    rho: float,
+    disc: str,
+    schedule: str,
+    scaling: str,
 ) -> tuple[NoiseProcess, list[float]]:
     """What `edm_sampler` steps through: the process and t_0 .. t_(N-1), 0, at levels that the network knows.
 
@@ -125,7 +156,9 @@ def time_steps(
         process = NoiseProcess(schedule, scaling, low, high)
         return process, [*(nearest_time(net, process, level) for level in levels), 0.0]
     except OverflowError as error:
-        raise ValueError(f"sigma_min {low:g}, sigma_max {high:g} and rho {rho:g} lead to numbers beyond all bounds") from error
+        raise ValueError(
+            f"sigma_min {low:g}, sigma_max {high:g} and rho {rho:g} lead to numbers beyond all bounds"
+        ) from error
 
 
 def nearest_time(net: Any, process: NoiseProcess, level: float) -> float:
@@ -136,11 +169,17 @@ def nearest_time(net: Any, process: NoiseProcess, level: float) -> float:
 def default_levels(disc: str) -> tuple[float, float]:
     """(sigma_min, sigma_max) that a discretization is used with by default."""
     vp = VPSchedule()
-    return {"vp": (vp.sigma(EPSILON_S), vp.sigma(1)), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0), "edm": (0.002, 80.0)}[disc]
+    return {
+        "vp": (vp.sigma(EPSILON_S), vp.sigma(1)),
+        "ve": (0.02, 100.0),
+        "iddpm": (0.002, 81.0),
+        "edm": (0.002, 80.0),
+    }[disc]
 
 
 def iddpm_levels(M: int, C_1: float, C_2: float) -> list[float]:
-    """u_0 .. u_M = 0, the noise levels of improved DDPM's cosine schedule, by the recursion of appendix C.3, which begins at u_M.
+    """u_0 .. u_M = 0, the noise levels of improved DDPM's cosine schedule, by the recursion of appendix C.3,
+    which begins at u_M.
 
     C_1: the least ratio of two neighbouring alpha_bar. C_2: the schedule's offset.
     """

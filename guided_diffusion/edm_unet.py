@@ -1,11 +1,13 @@
 """The ADM U-Net as EDM trains it, "DhariwalUNet".
 
-Architecture: the U-Net of Dhariwal and Nichol, 2021, in the variant of "Elucidating the Design Space of Diffusion-Based Generative
-Models" (Karras et al., 2022). Parameter names and shapes are those of the published files, so that `load_state_dict(strict=True)`
-is all it takes. What differs from unet.py: where the blocks attend and which resample, the order of the channels in attention, the
-width of the normalisation's groups, and a class embedding that joins before the last activation.
+Architecture: the U-Net of Dhariwal and Nichol, 2021, in the variant of "Elucidating the Design Space of
+Diffusion-Based Generative Models" (Karras et al., 2022). Parameter names and shapes are those of the
+published files, so that `load_state_dict(strict=True)` is all it takes. What differs from unet.py: where the
+blocks attend and which resample, the order of the channels in attention, the width of the normalisation's
+groups, and a class embedding that joins before the last activation.
 
-The file reads from the outside in. Shapes in the comments: N images, C channels, H x W pixels, T = H*W positions, E embedding channels.
+The file reads from the outside in. Shapes in the comments: N images, C channels, H x W pixels, T = H*W
+positions, E embedding channels.
 """
 
 import torch
@@ -18,11 +20,13 @@ CHANNELS_PER_HEAD = 64
 
 
 class DhariwalUNet(nn.Module):
-    """The raw network F: forward(x, noise_labels, class_labels=None, augment_labels=None) -> (N, out_channels, H, W) float32.
+    """The raw network F: forward(x, noise_labels, class_labels=None, augment_labels=None) -> (N,
+    out_channels, H, W) float32.
 
-    x: (N, in_channels, H, W), whose dtype is that of the convolutions. noise_labels: (N,) or (1,) float. class_labels: (N, label_dim)
-    and augment_labels: (N, augment_dim), float; None is zeros. `attn_resolutions` are in pixels of an image of `img_resolution`.
-    Parameters are float32 whatever x is. Raises ValueError where sizes or channels cannot be divided as asked.
+    x: (N, in_channels, H, W), whose dtype is that of the convolutions. noise_labels: (N,) or (1,) float.
+    class_labels: (N, label_dim) and augment_labels: (N, augment_dim), float; None is zeros.
+    `attn_resolutions` are in pixels of an image of `img_resolution`. Parameters are float32 whatever x is.
+    Raises ValueError where sizes or channels cannot be divided as asked.
     """
 
     def __init__(
@@ -41,11 +45,15 @@ class DhariwalUNet(nn.Module):
     ):
         super().__init__()
         if img_resolution % 2 ** (len(channel_mult) - 1):
-            raise ValueError(f"img_resolution {img_resolution} cannot be halved {len(channel_mult) - 1} times, as channel_mult asks")
+            raise ValueError(
+                f"img_resolution {img_resolution} cannot be halved {len(channel_mult) - 1} times, as channel_mult asks"
+            )
         emb_channels = 4 * model_channels
         self.model_channels = model_channels
         self.label_dropout = label_dropout
-        self.map_augment = _zeroed(nn.Linear(augment_dim, model_channels, bias=False)) if augment_dim else None
+        self.map_augment = (
+            _zeroed(nn.Linear(augment_dim, model_channels, bias=False)) if augment_dim else None
+        )
         self.map_layer0 = nn.Linear(model_channels, emb_channels)
         self.map_layer1 = nn.Linear(emb_channels, emb_channels)
         self.map_label = nn.Linear(label_dim, emb_channels, bias=False) if label_dim else None
@@ -88,7 +96,9 @@ class DhariwalUNet(nn.Module):
     def _dropped(self, class_labels):
         if not (self.training and self.label_dropout):
             return class_labels
-        return class_labels * (torch.rand(len(class_labels), 1, device=class_labels.device) >= self.label_dropout)
+        return class_labels * (
+            torch.rand(len(class_labels), 1, device=class_labels.device) >= self.label_dropout
+        )
 
 
 def _encoder(in_channels, levels, num_blocks, options):
@@ -107,7 +117,9 @@ def _encoder(in_channels, levels, num_blocks, options):
 
 
 def _decoder(skip_channels, levels, num_blocks, options):
-    """The ascending blocks; those named "block" take the previous output and one skip connection, concatenated."""
+    """The ascending blocks; those named "block" take the previous output and one skip connection,
+    concatenated.
+    """
     skip_channels = list(skip_channels)
     blocks, channels = nn.ModuleDict(), skip_channels[-1]
     for name, width, attention in reversed(levels):
@@ -117,7 +129,9 @@ def _decoder(skip_channels, levels, num_blocks, options):
         else:
             blocks[f"{name}_up"] = UNetBlock(channels, channels, resample="up", **options)
         for i in range(num_blocks + 1):
-            blocks[f"{name}_block{i}"] = UNetBlock(channels + skip_channels.pop(), width, attention=attention, **options)
+            blocks[f"{name}_block{i}"] = UNetBlock(
+                channels + skip_channels.pop(), width, attention=attention, **options
+            )
             channels = width
     return blocks
 
@@ -127,9 +141,11 @@ def _takes_skip(name):
 
 
 class UNetBlock(nn.Module):
-    """Residual block, 2x resampling inside if asked for, then self-attention: (N, C, H, W), (N, E) -> (N, out, H', W').
+    """Residual block, 2x resampling inside if asked for, then self-attention: (N, C, H, W), (N, E) -> (N,
+    out, H', W').
 
-    Attention needs 64 channels per head: asked for in a narrower block it is left out, as in the published networks.
+    Attention needs 64 channels per head: asked for in a narrower block it is left out, as in the published
+    networks.
     """
 
     def __init__(self, in_channels, out_channels, *, emb_channels, dropout, resample=None, attention=False):
@@ -163,14 +179,18 @@ class UNetBlock(nn.Module):
         return _add(self._attend(x), x) if self.num_heads else x
 
     def _attend(self, x):
-        qkv = self.qkv(self.norm2(x)).flatten(2).transpose(1, 2)  # (N, T, 3C), the channels as [head, C/heads, qkv]
+        qkv = (
+            self.qkv(self.norm2(x)).flatten(2).transpose(1, 2)
+        )  # (N, T, 3C), the channels as [head, C/heads, qkv]
         qkv = qkv.unflatten(2, (self.num_heads, -1, 3)).transpose(3, 4).flatten(2)  # as [head, qkv, C/heads]
         h = _attention(qkv, self.num_heads, use_new_attention_order=False)
         return self.proj(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution that keeps the size, after 2x resampling if asked for; it computes in the dtype of its input, not of its weights."""
+    """A convolution that keeps the size, after 2x resampling if asked for; it computes in the dtype of its
+    input, not of its weights.
+    """
 
     def __init__(self, in_channels, out_channels, kernel, resample=None):
         super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
@@ -200,7 +220,9 @@ def _resample(x, mode):
 
 
 def _box():
-    """The filter that the published files carry with each resampling: a constant, for which `_resample` is the short form."""
+    """The filter that the published files carry with each resampling: a constant, for which `_resample` is
+    the short form.
+    """
     return torch.full((1, 1, 2, 2), 0.25)
 
 

@@ -5,9 +5,9 @@ The contract, the same under every sampler (the README's "Writing a guidance rul
     step = GuidanceStep(index, num_steps, variance, variance_max, sigma)    made by the sampler
     shift = guidance(x, y, step)                                            same shape, dtype and device as x, detached
 
-x is (N, C, H, W), the predicted clean image (or latent; the noisy sample in EDM's released recipe); y is (N,) int64, the wanted classes. A
-rule that reshapes the logits is a function like `log_prob`; a rule about when or how strongly is a wrapper around a guidance, like
-`within_interval`.
+x is (N, C, H, W), the predicted clean image (or latent; the noisy sample in EDM's released recipe); y is (N,)
+int64, the wanted classes. A rule that reshapes the logits is a function like `log_prob`; a rule about when or
+how strongly is a wrapper around a guidance, like `within_interval`.
 
 Method: "Elucidating The Design Space of Classifier-Guided Diffusion Generation" (Ma et al., ICLR 2024).
 """
@@ -31,9 +31,9 @@ Guidance = Callable[[Tensor, Tensor, "GuidanceStep"], Tensor]
 class GuidanceStep:
     """Where the sampler stands.
 
-    index: the respaced t, T-1 .. 0 (DDPM, DDIM), or i, 0 .. N-1 (EDM). num_steps: T or N. variance: what one unit of gradient is worth
-    at this step, a float or a tensor that broadcasts to x. variance_max: float, the largest variance so far. sigma: noise level of the
-    sample in EDM's units.
+    index: the respaced t, T-1 .. 0 (DDPM, DDIM), or i, 0 .. N-1 (EDM). num_steps: T or N. variance: what one
+    unit of gradient is worth at this step, a float or a tensor that broadcasts to x. variance_max: float, the
+    largest variance so far. sigma: noise level of the sample in EDM's units.
     """
 
     index: int
@@ -44,29 +44,40 @@ class GuidanceStep:
 
 
 class NonFiniteGradientError(FloatingPointError):
-    """The classifier's gradient is NaN or infinite; `step_index`, `sigma` (if known) and `positions` (in the batch) say where."""
+    """The classifier's gradient is NaN or infinite; `step_index`, `sigma` (if known) and `positions` (in the
+    batch) say where.
+    """
 
     def __init__(self, step_index: int, positions: list[int], sigma: float | None = None):
         self.step_index, self.positions, self.sigma = step_index, positions, sigma
         super().__init__(f"non-finite guidance gradient at step {step_index} at batch positions {positions}")
 
 
-# The four choices of the paper, one function each: the input is chosen by the sampler (the predicted clean image) and by the
-# classifier's input transform, the smoothness by the classifier; direction, gradient and schedule stand here.
+# The four choices of the paper, one function each: the input is chosen by the sampler (the predicted clean
+# image) and by the classifier's input transform, the smoothness by the classifier; direction, gradient and
+# schedule stand here.
 
 
-def log_prob(logits: Tensor, y: Tensor, joint_temperature: float = 1.0, marginal_temperature: float = 1.0) -> Tensor:
-    """tau_1 f_y - log sum_i exp(tau_2 f_i): (N, classes) logits, (N,) labels -> (N,) float32 (float64 if the logits are).
+def log_prob(
+    logits: Tensor, y: Tensor, joint_temperature: float = 1.0, marginal_temperature: float = 1.0
+) -> Tensor:
+    """tau_1 f_y - log sum_i exp(tau_2 f_i): (N, classes) logits, (N,) labels -> (N,) float32 (float64 if the
+    logits are).
 
-    tau_1 = tau_2 = 1 is the log-probability; a smaller tau_2 leans from the conditional to the joint direction.
+    tau_1 = tau_2 = 1 is the log-probability; a smaller tau_2 leans from the conditional to the joint
+    direction.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     f_y = logits.gather(1, y[:, None])[:, 0]
     return joint_temperature * f_y - torch.logsumexp(marginal_temperature * logits, dim=1)
 
 
-def input_gradient(classifier: Callable[[Tensor], Tensor], x: Tensor, direction: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Gradient of the sum of direction(logits), (N,), with respect to x: like x; and the logits. Both detached."""
+def input_gradient(
+    classifier: Callable[[Tensor], Tensor], x: Tensor, direction: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the sum of direction(logits), (N,), with respect to x: like x; and the logits. Both
+    detached.
+    """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = classifier(x)
@@ -79,8 +90,11 @@ def sine_schedule(step: GuidanceStep, gamma_factor: float) -> float | Tensor:
     return step.variance + gamma_factor * step.variance_max * sine
 
 
-def without_nonfinite(gradient: Tensor, on_nonfinite: str, step_index: int, sigma: float | None = None) -> tuple[Tensor, Tensor]:
-    """Return the gradient with the images that hold a NaN or Inf set to zero, and (N,) bool, which images those are.
+def without_nonfinite(
+    gradient: Tensor, on_nonfinite: str, step_index: int, sigma: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient with the images that hold a NaN or Inf set to zero, and (N,) bool, which images
+    those are.
 
     Raises NonFiniteGradientError if there are any and `on_nonfinite` is "stop".
     """
@@ -99,9 +113,9 @@ def no_shift(x: Tensor) -> Tensor:
 class Observation:
     """What guidance saw and found at one step, for whoever watches: `observe(Observation(...))`.
 
-    index, sigma: those of the step; where a noisy classifier guides, its timestep t and None. x: (N, C, H, W), what the classifier was
-    shown. y: (N,). logits: (N, classes). gradient: like x, scaled, before the step's strength. skipped: (N,) bool, the images whose
-    gradient was not finite, and is zero here.
+    index, sigma: those of the step; where a noisy classifier guides, its timestep t and None. x: (N, C, H,
+    W), what the classifier was shown. y: (N,). logits: (N, classes). gradient: like x, scaled, before the
+    step's strength. skipped: (N,) bool, the images whose gradient was not finite, and is zero here.
     """
 
     index: int
@@ -119,9 +133,10 @@ Observe = Callable[[Observation], None]
 class ClassifierGuidance:
     """Off-the-shelf classifier guidance: strength of the step x gradient of `log_prob` at x.
 
-    classifier: any callable, [-1, 1] (N, C, H, W) -> logits (N, classes). The marginal temperature is absolute; the flag
-    `margin_temperature_discount` is its ratio to the joint one. on_nonfinite: "stop" raises NonFiniteGradientError, "skip" drops the
-    guidance of those images at this step. observe: called at each step with an Observation.
+    classifier: any callable, [-1, 1] (N, C, H, W) -> logits (N, classes). The marginal temperature is
+    absolute; the flag `margin_temperature_discount` is its ratio to the joint one. on_nonfinite: "stop"
+    raises NonFiniteGradientError, "skip" drops the guidance of those images at this step. observe: called at
+    each step with an Observation.
     """
 
     def __init__(
@@ -147,16 +162,25 @@ class ClassifierGuidance:
     def __call__(self, x: Tensor, y: Tensor, step: GuidanceStep) -> Tensor:
         if self.classifier_scale == 0:
             return no_shift(x)
-        log_p = partial(log_prob, y=y, joint_temperature=self.joint_temperature, marginal_temperature=self.marginal_temperature)
+        log_p = partial(
+            log_prob,
+            y=y,
+            joint_temperature=self.joint_temperature,
+            marginal_temperature=self.marginal_temperature,
+        )
         gradient, logits = input_gradient(self.classifier, x, log_p)
-        gradient, skipped = without_nonfinite(gradient * self.classifier_scale, self.on_nonfinite, step.index, step.sigma)
+        gradient, skipped = without_nonfinite(
+            gradient * self.classifier_scale, self.on_nonfinite, step.index, step.sigma
+        )
         if self.observe is not None:
             self.observe(Observation(step.index, step.sigma, x, y, logits, gradient, skipped))
         return (sine_schedule(step, self.gamma_factor) * gradient).to(x.dtype).detach()
 
 
 def released_edm_schedule(step: GuidanceStep, max_guidance: float, add_factor: float) -> float:
-    """The strength of EluCD's EDM code at step i of N: a line down from max_guidance, and add_factor of it as a sine on top."""
+    """The strength of EluCD's EDM code at step i of N: a line down from max_guidance, and add_factor of it as
+    a sine on top.
+    """
     i, n = step.index, step.num_steps
     line = max(max_guidance * (n + 1 - i) / (n + 1), 1e-5)
     return line + math.sin(math.pi * i / n) * max_guidance * add_factor
@@ -172,12 +196,14 @@ def released_edm_guidance(
     on_nonfinite: str = "stop",
     observe: Observe | None = None,
 ) -> Guidance:
-    """Return the guidance of EluCD's released EDM code, for `edm_sampler`: x is the noisy sample, index i runs from 0 to N - 1.
+    """Return the guidance of EluCD's released EDM code, for `edm_sampler`: x is the noisy sample, index i
+    runs from 0 to N - 1.
 
-    The classifier, float32, sees the sample divided by its RMS r where that is above 1; the shift is the gradient there, at unit RMS,
-    times r and `released_edm_schedule`. It does not look at the variances of the step. max_guidance 0 is off; the schedule's floor applies
-    above. An image whose gradient is zero gets no shift. on_nonfinite, observe: as in `ClassifierGuidance`, x after the division, the
-    gradient as it came from the classifier.
+    The classifier, float32, sees the sample divided by its RMS r where that is above 1; the shift is the
+    gradient there, at unit RMS, times r and `released_edm_schedule`. It does not look at the variances of the
+    step. max_guidance 0 is off; the schedule's floor applies above. An image whose gradient is zero gets no
+    shift. on_nonfinite, observe: as in `ClassifierGuidance`, x after the division, the gradient as it came
+    from the classifier.
     """
     _check_policy(on_nonfinite)
     if not 0 <= max_guidance < math.inf:
@@ -188,7 +214,9 @@ def released_edm_guidance(
             return no_shift(x)
         r = _root_mean_square(x)
         z = (x / r.clamp(min=1)).float()
-        log_p = partial(log_prob, y=y, joint_temperature=joint_temperature, marginal_temperature=marginal_temperature)
+        log_p = partial(
+            log_prob, y=y, joint_temperature=joint_temperature, marginal_temperature=marginal_temperature
+        )
         gradient, logits = input_gradient(classifier, z, log_p)
         gradient, skipped = without_nonfinite(gradient, on_nonfinite, step.index, step.sigma)
         if observe is not None:
@@ -206,11 +234,13 @@ def _root_mean_square(x: Tensor) -> Tensor:
 
 
 class GuidedDenoiser:
-    """Guidance for every sampler that asks `denoised = net(x, sigma, ...)`: it answers like `net`, with guidance's shift added.
+    """Guidance for every sampler that asks `denoised = net(x, sigma, ...)`: it answers like `net`, with
+    guidance's shift added.
 
-    The shift is taken at the answer clamped to [-1, 1] and weighed by sigma^2 / sqrt(1 + sigma^2), which is DDIM's rule in EDM's
-    units: Euler steps under it are DDIM under `guidance`. As the denoiser knows no steps, `step.index` of `num_steps` is the timestep of
-    the linear 1000-step process with this noise level, so that a schedule over t / T acts here as it does there. y: (N,) int64.
+    The shift is taken at the answer clamped to [-1, 1] and weighed by sigma^2 / sqrt(1 + sigma^2), which is
+    DDIM's rule in EDM's units: Euler steps under it are DDIM under `guidance`. As the denoiser knows no
+    steps, `step.index` of `num_steps` is the timestep of the linear 1000-step process with this noise level,
+    so that a schedule over t / T acts here as it does there. y: (N,) int64.
     sigma: a number or tensor, the same level for all images, else ValueError. Attributes (sigma_min, round_sigma, ...) are the net's.
     """
 
@@ -224,22 +254,29 @@ class GuidedDenoiser:
         return denoised + self.guidance(denoised.clamp(-1, 1), self.y, _denoising_step(sigma))
 
     def __getattr__(self, name: str) -> Any:
-        # Without __getattribute__, a copy in the making, which has no net yet, would ask itself for one for ever.
+        # Without __getattribute__, a copy in the making, which has no net yet, would ask itself for one for
+        # ever.
         return getattr(object.__getattribute__(self, "net"), name)
 
 
 def _denoising_step(sigma: Tensor | float) -> GuidanceStep:
     low, high = (float(level) for level in torch.as_tensor(sigma).aminmax())
     if low != high:
-        raise ValueError(f"guidance takes one noise level for the whole batch, got sigma from {low:g} to {high:g}")
+        raise ValueError(
+            f"guidance takes one noise level for the whole batch, got sigma from {low:g} to {high:g}"
+        )
     variance = low**2 / math.sqrt(1 + low**2)
     return GuidanceStep(linear_timestep(low), 1000, variance, variance, low)
 
 
 def within_interval(guidance: Guidance, sigma_lo: float, sigma_hi: float) -> Guidance:
-    """Guide only where sigma_lo < step.sigma <= sigma_hi (Kynkäänniemi et al., 2024); elsewhere the classifier is not called."""
+    """Guide only where sigma_lo < step.sigma <= sigma_hi (Kynkäänniemi et al., 2024); elsewhere the
+    classifier is not called.
+    """
     if not 0 <= sigma_lo < sigma_hi:
-        raise ValueError(f"guidance interval {sigma_lo},{sigma_hi} is empty; it takes 0 <= lo < hi, noise levels sigma")
+        raise ValueError(
+            f"guidance interval {sigma_lo},{sigma_hi} is empty; it takes 0 <= lo < hi, noise levels sigma"
+        )
 
     def guided(x: Tensor, y: Tensor, step: GuidanceStep) -> Tensor:
         if step.sigma is None:
@@ -255,10 +292,12 @@ def noisy_classifier_gradient(
     on_nonfinite: str = "stop",
     observe: Observe | None = None,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return the classic `cond_fn(x, t, y)` of a classifier that was trained on noisy images (Dhariwal and Nichol, 2021).
+    """Return the classic `cond_fn(x, t, y)` of a classifier that was trained on noisy images (Dhariwal and
+    Nichol, 2021).
 
-    classifier(x_t, t) -> logits. The result goes to the loops as `cond_fn=`, not as `guidance=`: it is taken at x_t. on_nonfinite and
-    observe: as in `ClassifierGuidance`, but that the original timestep t stands in the place of the index, in the error as well.
+    classifier(x_t, t) -> logits. The result goes to the loops as `cond_fn=`, not as `guidance=`: it is taken
+    at x_t. on_nonfinite and observe: as in `ClassifierGuidance`, but that the original timestep t stands in
+    the place of the index, in the error as well.
     """
     _check_policy(on_nonfinite)
 

@@ -1,4 +1,6 @@
-"""A thin face on `logging`: lines go to stderr, so that stdout stays free for results, and to log.txt once a folder is configured."""
+"""A thin face on `logging`: lines go to stderr, so that stdout stays free for results, and to log.txt once a
+folder is configured.
+"""
 
 import logging
 import os
@@ -13,7 +15,9 @@ _folder = None
 
 
 def configure(dir=None):
-    """Log to stderr and to log.txt in `dir`, by default $OPENAI_LOGDIR, else a new folder for temporary files. Made if missing."""
+    """Log to stderr and to log.txt in `dir`, by default $OPENAI_LOGDIR, else a new folder for temporary
+    files. Made if missing.
+    """
     global _folder
     _folder = str(dir or os.environ.get("OPENAI_LOGDIR") or tempfile.mkdtemp(prefix="guided-diffusion-"))
     Path(_folder).mkdir(parents=True, exist_ok=True)
@@ -28,7 +32,9 @@ def log(*args):
 
 
 def get_dir():
-    """The folder that `configure` was given or made, a string; the first call makes one where nobody configured any."""
+    """The folder that `configure` was given or made, a string; the first call makes one where nobody
+    configured any.
+    """
     if _folder is None:
         configure()
     return _folder

@@ -1,4 +1,6 @@
-"""What networks are trained by: likelihood terms of the variational bound, in nats, elementwise; and EDM's weighted error."""
+"""What networks are trained by: likelihood terms of the variational bound, in nats, elementwise; and EDM's
+weighted error.
+"""
 
 import math
 from collections.abc import Callable
@@ -7,10 +9,14 @@ import torch
 from torch import Tensor
 
 
-def edm_loss(net: Callable[..., Tensor], images: Tensor, class_labels: Tensor | None, sigma_data: float = 0.5) -> Tensor:
-    """lambda(sigma) * (D(images + n; sigma) - images)^2, shaped like images, (N, C, H, W): Karras et al., 2022, eq. 2 and table 1.
+def edm_loss(
+    net: Callable[..., Tensor], images: Tensor, class_labels: Tensor | None, sigma_data: float = 0.5
+) -> Tensor:
+    """lambda(sigma) * (D(images + n; sigma) - images)^2, shaped like images, (N, C, H, W): Karras et al.,
+    2022, eq. 2 and table 1.
 
-    ln sigma ~ N(-1.2, 1.2^2), one level per image; lambda = (sigma^2 + sigma_data^2) / (sigma * sigma_data)^2. Noise is torch's.
+    ln sigma ~ N(-1.2, 1.2^2), one level per image; lambda = (sigma^2 + sigma_data^2) / (sigma *
+    sigma_data)^2. Noise is torch's.
     """
     sigma = (1.2 * torch.randn(len(images), 1, 1, 1, device=images.device) - 1.2).exp()
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
@@ -20,11 +26,14 @@ def edm_loss(net: Callable[..., Tensor], images: Tensor, class_labels: Tensor | 
 
 def normal_kl(mean1, logvar1, mean2, logvar2):
     """KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))), tensors of one shape."""
-    return 0.5 * (logvar2 - logvar1 - 1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
+    return 0.5 * (
+        logvar2 - logvar1 - 1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2)
+    )
 
 
 def discretized_gaussian_log_likelihood(x, *, means, log_scales):
-    """Log-probability of 8-bit values x, scaled to [-1, 1], under a Gaussian integrated over each value's bin of width 2/255.
+    """Log-probability of 8-bit values x, scaled to [-1, 1], under a Gaussian integrated over each value's bin
+    of width 2/255.
 
     The outermost bins reach to infinity. Ho et al., 2020, eq. 13.
     """

@@ -1,4 +1,6 @@
-"""Flags <-> networks and processes. The names and defaults of the first half are openai/guided-diffusion's, which much research imports."""
+"""Flags <-> networks and processes. The names and defaults of the first half are openai/guided-diffusion's,
+which much research imports.
+"""
 
 import argparse
 
@@ -8,7 +10,12 @@ from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
 NUM_CLASSES = 1000
 
-_CHANNEL_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
+_CHANNEL_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+}
 
 
 def diffusion_defaults():
@@ -87,7 +94,9 @@ def create_model_and_diffusion(
     use_new_attention_order,
     num_classes=NUM_CLASSES,
 ):
-    """Return (UNetModel, GaussianDiffusion) for the flags of `model_and_diffusion_defaults`; `num_classes` counts if `class_cond`."""
+    """Return (UNetModel, GaussianDiffusion) for the flags of `model_and_diffusion_defaults`; `num_classes`
+    counts if `class_cond`.
+    """
     model = create_model(
         image_size,
         num_channels,
@@ -121,7 +130,8 @@ def create_model_and_diffusion(
 
 
 def create_from_flags(flags):
-    """Return (UNetModel, GaussianDiffusion) for a preset or for parsed flags, a mapping; flags that are not there take their defaults.
+    """Return (UNetModel, GaussianDiffusion) for a preset or for parsed flags, a mapping; flags that are not
+    there take their defaults.
 
     With `null_class` the network has one label more than `num_classes`.
     """
@@ -149,7 +159,9 @@ def create_model(
     use_new_attention_order=False,
     num_classes=NUM_CLASSES,
 ):
-    """Return the UNetModel for images of image_size x image_size x 3; attention_resolutions in pixels, comma-separated."""
+    """Return the UNetModel for images of image_size x image_size x 3; attention_resolutions in pixels,
+    comma-separated.
+    """
     multipliers = _channel_multipliers(image_size, channel_mult)
     return UNetModel(
         image_size=image_size,
@@ -212,7 +224,9 @@ def create_gaussian_diffusion(
     rescale_learned_sigmas=False,
     timestep_respacing="",
 ):
-    """Return the GaussianDiffusion for the flags of `diffusion_defaults`; without respacing all steps are kept."""
+    """Return the GaussianDiffusion for the flags of `diffusion_defaults`; without respacing all steps are
+    kept.
+    """
     fixed = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
     mse = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
     return GaussianDiffusion(
@@ -226,7 +240,9 @@ def create_gaussian_diffusion(
 
 
 def add_dict_to_argparser(parser, default_dict):
-    """Add one flag per key, of the type of its default; booleans are written True or False, None means a string."""
+    """Add one flag per key, of the type of its default; booleans are written True or False, None means a
+    string.
+    """
     for key, value in default_dict.items():
         kind = str if value is None else str2bool if isinstance(value, bool) else type(value)
         parser.add_argument(f"--{key}", default=value, type=kind)
@@ -255,14 +271,20 @@ def _channel_multipliers(image_size, channel_mult):
         try:
             multipliers = tuple(float(m) if "." in m else int(m) for m in channel_mult.split(","))
         except ValueError:
-            raise ValueError(f"channel_mult {channel_mult!r} is not understood; write factors such as 1,2,2") from None
+            raise ValueError(
+                f"channel_mult {channel_mult!r} is not understood; write factors such as 1,2,2"
+            ) from None
     elif image_size in _CHANNEL_MULT:
         multipliers = _CHANNEL_MULT[image_size]
     else:
         sizes = ", ".join(map(str, _CHANNEL_MULT))
-        raise ValueError(f"image_size {image_size} has no default channel_mult ({sizes} have); a U-Net takes --channel_mult, such as 1,2,2")
+        raise ValueError(
+            f"image_size {image_size} has no default channel_mult ({sizes} have); a U-Net takes --channel_mult, such as 1,2,2"
+        )
     if image_size % 2 ** (len(multipliers) - 1):
-        raise ValueError(f"image_size {image_size} cannot be halved {len(multipliers) - 1} times, as channel_mult {multipliers} asks")
+        raise ValueError(
+            f"image_size {image_size} cannot be halved {len(multipliers) - 1} times, as channel_mult {multipliers} asks"
+        )
     return multipliers
 
 
@@ -270,4 +292,6 @@ def _downsampling_factors(image_size, resolutions):
     try:
         return tuple(image_size // int(r) for r in resolutions.split(","))
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"attention resolutions {resolutions!r} are not understood; write pixels such as 32,16,8") from None
+        raise ValueError(
+            f"attention resolutions {resolutions!r} are not understood; write pixels such as 32,16,8"
+        ) from None

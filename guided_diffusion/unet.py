@@ -1,9 +1,11 @@
 """The ADM U-Net and its noisy-classifier half.
 
-Architecture: "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal and Nichol, 2021), section 3 and appendix B. Parameter
-names and shapes are those of the published guided-diffusion checkpoints, so that `load_state_dict(strict=True)` is all it takes.
+Architecture: "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal and Nichol, 2021), section 3 and
+appendix B. Parameter names and shapes are those of the published guided-diffusion checkpoints, so that
+`load_state_dict(strict=True)` is all it takes.
 
-The file reads from the outside in: the two networks, then the encoder they share, then the blocks, then the small layers.
+The file reads from the outside in: the two networks, then the encoder they share, then the blocks, then the
+small layers.
 Shapes in the comments: N images, C channels, H x W pixels, T = H*W positions, E embedding channels.
 """
 
@@ -17,13 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 
 class _HalvableTorso(nn.Module):
-    """What both networks share: `dtype` is that of the blocks, and of their convolutions' weights once converted.
+    """What both networks share: `dtype` is that of the blocks, and of their convolutions' weights once
+    converted.
 
     Embeddings, normalisations and the output head stay in float32, as in the published models.
     """
 
     def convert_to_fp16(self):
-        """Halve the blocks: float16 on an accelerator, bfloat16 on a CPU, where float16 arithmetic is emulated and slow."""
+        """Halve the blocks: float16 on an accelerator, bfloat16 on a CPU, where float16 arithmetic is
+        emulated and slow.
+        """
         on_cpu = next(self.parameters()).device.type == "cpu"
         self._convert(torch.bfloat16 if on_cpu else torch.float16)
 
@@ -39,13 +44,15 @@ class _HalvableTorso(nn.Module):
 
 
 class UNetModel(_HalvableTorso):
-    """eps (and variance) prediction network: forward(x, timesteps, y=None) -> (N, out_channels, H, W) in x's dtype.
+    """eps (and variance) prediction network: forward(x, timesteps, y=None) -> (N, out_channels, H, W) in x's
+    dtype.
 
-    x: (N, in_channels, H, W) float, H and W divisible by 2**(levels - 1). timesteps: (N,) int or float, on the scale of the original
-    1000 steps. y: (N,) int64 in [0, num_classes), required when and only when `num_classes` is given.
+    x: (N, in_channels, H, W) float, H and W divisible by 2**(levels - 1). timesteps: (N,) int or float, on
+    the scale of the original 1000 steps. y: (N,) int64 in [0, num_classes), required when and only when
+    `num_classes` is given.
 
-    `attention_resolutions` are downsampling factors (2 means half resolution), `channel_mult` one factor per level.
-    With `num_head_channels` other than -1 the head counts are ignored.
+    `attention_resolutions` are downsampling factors (2 means half resolution), `channel_mult` one factor per
+    level. With `num_head_channels` other than -1 the head counts are ignored.
     """
 
     def __init__(
@@ -98,14 +105,20 @@ class UNetModel(_HalvableTorso):
         self.middle_block = _middle(skip_channels[-1], options)
         if num_heads_upsample != -1:
             options = replace(options, num_heads=num_heads_upsample)
-        self.output_blocks = _decoder(skip_channels, model_channels, channel_mult, num_res_blocks, attention_resolutions, options)
+        self.output_blocks = _decoder(
+            skip_channels, model_channels, channel_mult, num_res_blocks, attention_resolutions, options
+        )
         width = int(channel_mult[0] * model_channels)
-        self.out = nn.Sequential(GroupNorm32(32, width), SiLU(), _zeroed(nn.Conv2d(width, out_channels, 3, padding=1)))
+        self.out = nn.Sequential(
+            GroupNorm32(32, width), SiLU(), _zeroed(nn.Conv2d(width, out_channels, 3, padding=1))
+        )
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, timesteps, y=None):
         if (y is not None) != (self.num_classes is not None):
-            raise ValueError("y must be given when and only when the network is class-conditional (num_classes)")
+            raise ValueError(
+                "y must be given when and only when the network is class-conditional (num_classes)"
+            )
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))  # (N, E)
         if y is not None:
             emb = emb + self.label_emb(y)
@@ -121,9 +134,11 @@ class UNetModel(_HalvableTorso):
 
 
 class EncoderUNetModel(_HalvableTorso):
-    """The noisy classifier: forward(x, timesteps) -> logits (N, out_channels) in x's dtype. Arguments as in `UNetModel`.
+    """The noisy classifier: forward(x, timesteps) -> logits (N, out_channels) in x's dtype. Arguments as in
+    `UNetModel`.
 
-    `pool` turns features into logits: "attention" (the published classifiers), "adaptive", "spatial", "spatial_v2".
+    `pool` turns features into logits: "attention" (the published classifiers), "adaptive", "spatial",
+    "spatial_v2".
     """
 
     def __init__(
@@ -171,7 +186,9 @@ class EncoderUNetModel(_HalvableTorso):
         )
         self.middle_block = _middle(block_channels[-1], options)
         final_size = image_size // 2 ** (len(channel_mult) - 1)
-        self.out = _classifier_head(pool, [*block_channels, block_channels[-1]], final_size, num_head_channels, out_channels)
+        self.out = _classifier_head(
+            pool, [*block_channels, block_channels[-1]], final_size, num_head_channels, out_channels
+        )
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, timesteps):
@@ -216,14 +233,20 @@ def _encoder(in_channels, model_channels, channel_mult, num_res_blocks, attentio
             channels.append(out_ch)
             ch = out_ch
         if level + 1 < len(channel_mult):
-            down = ResBlock(ch, ch, options, down=True) if options.resblock_updown else Downsample(ch, options.conv_resample)
+            down = (
+                ResBlock(ch, ch, options, down=True)
+                if options.resblock_updown
+                else Downsample(ch, options.conv_resample)
+            )
             blocks.append(TimestepEmbedSequential(down))
             channels.append(ch)
     return nn.ModuleList(blocks), channels
 
 
 def _middle(ch, options):
-    return TimestepEmbedSequential(ResBlock(ch, ch, options), AttentionBlock(ch, options), ResBlock(ch, ch, options))
+    return TimestepEmbedSequential(
+        ResBlock(ch, ch, options), AttentionBlock(ch, options), ResBlock(ch, ch, options)
+    )
 
 
 def _decoder(skip_channels, model_channels, channel_mult, num_res_blocks, attention_resolutions, options):
@@ -238,7 +261,11 @@ def _decoder(skip_channels, model_channels, channel_mult, num_res_blocks, attent
             if 2**level in attention_resolutions:
                 layers.append(AttentionBlock(out_ch, options))
             if level and i == num_res_blocks:
-                up = ResBlock(out_ch, out_ch, options, up=True) if options.resblock_updown else Upsample(out_ch, options.conv_resample)
+                up = (
+                    ResBlock(out_ch, out_ch, options, up=True)
+                    if options.resblock_updown
+                    else Upsample(out_ch, options.conv_resample)
+                )
                 layers.append(up)
             blocks.append(TimestepEmbedSequential(*layers))
             ch = out_ch
@@ -252,13 +279,17 @@ def _classifier_head(pool, block_channels, final_size, num_head_channels, out_ch
         return nn.Sequential(GroupNorm32(32, ch), SiLU(), nn.AdaptiveAvgPool2d((1, 1)), conv, nn.Flatten())
     if pool == "attention":
         if num_head_channels == -1:
-            raise ValueError("pool 'attention' needs num_head_channels (the published classifiers use 64), got -1")
+            raise ValueError(
+                "pool 'attention' needs num_head_channels (the published classifiers use 64), got -1"
+            )
         attention = AttentionPool2d(final_size, ch, num_head_channels, out_channels)
         return nn.Sequential(GroupNorm32(32, ch), SiLU(), attention)
     if pool == "spatial":
         return nn.Sequential(nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, out_channels))
     if pool == "spatial_v2":
-        return nn.Sequential(nn.Linear(features, 2048), GroupNorm32(32, 2048), SiLU(), nn.Linear(2048, out_channels))
+        return nn.Sequential(
+            nn.Linear(features, 2048), GroupNorm32(32, 2048), SiLU(), nn.Linear(2048, out_channels)
+        )
     raise ValueError(f"unknown pool {pool!r}; choose attention, adaptive, spatial or spatial_v2")
 
 
@@ -285,14 +316,20 @@ class TimestepEmbedSequential(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    """Residual block with timestep embedding and optional 2x up- or downsampling inside: (N, C, H, W), (N, E) -> (N, out, H', W')."""
+    """Residual block with timestep embedding and optional 2x up- or downsampling inside: (N, C, H, W), (N, E)
+    -> (N, out, H', W').
+    """
 
     def __init__(self, channels, out_channels, options, up=False, down=False):
         super().__init__()
         self.use_scale_shift_norm = options.use_scale_shift_norm
         self.use_checkpoint = options.use_checkpoint
-        self.in_layers = nn.Sequential(GroupNorm32(32, channels), SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
-        self.resample = Upsample(channels, False) if up else Downsample(channels, False) if down else nn.Identity()
+        self.in_layers = nn.Sequential(
+            GroupNorm32(32, channels), SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.resample = (
+            Upsample(channels, False) if up else Downsample(channels, False) if down else nn.Identity()
+        )
         emb_out = 2 * out_channels if options.use_scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(options.emb_channels, emb_out))
         self.out_layers = nn.Sequential(
@@ -301,7 +338,9 @@ class ResBlock(nn.Module):
             nn.Dropout(options.dropout),
             _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
-        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        self.skip_connection = (
+            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        )
 
     def forward(self, x, emb):
         return _run(self._forward, x, emb, recompute=self.use_checkpoint)
@@ -338,14 +377,18 @@ class AttentionBlock(nn.Module):
         return _run(self._forward, x, recompute=self.use_checkpoint)
 
     def _forward(self, x):
-        qkv = _pointwise(self.qkv, self.norm(x)).flatten(2).transpose(1, 2)  # (N, T, 3C), a view of channels-last memory
+        qkv = (
+            _pointwise(self.qkv, self.norm(x)).flatten(2).transpose(1, 2)
+        )  # (N, T, 3C), a view of channels-last memory
         h = _attention(qkv, self.num_heads, self.use_new_attention_order)
         h = h.transpose(1, 2).unflatten(2, x.shape[2:])  # (N, C, H, W)
         return _add(_pointwise(self.proj_out, h), x)
 
 
 class AttentionPool2d(nn.Module):
-    """Pool by letting the mean position attend to all (Radford et al., 2021): (N, C, S, S) -> (N, out_channels)."""
+    """Pool by letting the mean position attend to all (Radford et al., 2021): (N, C, S, S) -> (N,
+    out_channels).
+    """
 
     def __init__(self, spatial_size, channels, num_head_channels, out_channels):
         super().__init__()
@@ -356,7 +399,9 @@ class AttentionPool2d(nn.Module):
 
     def forward(self, x):
         if x[0, 0].numel() + 1 != self.positional_embedding.shape[1]:
-            raise ValueError(f"attention pooling was built for {self.positional_embedding.shape[1] - 1} positions, got {x[0, 0].numel()}")
+            raise ValueError(
+                f"attention pooling was built for {self.positional_embedding.shape[1] - 1} positions, got {x[0, 0].numel()}"
+            )
         tokens = x.flatten(2).transpose(1, 2)  # (N, T, C)
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.positional_embedding.T
         # The heads lie inside q, k and v here whatever the order in the torso.
@@ -397,7 +442,9 @@ class GroupNorm32(nn.GroupNorm):
     """Group normalisation in float32 whatever the dtype of the input."""
 
     def forward(self, x):
-        if x.device.type == "cpu":  # this kernel takes a bfloat16 input with float32 weights, and computes in float32
+        if (
+            x.device.type == "cpu"
+        ):  # this kernel takes a bfloat16 input with float32 weights, and computes in float32
             return super().forward(x)
         return super().forward(x.float()).to(x.dtype)
 
@@ -410,9 +457,13 @@ class SiLU(nn.SiLU):
 
 
 def timestep_embedding(timesteps, dim, max_period=10000):
-    """Sinusoidal embedding of (N,) timesteps, int or float: (N, dim) float32, cosines first (Vaswani et al., 2017, section 3.5)."""
+    """Sinusoidal embedding of (N,) timesteps, int or float: (N, dim) float32, cosines first (Vaswani et al.,
+    2017, section 3.5).
+    """
     half = dim // 2
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half).to(timesteps.device)
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half).to(
+        timesteps.device
+    )
     args = timesteps[:, None].float() * freqs
     return F.pad(torch.cat([torch.cos(args), torch.sin(args)], dim=1), (0, dim % 2))
 
@@ -420,12 +471,16 @@ def timestep_embedding(timesteps, dim, max_period=10000):
 def _head_count(channels, num_heads, num_head_channels):
     heads = num_heads if num_head_channels == -1 else channels // num_head_channels
     if heads < 1 or channels % heads or (num_head_channels != -1 and channels % num_head_channels):
-        raise ValueError(f"{channels} channels cannot be cut into heads (num_heads {num_heads}, num_head_channels {num_head_channels})")
+        raise ValueError(
+            f"{channels} channels cannot be cut into heads (num_heads {num_heads}, num_head_channels {num_head_channels})"
+        )
     return heads
 
 
 def _attention(qkv, num_heads, use_new_attention_order):
-    """(N, T, 3C) -> (N, T, C). The channels lie as [head, qkv, C/heads], or as [qkv, head, C/heads] in the new order."""
+    """(N, T, 3C) -> (N, T, C). The channels lie as [head, qkv, C/heads], or as [qkv, head, C/heads] in the
+    new order.
+    """
     n, length, width = qkv.shape
     qkv = qkv.contiguous()  # else the fused kernels refuse, and a slow one steps in
     if use_new_attention_order:
@@ -441,12 +496,16 @@ def _attention(qkv, num_heads, use_new_attention_order):
 
 
 def _pointwise(conv, x):
-    """Apply a 1x1 Conv1d to (N, C, H, W) as it lies in memory; the published weights are those of a Conv1d over H*W positions."""
+    """Apply a 1x1 Conv1d to (N, C, H, W) as it lies in memory; the published weights are those of a Conv1d
+    over H*W positions.
+    """
     return F.conv2d(x, conv.weight[..., None], conv.bias)
 
 
 def _run(function, *inputs, recompute):
-    """Call `function`, keeping no activations for the backward pass if `recompute` (gradient checkpointing)."""
+    """Call `function`, keeping no activations for the backward pass if `recompute` (gradient
+    checkpointing).
+    """
     if recompute and torch.is_grad_enabled():
         return checkpoint(function, *inputs, use_reentrant=False)
     return function(*inputs)

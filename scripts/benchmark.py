@@ -2,9 +2,10 @@
 
     python scripts/benchmark.py --preset imagenet128-resnet101
 
-Weights are random where the preset's files are absent: the time of a step does not depend on them. On a CPU the network's rate is set
-against that of one plain convolution, and bfloat16 against float32, all in one run. On CUDA it reports images per second over batch sizes.
-Run it with nothing else on the machine; the lines it prints are meant for docs/benchmarks.md.
+Weights are random where the preset's files are absent: the time of a step does not depend on them. On a CPU
+the network's rate is set against that of one plain convolution, and bfloat16 against float32, all in one run.
+On CUDA it reports images per second over batch sizes. Run it with nothing else on the machine; the lines it
+prints are meant for docs/benchmarks.md.
 --evaluation hands over to scripts/benchmark_evaluation.py, --engine to scripts/benchmark_engine.py.
 """
 
@@ -18,14 +19,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from classifiers.registry import load_classifier, weights_path
-from guided_diffusion import dist_util, machine
-from guided_diffusion.checkpoints import load_into, load_state_dict
-from guided_diffusion.cli import Parser, parse_flags, parse_numbers, run_main
+from guided_diffusion import dist_util
+from guided_diffusion.files.checkpoints import load_into, load_state_dict
+from guided_diffusion.flags.parser import Parser, parse_flags, parse_numbers, run_main
+from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.guidance import ClassifierGuidance
-from guided_diffusion.presets import PRESETS
-from guided_diffusion.random_state import SampleNoise
+from guided_diffusion.runs import machine
+from guided_diffusion.runs.noise import SampleNoise
+from guided_diffusion.runs.stopwatch import Stopwatch
 from guided_diffusion.script_util import create_from_flags
-from guided_diffusion.stopwatch import Stopwatch
 
 BATCH = 4  # of the CPU figures; memory is measured at batch 1
 
@@ -39,7 +41,9 @@ def main():
     refuse_contradictions(args, device)
     print(f"machine: {machine.describe(device)}")
     step = GuidedStep(args, device)
-    print(f"preset {args.preset}: {step.weights} weights, {step.gflop(1):.1f} GFLOP per image and forward pass of the network")
+    print(
+        f"preset {args.preset}: {step.weights} weights, {step.gflop(1):.1f} GFLOP per image and forward pass of the network"
+    )
     if device.type == "cpu":
         dist_util.keep_freed_memory()
         report_cpu(step, args.repeats)
@@ -49,14 +53,25 @@ def main():
 
 def create_argparser():
     parser = Parser(description=__doc__)
-    parser.add_argument("--preset", default="imagenet128-resnet101", help="a preset with an off-the-shelf classifier")
+    parser.add_argument(
+        "--preset", default="imagenet128-resnet101", help="a preset with an off-the-shelf classifier"
+    )
     parser.add_argument("--device", default="", help="cpu or cuda; by default CUDA where there is one")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps per figure, after one that is not; the median counts")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        help="timed steps per figure, after one that is not; the median counts",
+    )
     parser.add_argument("--batch_sizes", default="1,8,16,32,64", help="on CUDA")
     parser.add_argument("--compile", action="store_true", help="on CUDA: torch.compile the network")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--evaluation", action="store_true", help="measure scripts/evaluate.py's work instead, on the CPU")
-    instead.add_argument("--engine", action="store_true", help="measure what a run needs around its steps instead, on the CPU")
+    instead.add_argument(
+        "--evaluation", action="store_true", help="measure scripts/evaluate.py's work instead, on the CPU"
+    )
+    instead.add_argument(
+        "--engine", action="store_true", help="measure what a run needs around its steps instead, on the CPU"
+    )
     return parser
 
 
@@ -78,13 +93,17 @@ def refuse_contradictions(args, device):
 
 
 class GuidedStep:
-    """One ancestral step of a preset with guidance, and how long its parts took; float32 until `halve` is called."""
+    """One ancestral step of a preset with guidance, and how long its parts took; float32 until `halve` is
+    called.
+    """
 
     def __init__(self, args, device):
         flags = PRESETS[args.preset]
         self.size = flags["image_size"]
         if "classifier_type" not in flags:
-            raise ValueError(f"preset {args.preset} has no off-the-shelf classifier; choose one that has, such as imagenet128-resnet101")
+            raise ValueError(
+                f"preset {args.preset} has no off-the-shelf classifier; choose one that has, such as imagenet128-resnet101"
+            )
         classes = flags.get("num_classes", 1000)
         self.weights = "trained" if Path(flags["model_path"]).is_file() else "random"
         with torch.device("meta" if self.weights == "trained" else "cpu"):
@@ -119,7 +138,9 @@ class GuidedStep:
         return counter.get_total_flops() / 1e9
 
     def time(self, batch_size, repeats):
-        """Return the median seconds of the whole step, of the network, of guidance and of the rest, the noise among it."""
+        """Return the median seconds of the whole step, of the network, of guidance and of the rest, the noise
+        among it.
+        """
         x, t, y = self._inputs(batch_size)
         draw = SampleNoise(0, range(batch_size))
         rows = []
@@ -152,7 +173,9 @@ def report_cpu(step, repeats):
     print(f"float32 step, batch 1:  {parts(*single)}; peak resident memory of the process {memory:.2f} GB")
     print(f"float32 step, batch {BATCH}:  {parts(*full)}")
     print(f"bfloat16 step, batch {BATCH}: {parts(*half)}")
-    print(f"network, float32: {rate:.0f} GFLOP/s, {rate / plain:.0%} of a plain 3x3 convolution's {plain:.0f} GFLOP/s")
+    print(
+        f"network, float32: {rate:.0f} GFLOP/s, {rate / plain:.0%} of a plain 3x3 convolution's {plain:.0f} GFLOP/s"
+    )
     print(f"bfloat16 makes the guided step {full[0] / half[0]:.2f} times as fast")
     print(f"guidance takes {full[2] / full[0]:.1%} of the float32 step")
 
@@ -164,11 +187,15 @@ def report_cuda(step, batch_sizes, repeats):
         times = step.time(batch_size, repeats)
         memory = torch.cuda.max_memory_allocated() / 2**30
         rate = batch_size / times[0] / step.diffusion.num_timesteps
-        print(f"float16 step, batch {batch_size}: {parts(*times)}; {rate:.2f} images/s; peak memory {memory:.2f} GiB")
+        print(
+            f"float16 step, batch {batch_size}: {parts(*times)}; {rate:.2f} images/s; peak memory {memory:.2f} GiB"
+        )
 
 
 def plain_convolution_rate(batch_size, repeats, channels=256, size=128):
-    """GFLOP/s of a 3x3 convolution on channels-last float32 images: about the best that the network's kernels could do."""
+    """GFLOP/s of a 3x3 convolution on channels-last float32 images: about the best that the network's kernels
+    could do.
+    """
     convolution = torch.nn.Conv2d(channels, channels, 3, padding=1).to(memory_format=torch.channels_last)
     x = torch.randn(batch_size, channels, size, size).to(memory_format=torch.channels_last)
     times = []

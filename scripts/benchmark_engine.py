@@ -1,9 +1,10 @@
-"""Measure what the engine costs: the store, the noise by sample index, a whole run around a step of 50 ms, and the memory of a rank.
+"""Measure what the engine costs: the store, the noise by sample index, a whole run around a step of 50 ms,
+and the memory of a rank.
 
     python scripts/benchmark_engine.py
 
-On one thread of a CPU, and on the disk of the folder for temporary files: set TMPDIR to measure another. It takes some minutes. Run it with
-nothing else on the machine; its lines are meant for docs/benchmarks.md.
+On one thread of a CPU, and on the disk of the folder for temporary files: set TMPDIR to measure another. It
+takes some minutes. Run it with nothing else on the machine; its lines are meant for docs/benchmarks.md.
 """
 
 import io
@@ -19,14 +20,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from guided_diffusion import dist_util, machine
-from guided_diffusion.cli import Parser, run_main
-from guided_diffusion.engine import sample_missing
-from guided_diffusion.random_state import DrawnAhead, SampleNoise
-from guided_diffusion.sample_store import SampleStore, to_uint8
+from guided_diffusion import dist_util
+from guided_diffusion.files.pixels import to_uint8
+from guided_diffusion.flags.parser import Parser, run_main
+from guided_diffusion.runs import machine
+from guided_diffusion.runs.loop import sample_missing
+from guided_diffusion.runs.noise import DrawnAhead, SampleNoise
+from guided_diffusion.runs.stopwatch import Stopwatch
+from guided_diffusion.runs.store import SampleStore
+from guided_diffusion.runs.tally import Tally
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
-from guided_diffusion.stopwatch import Stopwatch
-from guided_diffusion.tally import Tally
 
 CPU = torch.device("cpu")
 SIZE = 128  # of an image
@@ -36,11 +39,18 @@ STEP_SECONDS = 0.05
 REPEATS = 5  # the median counts
 FEWER, MORE, MEMORY_BATCH = 1_000, 20_000, 100
 MEMORY_RUNS = 3  # the median counts: two runs that are alike differ by tens of MB, by how the C library lays out the memory of threads
-# As small as a U-Net gets, and images so large that MORE of them would show in the memory of whoever held them.
-TINY = {"image_size": 32, "num_channels": 32, "num_res_blocks": 0, "channel_mult": "1,1,1", "attention_resolutions": "8"}
+# As small as a U-Net gets, and images so large that MORE of them would show in the memory of whoever held
+# them.
+TINY = {
+    "image_size": 32,
+    "num_channels": 32,
+    "num_res_blocks": 0,
+    "channel_mult": "1,1,1",
+    "attention_resolutions": "8",
+}
 TELL_PEAK_MEMORY = """
 import runpy, sys
-from guided_diffusion.machine import peak_memory
+from guided_diffusion.runs.machine import peak_memory
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 print(peak_memory())
@@ -65,7 +75,12 @@ def report_store(folder):
     write, finish = writing.wrap(store.write), finishing.wrap(store.finish)
     for indices in store.missing():
         shape = (len(indices), SIZE, SIZE, 3)
-        write(indices, torch.randint(256, shape, dtype=torch.uint8), torch.zeros(len(indices), dtype=torch.int64), {})
+        write(
+            indices,
+            torch.randint(256, shape, dtype=torch.uint8),
+            torch.zeros(len(indices), dtype=torch.int64),
+            {},
+        )
     finish()
     print(
         f"store, {IMAGES} images of {SIZE}x{SIZE} in shards of {SHARD}: {IMAGES / (writing.seconds + finishing.seconds):.0f} images/s, "
@@ -95,8 +110,9 @@ def report_noise(step):
 
 
 class FixedWork:
-    """Work for one thread that took `seconds` when it was set up. Its amount is fixed, so that it takes longer where another thread is in
-    its way; a loop until the time is over would hide that."""
+    """Work for one thread that took `seconds` when it was set up. Its amount is fixed, so that it takes
+    longer where another thread is in its way; a loop until the time is over would hide that.
+    """
 
     def __init__(self, seconds):
         self.matrix = torch.randn(256, 256)
@@ -114,7 +130,9 @@ class FixedWork:
 def report_overhead(folder, step):
     dist_util.setup_dist()
     rows = []
-    for repeat in range(REPEATS + 1):  # the two in turn, so that both meet the same noise; the first round is not counted
+    for repeat in range(
+        REPEATS + 1
+    ):  # the two in turn, so that both meet the same noise; the first round is not counted
         start = time.perf_counter()
         for _ in range(BATCHES * STEPS):
             step()
@@ -130,7 +148,9 @@ def report_overhead(folder, step):
 
 
 def run_around(step, folder):
-    """Seconds of sampling and of finishing, of a run with this step and no network, its noise drawn ahead as by the sampling scripts."""
+    """Seconds of sampling and of finishing, of a run with this step and no network, its noise drawn ahead as
+    by the sampling scripts.
+    """
 
     def sample(indices, tick):
         shape = (len(indices), 3, SIZE, SIZE)
@@ -154,7 +174,10 @@ def run_around(step, folder):
 def report_memory(folder):
     model, _ = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **TINY})
     torch.save(model.state_dict(), folder / "tiny.pt")
-    fewer, more = (statistics.median(sampling_memory(folder, count) for _ in range(MEMORY_RUNS)) for count in (FEWER, MORE))
+    fewer, more = (
+        statistics.median(sampling_memory(folder, count) for _ in range(MEMORY_RUNS))
+        for count in (FEWER, MORE)
+    )
     images = (MORE - FEWER) * 3 * TINY["image_size"] ** 2
     print(
         f"peak resident memory of a rank, tiny network, batch {MEMORY_BATCH}, median of {MEMORY_RUNS} runs: {fewer / 1e6:.1f} MB for "
@@ -164,12 +187,28 @@ def report_memory(folder):
 
 
 def sampling_memory(folder, count):
-    """The peak memory in bytes of scripts/classifier_sample.py for `count` samples, in a process of its own."""
-    run = {"timestep_respacing": 2, "batch_size": MEMORY_BATCH, "num_samples": count, "device": "cpu", "overwrite": True}
+    """The peak memory in bytes of scripts/classifier_sample.py for `count` samples, in a process of its
+    own.
+    """
+    run = {
+        "timestep_respacing": 2,
+        "batch_size": MEMORY_BATCH,
+        "num_samples": count,
+        "device": "cpu",
+        "overwrite": True,
+    }
     flags = {**TINY, **run, "model_path": folder / "tiny.pt", "out": folder / str(count)}
     words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
-    command = [sys.executable, "-c", TELL_PEAK_MEMORY, str(Path(__file__).with_name("classifier_sample.py")), *words]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True, text=True)
+    command = [
+        sys.executable,
+        "-c",
+        TELL_PEAK_MEMORY,
+        str(Path(__file__).with_name("classifier_sample.py")),
+        *words,
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True, text=True
+    )
     return int(done.stdout.splitlines()[-1])
 
 

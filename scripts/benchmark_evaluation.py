@@ -1,9 +1,11 @@
-"""Measure what the evaluation of 50,000 images needs on a CPU: Frechet distance, precision and recall, feature extraction, memory.
+"""Measure what the evaluation of 50,000 images needs on a CPU: Frechet distance, precision and recall,
+feature extraction, memory.
 
     python scripts/benchmark_evaluation.py
 
-Every rate is set against that of plain library code in the same run. Nothing is downloaded: features and Inception's weights are random,
-which changes no time. It takes some minutes. Run it with nothing else on the machine; its lines are meant for docs/benchmarks.md.
+Every rate is set against that of plain library code in the same run. Nothing is downloaded: features and
+Inception's weights are random, which changes no time. It takes some minutes. Run it with nothing else on the
+machine; its lines are meant for docs/benchmarks.md.
 """
 
 import argparse
@@ -27,14 +29,16 @@ from evaluation.images import open_images
 from evaluation.inception import INPUT_SIZE, InceptionFeatures, inception_network
 from evaluation.moments import moments_of
 from evaluation.precision_recall import precision_recall
-from guided_diffusion import machine
-from guided_diffusion.cli import Parser, run_main
+from guided_diffusion.flags.parser import Parser, run_main
+from guided_diffusion.runs import machine
 
 DIMENSION = 2048  # of Inception's pool3
 FEW = 500  # images of a singular covariance
 REFERENCE, SAMPLES = 10_000, 50_000
 PICTURES = 160
-FURTHER = 20 * PART_SIZE  # images less than SAMPLES, in whole parts: as many wait for their part to be complete then
+FURTHER = (
+    20 * PART_SIZE
+)  # images less than SAMPLES, in whole parts: as many wait for their part to be complete then
 REAL_BATCHES = 64  # one batch in so many is Inception's where memory is measured; it divides a part, at whose end memory is highest
 REPEATS = 5  # the median counts
 
@@ -86,10 +90,15 @@ def frechet(first, second):
 
 
 def report_precision_recall():
-    seconds, plain_seconds, memory = in_own_process("time_precision_recall", DIMENSION, REFERENCE, SAMPLES, REPEATS)
-    # An inner product for each pair of images, counted once. The tiles on the diagonal hold their pairs twice: that is not counted.
+    seconds, plain_seconds, memory = in_own_process(
+        "time_precision_recall", DIMENSION, REFERENCE, SAMPLES, REPEATS
+    )
+    # An inner product for each pair of images, counted once. The tiles on the diagonal hold their pairs
+    # twice: that is not counted.
     pairs = REFERENCE * (REFERENCE - 1) / 2 + SAMPLES * (SAMPLES - 1) / 2 + REFERENCE * SAMPLES
-    rate, plain_rate = (2e-9 * DIMENSION * n / t for n, t in ((pairs, seconds), (REFERENCE * SAMPLES, plain_seconds)))
+    rate, plain_rate = (
+        2e-9 * DIMENSION * n / t for n, t in ((pairs, seconds), (REFERENCE * SAMPLES, plain_seconds))
+    )
     print(
         f"precision and recall, {REFERENCE} reference and {SAMPLES} sample features of {DIMENSION} dimensions, float32: {seconds:.2f} s; "
         f"with one inner product per pair of images {rate:.1f} GFLOP/s, {rate / plain_rate:.0%} of the {plain_rate:.1f} GFLOP/s of a plain "
@@ -98,7 +107,9 @@ def report_precision_recall():
 
 
 def time_precision_recall(dimension, reference, samples, repeats):
-    """Seconds of precision and recall, median seconds of a plain matrix product, and the peak memory in bytes before the latter."""
+    """Seconds of precision and recall, median seconds of a plain matrix product, and the peak memory in bytes
+    before the latter.
+    """
     real, fake = random_features(reference, 1, dimension), random_features(samples, 2, dimension)
     start = time.perf_counter()
     precision_recall(real=real, fake=fake, dtype=torch.float32)
@@ -115,7 +126,9 @@ def report_extraction(folder):
     network = InceptionFeatures(inception_network().state_dict())
     pixels = torch.rand(PICTURES, 3, INPUT_SIZE, INPUT_SIZE).to(memory_format=torch.channels_last)
     times = []
-    for _ in range(REPEATS + 1):  # the two in turn, so that both meet the same noise; the first round is not counted
+    for _ in range(
+        REPEATS + 1
+    ):  # the two in turn, so that both meet the same noise; the first round is not counted
         forget(folder)
         start = time.perf_counter()
         extract(open_images(folder), network, progress=False)
@@ -132,7 +145,10 @@ def report_extraction(folder):
 
 
 def report_memory(folder):
-    fewer, peak = (in_own_process("extraction_memory", str(folder), count, REAL_BATCHES) for count in (SAMPLES - FURTHER, SAMPLES))
+    fewer, peak = (
+        in_own_process("extraction_memory", str(folder), count, REAL_BATCHES)
+        for count in (SAMPLES - FURTHER, SAMPLES)
+    )
     print(
         f"extraction of {SAMPLES} images: peak resident memory of the process {peak / 1e9:.2f} GB, "
         f"{(peak - fewer) / FURTHER / 1e3:.1f} KB for each of the last {FURTHER} images "
@@ -151,13 +167,21 @@ def extraction_memory(pictures, count, real_batches):
 
 
 class HastyInception:
-    """Inception on one batch in `real_batches`, and random features of its sizes for the others: its memory in a fraction of its time."""
+    """Inception on one batch in `real_batches`, and random features of its sizes for the others: its memory
+    in a fraction of its time.
+    """
 
     def __init__(self, real_batches):
         self.inception, self.real_batches = InceptionFeatures(inception_network().state_dict()), real_batches
-        self.name, self.protocol, self.sha256 = self.inception.name, self.inception.protocol, self.inception.sha256
+        self.name, self.protocol, self.sha256 = (
+            self.inception.name,
+            self.inception.protocol,
+            self.inception.sha256,
+        )
         self.batch_size, self.calls, self.random = self.inception.batch_size, 0, np.random.default_rng(0)
-        self.sizes = {key: array.shape[1] for key, array in self.inception(np.zeros((1, 128, 128, 3), np.uint8)).items()}
+        self.sizes = {
+            key: array.shape[1] for key, array in self.inception(np.zeros((1, 128, 128, 3), np.uint8)).items()
+        }
 
     def __call__(self, images):
         self.calls += 1
@@ -167,11 +191,15 @@ class HastyInception:
 
 
 def random_features(count, seed, dimension=None):
-    """(count, D) float32 shaped like Inception's pool3: not negative, a sixth of them 0, correlated, of a covariance whose eigenvalues
-    fall by six orders of magnitude, none to 0. Every seed draws another set of the same distribution."""
+    """(count, D) float32 shaped like Inception's pool3: not negative, a sixth of them 0, correlated, of a
+    covariance whose eigenvalues fall by six orders of magnitude, none to 0. Every seed draws another set of
+    the same distribution.
+    """
     dimension = dimension or DIMENSION
     generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(dimension, dimension, generator=generator) / torch.arange(1, dimension + 1)[:, None]
+    directions = (
+        torch.randn(dimension, dimension, generator=generator) / torch.arange(1, dimension + 1)[:, None]
+    )
     directions /= directions.square().sum(dim=0).sqrt()
     generator.manual_seed(seed)
     features = torch.empty(count, dimension)

@@ -2,9 +2,10 @@
 
     python scripts/chaos.py --kills 30 --out results/chaos
 
-Each attempt runs on 1, 2 or 3 processes, drawn at random, and one of them is killed with signal 9 at a random time. After every attempt
-each file with a final name must be complete. In the end the npz must equal that of an undisturbed run byte for byte. Every flag that is
-not listed here goes on to scripts/classifier_sample.py. One thread per process: pixels depend on how sums are split over threads.
+Each attempt runs on 1, 2 or 3 processes, drawn at random, and one of them is killed with signal 9 at a random
+time. After every attempt each file with a final name must be complete. In the end the npz must equal that of
+an undisturbed run byte for byte. Every flag that is not listed here goes on to scripts/classifier_sample.py.
+One thread per process: pixels depend on how sums are split over threads.
 """
 
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from guided_diffusion.cli import Parser, parse_numbers, run_main
+from guided_diffusion.flags.parser import Parser, parse_numbers, run_main
 
 SAMPLE = Path(__file__).with_name("classifier_sample.py")
 PATIENCE_SECONDS = 60  # within which the others end when one was killed
@@ -31,11 +32,22 @@ def main():
     parser.add_argument("--longest", type=float, default=10.0, help="seconds that an attempt may live")
     parser.add_argument("--num_samples", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0, help="of what is killed when; that of the samples stays 0")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of what is killed when; that of the samples stays 0"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/chaos"))
     args, flags = parser.parse_known_args()
     counts, chance = parse_numbers(args.processes, "--processes"), random.Random(args.seed)
-    flags = ["--preset", "digits", "--num_samples", args.num_samples, "--batch_size", args.batch_size, *flags, "--overwrite"]
+    flags = [
+        "--preset",
+        "digits",
+        "--num_samples",
+        args.num_samples,
+        "--batch_size",
+        args.batch_size,
+        *flags,
+        "--overwrite",
+    ]
     whole, killed = args.out / "whole", args.out / "killed"
     finish(start(1, [*flags, "True", "--out", whole]))
 
@@ -44,7 +56,9 @@ def main():
         processes = chance.choice(counts)
         group = start(processes, [*flags, overwrite, "--out", killed])
         if not kill_one(group, chance, chance.uniform(0, args.longest)):
-            raise ValueError(f"the run was complete after {done} kills: give more --num_samples, or a shorter --longest")
+            raise ValueError(
+                f"the run was complete after {done} kills: give more --num_samples, or a shorter --longest"
+            )
         done, overwrite = done + 1, "False" if (killed / "run.json").exists() else overwrite
         bar.set_postfix(complete=check_files(killed))
     finish(start(chance.choice(counts), [*flags, overwrite, "--out", killed]))
@@ -58,33 +72,44 @@ def start(processes, flags):
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
-    return subprocess.Popen([str(word) for word in [*launcher, SAMPLE, *flags]], env=environment, start_new_session=True, **quiet)
+    return subprocess.Popen(
+        [str(word) for word in [*launcher, SAMPLE, *flags]], env=environment, start_new_session=True, **quiet
+    )
 
 
 def finish(group):
     """Wait for an undisturbed run. Raises ValueError with the end of what it said where it failed."""
     _, errors = group.communicate()
     if group.returncode:
-        raise ValueError(f"a run that nobody disturbed failed with exit code {group.returncode}: ...{errors[-1000:]}")
+        raise ValueError(
+            f"a run that nobody disturbed failed with exit code {group.returncode}: ...{errors[-1000:]}"
+        )
 
 
 def kill_one(group, chance, delay):
-    """Kill a random process of a run after `delay` seconds, and wait for the others; False if the run had ended by itself."""
+    """Kill a random process of a run after `delay` seconds, and wait for the others; False if the run had
+    ended by itself.
+    """
     try:
         _, errors = group.communicate(timeout=delay)
         if group.returncode:
-            raise ValueError(f"a run failed with exit code {group.returncode} before it was killed: ...{errors[-1000:]}")
+            raise ValueError(
+                f"a run failed with exit code {group.returncode} before it was killed: ...{errors[-1000:]}"
+            )
         return False
     except subprocess.TimeoutExpired:
         pids = [group.pid, *workers(group.pid)]
         victim = chance.choice(pids)
         os.kill(victim, signal.SIGKILL)
     try:
-        # The others must end by themselves; but the workers of a launcher that was killed belong to nobody, and go with it.
+        # The others must end by themselves; but the workers of a launcher that was killed belong to nobody,
+        # and go with it.
         if victim != group.pid:
             group.wait(PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{len(pids) - 1} other processes did not end within {PATIENCE_SECONDS} s after one was killed") from None
+        raise ValueError(
+            f"{len(pids) - 1} other processes did not end within {PATIENCE_SECONDS} s after one was killed"
+        ) from None
     finally:
         for pid in pids:
             with suppress(ProcessLookupError):
@@ -99,7 +124,9 @@ def workers(pid):
 
 
 def check_files(folder):
-    """Open every file that has a final name; returns the number of samples in them. Raises ValueError for an incomplete one."""
+    """Open every file that has a final name; returns the number of samples in them. Raises ValueError for an
+    incomplete one.
+    """
     complete = 0
     for path in [*folder.glob("shards/[0-9]*.npz"), *folder.glob("samples_*.npz")]:
         try:
@@ -117,8 +144,12 @@ def compare(whole, killed):
     (one,), (other,) = (list(folder.glob("samples_*.npz")) for folder in (whole, killed))
     if one.read_bytes() != other.read_bytes():
         with np.load(one, allow_pickle=False) as a, np.load(other, allow_pickle=False) as b:
-            differing = np.flatnonzero((a["arr_0"] != b["arr_0"]).any(axis=(1, 2, 3)) | (a["arr_1"] != b["arr_1"]))
-        raise ValueError(f"{other} differs from {one} in {len(differing)} samples, the first is {differing[:1]}")
+            differing = np.flatnonzero(
+                (a["arr_0"] != b["arr_0"]).any(axis=(1, 2, 3)) | (a["arr_1"] != b["arr_1"])
+            )
+        raise ValueError(
+            f"{other} differs from {one} in {len(differing)} samples, the first is {differing[:1]}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Sample an EDM preset unguided and under both forms of guidance, over numbers of steps, and compare what comes out.
+"""Sample an EDM preset unguided and under both forms of guidance, over numbers of steps, and compare what
+comes out.
 
     python scripts/compare_edm.py --preset digits-edm --seeds 0-2 --out results/digits-edm
 
-Every flag that is not listed here goes on to scripts/edm_sample.py, which does the sampling, one run per row of the table. All rows of a
-seed start from the same noise and want the same classes. The accuracy is by a judge, a classifier of another architecture and seed than
-the guide, the other metrics are by the features of a third network, against the digits that the networks learned from. Writes
-comparison.json beside the runs, and, where matplotlib is installed, comparison.png: the metrics over the number of network evaluations.
+Every flag that is not listed here goes on to scripts/edm_sample.py, which does the sampling, one run per row
+of the table. All rows of a seed start from the same noise and want the same classes. The accuracy is by a
+judge, a classifier of another architecture and seed than the guide, the other metrics are by the features of
+a third network, against the digits that the networks learned from. Writes comparison.json beside the runs,
+and, where matplotlib is installed, comparison.png: the metrics over the number of network evaluations.
 """
 
 import importlib.util
@@ -15,10 +17,10 @@ from pathlib import Path
 from classifiers.registry import load_classifier
 from evaluation.comparison import FEATURES, SMALLEST, DigitsQuality, hold_out, judge, summaries, with_error
 from evaluation.evaluator import metric_key, metric_label
-from guided_diffusion.atomic_files import renamed_when_complete, write_json
-from guided_diffusion.cli import Parser, call_script, parse_numbers, run_main
 from guided_diffusion.edm import SOLVERS
-from guided_diffusion.presets import EDM_FORM_FLAGS, EDM_PRESETS
+from guided_diffusion.files.atomic import renamed_when_complete, write_json
+from guided_diffusion.flags.parser import Parser, call_script, parse_numbers, run_main
+from guided_diffusion.flags.presets import EDM_FORM_FLAGS, EDM_PRESETS
 
 SAMPLE = Path(__file__).with_name("edm_sample.py")
 NETWORKS = {"class-conditional": "False", "unconditional": "True"}
@@ -30,14 +32,27 @@ FORMS = {
 }
 FORM_FLAGS = {"unguided": (), **EDM_FORM_FLAGS}
 BOTH_FORMS = (
-    *("classifier_type", "classifier_path", "classifier_input", "softplus_beta", "joint_temperature", "uncond_temperature"),
+    *(
+        "classifier_type",
+        "classifier_path",
+        "classifier_input",
+        "softplus_beta",
+        "joint_temperature",
+        "uncond_temperature",
+    ),
     *("guidance_interval", "on_nonfinite", "log_guidance"),
 )
-# What tells the rows apart, or is the same for all of them: --steps, --seeds, --out and these are not for the user to pass on.
+# What tells the rows apart, or is the same for all of them: --steps, --seeds, --out and these are not for the
+# user to pass on.
 OWN_FLAGS = ("unconditional", "use_classifier", "guidance_form", "outdir", "format", "subdirs", "dry_run")
 KEY = ("network", "guidance", "steps")
 DISTANCE = metric_key("fid", FEATURES)
-CURVES = {"hit": "wanted class", DISTANCE: metric_label("fid", FEATURES), "precision": "precision", "recall": "recall"}
+CURVES = {
+    "hit": "wanted class",
+    DISTANCE: metric_label("fid", FEATURES),
+    "precision": "precision",
+    "recall": "recall",
+}
 
 
 def main():
@@ -53,9 +68,25 @@ def main():
         for (network, form, n), outs in runs.items():
             out = folder / f"seed{seed}" / f"{network}-{form}-{n}"
             print(f"{network}, {form}, {n} steps, seed {seed}", file=sys.stderr)
-            own = ["--preset", args.preset, "--unconditional", NETWORKS[network], "--steps", str(n), "--solver", args.solver]
-            images = ["--format", "npz", "--seeds", f"{seed * args.num_samples}-{(seed + 1) * args.num_samples - 1}"]
-            call_script(SAMPLE, [*own, *FORMS[form], *form_flags(args, form), *images, *flags, "--out", str(out)])
+            own = [
+                "--preset",
+                args.preset,
+                "--unconditional",
+                NETWORKS[network],
+                "--steps",
+                str(n),
+                "--solver",
+                args.solver,
+            ]
+            images = [
+                "--format",
+                "npz",
+                "--seeds",
+                f"{seed * args.num_samples}-{(seed + 1) * args.num_samples - 1}",
+            ]
+            call_script(
+                SAMPLE, [*own, *FORMS[form], *form_flags(args, form), *images, *flags, "--out", str(out)]
+            )
             outs.append(out)
     rows = measured(runs, folder, seeds, args, classifier)
     print_table(rows, len(seeds))
@@ -65,11 +96,22 @@ def main():
 
 def create_argparser():
     parser = Parser(description=__doc__)
-    parser.add_argument("--preset", choices=["digits-edm"], default="digits-edm", help="judge and metrics are those of the digits")
-    parser.add_argument("--judge", default="digits_judge", help="the classifier that counts hits; it must not be the guide")
+    parser.add_argument(
+        "--preset",
+        choices=["digits-edm"],
+        default="digits-edm",
+        help="judge and metrics are those of the digits",
+    )
+    parser.add_argument(
+        "--judge", default="digits_judge", help="the classifier that counts hits; it must not be the guide"
+    )
     parser.add_argument("--steps", default="5,10,18,36", help="one row for each")
     parser.add_argument("--solver", choices=SOLVERS, default="heun", help="of all rows")
-    parser.add_argument("--seeds", default="0", help="the table's: each is a set of images of its own, so 0-2 makes three runs of each row")
+    parser.add_argument(
+        "--seeds",
+        default="0",
+        help="the table's: each is a set of images of its own, so 0-2 makes three runs of each row",
+    )
     parser.add_argument("--num_samples", type=int, default=200, help="images of each run")
     parser.add_argument("--out", type=Path, help="output folder, by default results/PRESET")
     for form, names in FORM_FLAGS.items():
@@ -93,7 +135,9 @@ def refuse(args, flags, steps, seeds):
     if args.num_samples < SMALLEST:
         raise ValueError(f"--num_samples must be at least {SMALLEST}, got {args.num_samples}")
     if args.judge == (args.classifier_type or EDM_PRESETS[args.preset]["classifier_type"]):
-        raise ValueError(f"--judge {args.judge} is the guide itself; choose another classifier, of another architecture")
+        raise ValueError(
+            f"--judge {args.judge} is the guide itself; choose another classifier, of another architecture"
+        )
 
 
 def form_flags(args, form):
@@ -117,9 +161,13 @@ def print_table(rows, seeds):
     for row in rows:
         steps = f"{row['steps'] or '':>5} {row.get('evaluations', ''):>11}"
         cells = [with_error(row[key], form_of(key)) if key in row else "" for key in CURVES]
-        print(f"{row['network']:<18} {row['guidance']:<9} {steps} " + " ".join(f"{cell:>15}" for cell in cells))
+        print(
+            f"{row['network']:<18} {row['guidance']:<9} {steps} " + " ".join(f"{cell:>15}" for cell in cells)
+        )
     count = f"{rows[0]['images']['mean']:.0f} images"
-    print(f"{count} in each run" + (f", {seeds} runs each; ± is their standard deviation" if seeds > 1 else ""))
+    print(
+        f"{count} in each run" + (f", {seeds} runs each; ± is their standard deviation" if seeds > 1 else "")
+    )
 
 
 def form_of(key):
@@ -141,10 +189,27 @@ def draw(path, rows):
                 own = [row for row in rows if (row["network"], row["guidance"]) == (network, form)]
                 x, y = [row["evaluations"] for row in own], [row[key]["mean"] for row in own]
                 error = [row[key]["std"] or 0 for row in own]
-                axes.errorbar(x, y, error, fmt=line, marker="o", markersize=4, capsize=2, color=colour, label=f"{network}, {form}")
+                axes.errorbar(
+                    x,
+                    y,
+                    error,
+                    fmt=line,
+                    marker="o",
+                    markersize=4,
+                    capsize=2,
+                    color=colour,
+                    label=f"{network}, {form}",
+                )
         if key in real:
-            axes.axhline(real[key]["mean"], color="black", linewidth=0.8, linestyle=":", label="real digits, unseen")
-        axes.set(title=label, xlabel="network evaluations", xscale="log", yscale="log" if key == DISTANCE else "linear")
+            axes.axhline(
+                real[key]["mean"], color="black", linewidth=0.8, linestyle=":", label="real digits, unseen"
+            )
+        axes.set(
+            title=label,
+            xlabel="network evaluations",
+            xscale="log",
+            yscale="log" if key == DISTANCE else "linear",
+        )
         axes.set_xticks(x, x)
         axes.minorticks_off()
         axes.grid(alpha=0.3)

@@ -1,11 +1,13 @@
-"""Sample a preset with and without guidance, on the class-conditional and on the unconditional network, and compare what comes out.
+"""Sample a preset with and without guidance, on the class-conditional and on the unconditional network, and
+compare what comes out.
 
     python scripts/compare_guidance.py --preset digits --seeds 0-2 --out results/digits
 
-Every flag that is not listed here goes on to scripts/classifier_sample.py, which does the sampling, one run per row of the tables. The
-first table is by a judge, a classifier of another architecture and seed than the guide. The second is by the features of a third network,
-against the digits that the networks learned from; its last row, digits that no network has seen, is what a perfect generator would
-get. Writes comparison.json and comparison.png beside the runs.
+Every flag that is not listed here goes on to scripts/classifier_sample.py, which does the sampling, one run
+per row of the tables. The first table is by a judge, a classifier of another architecture and seed than the
+guide. The second is by the features of a third network, against the digits that the networks learned from;
+its last row, digits that no network has seen, is what a perfect generator would get. Writes comparison.json
+and comparison.png beside the runs.
 """
 
 import sys
@@ -17,11 +19,11 @@ from classifiers.registry import find_classifier, load_classifier
 from evaluation import comparison
 from evaluation.comparison import FEATURES, METRICS, DigitsQuality, hold_out, summaries, with_error
 from evaluation.evaluator import metric_key, metric_label
-from guided_diffusion.atomic_files import write_json
-from guided_diffusion.cli import Parser, call_script, parse_numbers, run_main
-from guided_diffusion.grid import save_grid
-from guided_diffusion.presets import PRESETS
-from guided_diffusion.sample_store import read_run, read_samples
+from guided_diffusion.files.atomic import write_json
+from guided_diffusion.files.grid import save_grid
+from guided_diffusion.files.run_folder import read_run, read_samples
+from guided_diffusion.flags.parser import Parser, call_script, parse_numbers, run_main
+from guided_diffusion.flags.presets import PRESETS
 
 SAMPLE = Path(__file__).with_name("classifier_sample.py")
 NETWORKS = {"class-conditional": "False", "unconditional": "True"}
@@ -34,7 +36,9 @@ _GUIDE.add_argument("--classifier_type")
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--preset", default="digits", help="a preset whose network has a null class")
-    parser.add_argument("--judge", default="digits_judge", help="the classifier that counts hits; it must not be the guide")
+    parser.add_argument(
+        "--judge", default="digits_judge", help="the classifier that counts hits; it must not be the guide"
+    )
     parser.add_argument("--seeds", default="0", help="one comparison per seed, for example 0-2")
     parser.add_argument("--out", type=Path, help="output folder, by default results/PRESET")
     args, flags = parser.parse_known_args()
@@ -72,10 +76,14 @@ def refuse_overrides(args, flags):
             raise ValueError(f"{flag} {why}")
     usable = [name for name, values in PRESETS.items() if values.get("null_class")]
     if args.preset not in usable:
-        raise ValueError(f"--preset {args.preset} has no network with a null class, to sample unconditionally; choose {', '.join(usable)}")
+        raise ValueError(
+            f"--preset {args.preset} has no network with a null class, to sample unconditionally; choose {', '.join(usable)}"
+        )
     written, _ = _GUIDE.parse_known_args(flags)
     if args.judge == (written.classifier_type or PRESETS[args.preset].get("classifier_type")):
-        raise ValueError(f"--judge {args.judge} is the guide itself; choose another classifier, of another architecture")
+        raise ValueError(
+            f"--judge {args.judge} is the guide itself; choose another classifier, of another architecture"
+        )
     find_classifier(args.judge)
 
 
@@ -93,11 +101,16 @@ def judge(folder, name):
 
 
 def measure_all(runs, seeds):
-    """The rows of the second table, the held-out digits last; none where the runs are too small for its metrics."""
+    """The rows of the second table, the held-out digits last; none where the runs are too small for its
+    metrics.
+    """
     outs = runs["unconditional", "unguided"]
     count = len(read_samples(outs[0])[1])
     if count < comparison.SMALLEST:
-        print(f"no table of {metric_label('fid', FEATURES)}: {count} images, it takes {comparison.SMALLEST}", file=sys.stderr)
+        print(
+            f"no table of {metric_label('fid', FEATURES)}: {count} images, it takes {comparison.SMALLEST}",
+            file=sys.stderr,
+        )
         return []
     real = [hold_out(out.parent, count, seed) for out, seed in zip(outs, seeds, strict=True)]
     return summaries({**runs, ("real", ""): real}, ("network", "guidance"), DigitsQuality())
@@ -116,7 +129,9 @@ def draw(path, folders, columns=20):
 
 
 def print_judgement(rows):
-    print(f"\n{'network':<18} {'guidance':<9} {'wanted class':>15} {'log-probability':>16} {'s per image':>12} {'guidance time':>14}")
+    print(
+        f"\n{'network':<18} {'guidance':<9} {'wanted class':>15} {'log-probability':>16} {'s per image':>12} {'guidance time':>14}"
+    )
     for row in rows:
         seconds, share = row["seconds_per_image"]["mean"], row["guidance_share"]["mean"]
         cells = f"{with_error(row['hit'], '.1%'):>15} {with_error(row['log_prob'], '.2f'):>16} {seconds:>12.4f} {share:>14.0%}"
@@ -129,9 +144,20 @@ def print_quality(rows):
     for row in rows:
         distance, *others = (row[metric_key(metric, FEATURES)] for metric in METRICS)
         # Of one run, the spread of its resamples stands in for that of the seeds.
-        cells = [with_error({**distance, "std": row["resampled_std"]["mean"] if distance["std"] is None else distance["std"]}, ".2f")]
+        cells = [
+            with_error(
+                {
+                    **distance,
+                    "std": row["resampled_std"]["mean"] if distance["std"] is None else distance["std"],
+                },
+                ".2f",
+            )
+        ]
         cells += [with_error(cell, ".3f") for cell in others]
-        print(f"{row['network']:<18} {row['guidance']:<9} {row['images']['mean']:>6.0f} " + " ".join(f"{cell:>15}" for cell in cells))
+        print(
+            f"{row['network']:<18} {row['guidance']:<9} {row['images']['mean']:>6.0f} "
+            + " ".join(f"{cell:>15}" for cell in cells)
+        )
 
     one = len(rows[0]["images"]["runs"]) == 1
     print(f"± is the standard deviation over {'resamples of the images' if one else 'the seeds'}")

@@ -2,8 +2,9 @@
 
     python scripts/convert_checkpoint.py edm-imagenet-64x64-cond-adm.pkl pretrained_models/edm-imagenet-64x64-cond-adm.safetensors
 
-Nothing in the pickle is executed. The metadata hold the network's class (class_name), its constructor's arguments (arguments, JSON) and the
-SHA-256 of the pickle (source_sha256). The weights keep the licence of their source: EDM's are CC BY-NC-SA 4.0.
+Nothing in the pickle is executed. The metadata hold the network's class (class_name), its constructor's
+arguments (arguments, JSON) and the SHA-256 of the pickle (source_sha256). The weights keep the licence of
+their source: EDM's are CC BY-NC-SA 4.0.
 """
 
 import json
@@ -11,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from guided_diffusion.atomic_files import renamed_when_complete
-from guided_diffusion.checkpoints import sha256
-from guided_diffusion.cli import Parser, run_main
-from guided_diffusion.edm_pickle import read_snapshot
-from guided_diffusion.machine import peak_memory
+from guided_diffusion.files.atomic import renamed_when_complete
+from guided_diffusion.files.checkpoints import sha256
+from guided_diffusion.files.edm_pickle import read_snapshot
+from guided_diffusion.flags.parser import Parser, run_main
+from guided_diffusion.runs.machine import peak_memory
 
 # The names of the safetensors format.
 DTYPES = {
@@ -47,7 +48,9 @@ def main():
         "source_sha256": sha256(args.source),
     }
     size = write_safetensors(args.out, snapshot.tensors, metadata)
-    print(f"{args.out}: {snapshot.class_name}, {len(snapshot.tensors)} tensors, {size:,} bytes; peak memory {peak_memory():,} bytes")
+    print(
+        f"{args.out}: {snapshot.class_name}, {len(snapshot.tensors)} tensors, {size:,} bytes; peak memory {peak_memory():,} bytes"
+    )
 
 
 def check_flags(args):
@@ -64,8 +67,12 @@ def check_flags(args):
 
 
 def write_safetensors(path, tensors, metadata):
-    """Write StoredTensors by name, one in memory at a time, which the safetensors package cannot; returns the size of the tensors."""
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))  # so that each begins at a multiple of its size
+    """Write StoredTensors by name, one in memory at a time, which the safetensors package cannot; returns the
+    size of the tensors.
+    """
+    tensors = dict(
+        sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    )  # so that each begins at a multiple of its size
     header, end = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes

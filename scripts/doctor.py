@@ -2,16 +2,17 @@
 
     python scripts/doctor.py imagenet128-resnet101 --num_samples 50000 --batch_size 50
 
-Takes the name of a preset and the flags of the script that samples it, which does the work: `--dry_run True` there is the same. Ends with
-"ready", exit code 0, or with the number of problems, exit code 1. Nothing is sampled, and the output folder is left alone.
+Takes the name of a preset and the flags of the script that samples it, which does the work: `--dry_run True`
+there is the same. Ends with "ready", exit code 0, or with the number of problems, exit code 1. Nothing is
+sampled, and the output folder is left alone.
 """
 
 import runpy
 import sys
 from pathlib import Path
 
-from guided_diffusion.cli import Parser, run_main
-from guided_diffusion.presets import script_of
+from guided_diffusion.flags.parser import Parser, run_main
+from guided_diffusion.flags.presets import script_of
 
 
 def main():

@@ -3,8 +3,9 @@
     python scripts/download.py imagenet128-resnet101
     python scripts/download.py resnet50-0676ba61.pth --dir /data/weights
 
-What can be fetched is data: pretrained_models/files.json. A file gets its final name only when it is complete and
-verified; until then it is FILE.part, and the same command goes on from there. Results go to stdout, the rest to stderr.
+What can be fetched is data: pretrained_models/files.json. A file gets its final name only when it is complete
+and verified; until then it is FILE.part, and the same command goes on from there. Results go to stdout, the
+rest to stderr.
 Exit codes: 0 all files are there, 1 some are not, 2 the command line is wrong, 130 stopped by Ctrl-C.
 """
 
@@ -26,13 +27,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from guided_diffusion.checkpoints import recorded_hashes
+from guided_diffusion.files.checkpoints import recorded_hashes
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained_models"
 TIMEOUT_S = 60
-RETRY_WAITS_S = (1, 4, 15)  # seconds before the second, third and fourth try; counted anew whenever bytes arrive
+RETRY_WAITS_S = (
+    1,
+    4,
+    15,
+)  # seconds before the second, third and fourth try; counted anew whenever bytes arrive
 CHUNK_BYTES = 1 << 16  # what a reset connection costs at most
-NETWORK_ERRORS = (ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)  # none that a disk raises
+NETWORK_ERRORS = (
+    ConnectionError,
+    TimeoutError,
+    ssl.SSLError,
+    http.client.HTTPException,
+)  # none that a disk raises
 
 
 class Failure(Exception):
@@ -44,15 +54,21 @@ class Transient(Failure):
 
 
 class Job:
-    """One file to provide: its row of the table, the folder it goes to, and the sha256 that the user gave, or None."""
+    """One file to provide: its row of the table, the folder it goes to, and the sha256 that the user gave, or
+    None.
+    """
 
     def __init__(self, name, entry, folder, given=None):
         self.name, self.folder, self.given = name, folder, given
         self.url, self.bytes, self.licence = entry["url"], entry["bytes"], entry["licence"]
-        self.published = entry["sha256"] or entry.get("sha256_prefix", "")  # 64 hex digits, the first few, or none
+        self.published = entry["sha256"] or entry.get(
+            "sha256_prefix", ""
+        )  # 64 hex digits, the first few, or none
         self.paths = [folder / other for other in (name, *entry["also_named"])]
         self.part = folder / f"{name}.part"
-        self.etag = folder / f"{name}.part.etag"  # of the version that .part began with: two must not be glued together
+        self.etag = (
+            folder / f"{name}.part.etag"
+        )  # of the version that .part began with: two must not be glued together
 
     def discard(self):
         self.part.unlink(missing_ok=True)
@@ -70,14 +86,18 @@ def write_record(folder, name, digest, size):
 
 
 def known_hashes(job, name):
-    """[(sha256 or its beginning, who says so)]: all must hold. What the user gives outranks what was recorded."""
+    """[(sha256 or its beginning, who says so)]: all must hold. What the user gives outranks what was
+    recorded.
+    """
     recorded = recorded_hashes(job.folder).get(name, {}).get("sha256")
     own = (job.given, "--sha256") if job.given else (recorded, f"recorded in {job.folder / 'hashes.json'}")
     return [(text, who) for text, who in ((job.published, "published"), own) if text]
 
 
 def verify(job, path):
-    """(sha256, bytes, what they were held against) of `path`; Failure if they are not those known of the file."""
+    """(sha256, bytes, what they were held against) of `path`; Failure if they are not those known of the
+    file.
+    """
     size, digest = path.stat().st_size, hashlib.sha256()
     if job.bytes not in (None, size):
         raise Failure(f"expected {job.bytes:,} bytes, got {size:,}")
@@ -88,16 +108,26 @@ def verify(job, path):
     for expected, who in known:
         if not digest.hexdigest().startswith(expected):
             raise Failure(f"sha256 expected {expected} ({who}), got {digest.hexdigest()}")
-    return digest.hexdigest(), size, " and ".join(f"sha256 {who}" for _, who in known) or "no hash known to check it by"
+    return (
+        digest.hexdigest(),
+        size,
+        " and ".join(f"sha256 {who}" for _, who in known) or "no hash known to check it by",
+    )
 
 
 def connect(job, offset):
-    """Response to a GET from byte `offset` on; an HTTP error is a response too. Failure where nothing answers."""
-    request = urllib.request.Request(job.url, headers={"User-Agent": "download.py", "Accept-Encoding": "identity"})
+    """Response to a GET from byte `offset` on; an HTTP error is a response too. Failure where nothing
+    answers.
+    """
+    request = urllib.request.Request(
+        job.url, headers={"User-Agent": "download.py", "Accept-Encoding": "identity"}
+    )
     if offset:
         request.add_header("Range", f"bytes={offset}-")
         if job.etag.exists() and (version := job.etag.read_text()):
-            request.add_header("If-Range", version)  # a file that has changed is then sent whole, with status 200
+            request.add_header(
+                "If-Range", version
+            )  # a file that has changed is then sent whole, with status 200
     try:
         return urllib.request.urlopen(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
@@ -137,12 +167,16 @@ def refuse_early(job, response, start, total):
 
 
 def save(job, response, start, total):
-    """Append the body to the .part (from byte 0: anew). Transient if it ends early; what has arrived stays."""
+    """Append the body to the .part (from byte 0: anew). Transient if it ends early; what has arrived
+    stays.
+    """
     if start == 0:
         job.discard()
         etag = response.headers.get("ETag", "W/")  # weak ones are not for If-Range
         job.etag.write_text(response.headers.get("Last-Modified", "") if etag.startswith("W/") else etag)
-    bar = tqdm(desc=job.name, total=total, initial=start, unit="B", unit_scale=True, unit_divisor=1024, disable=None)
+    bar = tqdm(
+        desc=job.name, total=total, initial=start, unit="B", unit_scale=True, unit_divisor=1024, disable=None
+    )
     with bar, open(job.part, "ab") as out:  # disable=None: quiet where stderr is no terminal
         while chunk := response.read(CHUNK_BYTES):
             out.write(chunk)
@@ -187,7 +221,9 @@ def fetch(job):
 
 
 def finish(job):
-    """Verify the complete .part and give it its name. A bad one is removed, so that the next try is not stuck."""
+    """Verify the complete .part and give it its name. A bad one is removed, so that the next try is not
+    stuck.
+    """
     try:
         digest, size, trust = verify(job, job.part)
     except Failure as error:
@@ -216,13 +252,17 @@ def provide(job):
             finish(job)
         return True
     except (Failure, OSError) as error:  # a bad file that was there is the user's, so it is not removed
-        print(f"{job.name}: {error}{f'; move {here} away to fetch it again' if here else ''}", file=sys.stderr)
+        print(
+            f"{job.name}: {error}{f'; move {here} away to fetch it again' if here else ''}", file=sys.stderr
+        )
         return False
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """Makes the folder and keeps others out: a second download would write into the same .part. OSError there."""
+    """Makes the folder and keeps others out: a second download would write into the same .part. OSError
+    there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -238,14 +278,24 @@ def locked(folder):
 
 def parse(argv, table):
     """(args, jobs). Where the command line cannot be meant: one line and SystemExit(2)."""
-    parser = argparse.ArgumentParser(prog="download.py", description="Fetch pretrained files.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="download.py", description="Fetch pretrained files.", allow_abbrev=False
+    )
     parser.error = lambda message: parser.exit(2, f"download.py: {message}\n")
     parser.add_argument("names", nargs="*", metavar="PRESET|FILENAME", help="see --list")
-    parser.add_argument("--dir", type=Path, default=PRETRAINED, help="where the files go (default: %(default)s)")
-    parser.add_argument("--sha256", metavar="HEX", type=str.lower, help="64 hex digits that the one file must have")
-    parser.add_argument("--list", action="store_true", help="print the presets and the files, with their licences")
+    parser.add_argument(
+        "--dir", type=Path, default=PRETRAINED, help="where the files go (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sha256", metavar="HEX", type=str.lower, help="64 hex digits that the one file must have"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the presets and the files, with their licences"
+    )
     args = parser.parse_args(argv)
-    known = {other: [name] for name, entry in table["files"].items() for other in (name, *entry["also_named"])}
+    known = {
+        other: [name] for name, entry in table["files"].items() for other in (name, *entry["also_named"])
+    }
     known.update(table["presets"])
     if unknown := [name for name in args.names if name not in known]:
         parser.error(f"unknown {unknown[0]!r}: choose from {', '.join([*table['presets'], *table['files']])}")
@@ -258,7 +308,9 @@ def parse(argv, table):
     if args.sha256 and len(jobs) != 1:
         parser.error(f"--sha256 goes with exactly one file, not {len(jobs)}")
     if args.sha256 and not args.sha256.startswith(jobs[0].published):
-        parser.error(f"--sha256 {args.sha256} contradicts the published {jobs[0].published} of {jobs[0].name}")
+        parser.error(
+            f"--sha256 {args.sha256} contradicts the published {jobs[0].published} of {jobs[0].name}"
+        )
     return args, jobs
 
 
@@ -267,8 +319,15 @@ def main(argv=None, table=None):
     table = table or json.loads((PRETRAINED / "files.json").read_text())
     args, jobs = parse(argv, table)
     if args.list:
-        lines = [f"{preset}: {', '.join(names) or 'nothing to fetch'}" for preset, names in table["presets"].items()]
-        print("\n".join(lines + [f"{n}: {e['what']}; {e['licence']}; {e['url']}" for n, e in table["files"].items()]))
+        lines = [
+            f"{preset}: {', '.join(names) or 'nothing to fetch'}"
+            for preset, names in table["presets"].items()
+        ]
+        print(
+            "\n".join(
+                lines + [f"{n}: {e['what']}; {e['licence']}; {e['url']}" for n, e in table["files"].items()]
+            )
+        )
         return 0
     if not jobs:
         print(f"{', '.join(args.names)}: ok, nothing to fetch, the files come with the repository")
@@ -282,7 +341,10 @@ def main(argv=None, table=None):
         print(f"--dir {args.dir}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped: what has arrived is kept in FILE.part, the same command goes on from there", file=sys.stderr)
+        print(
+            "stopped: what has arrived is kept in FILE.part, the same command goes on from there",
+            file=sys.stderr,
+        )
         return 130
 
 

@@ -1,11 +1,12 @@
-"""Evaluate sets of images against a reference: FID, sFID, Inception Score, precision, recall, density, coverage, KID.
+"""Evaluate sets of images against a reference: FID, sFID, Inception Score, precision, recall, density,
+coverage, KID.
 
     python scripts/evaluate.py pretrained_models/VIRTUAL_imagenet128_labeled.npz results/resnet101 results/resnet50 --report results/report
     python scripts/evaluate.py real.npz a.npz b.npz --features digits --bootstrap 200 --compare a.npz b.npz
 
-A set is an npz, a folder or a zip of images, an output folder of this project, or an npz with statistics. The table goes to stdout, the
-rest to stderr. Numbers of another --protocol or --features must not be compared; distances by another network than Inception's are
-called FD(NAME), never FID.
+A set is an npz, a folder or a zip of images, an output folder of this project, or an npz with statistics. The
+table goes to stdout, the rest to stderr. Numbers of another --protocol or --features must not be compared;
+distances by another network than Inception's are called FD(NAME), never FID.
 """
 
 import json
@@ -22,10 +23,10 @@ from evaluation.inception import WEIGHTS, find_inception_weights
 from evaluation.networks import add_network_flags, feature_network
 from evaluation.report import require_matplotlib, table, to_json, write_report
 from evaluation.sets import measure, open_set, require_comparable, require_images_only
-from guided_diffusion.atomic_files import write_json
-from guided_diffusion.checkpoints import PRETRAINED_DIR
-from guided_diffusion.cli import Parser, run_main
 from guided_diffusion.dist_util import choose_device
+from guided_diffusion.files.atomic import write_json
+from guided_diffusion.files.checkpoints import PRETRAINED_DIR
+from guided_diffusion.flags.parser import Parser, run_main
 
 COMPARE_RESAMPLES = 200
 GRID_IMAGES = 64
@@ -33,9 +34,10 @@ SELFCHECK_FLAGS = ("selfcheck", "weights", "batch_size", "device", "cache")
 # guided-diffusion's own pair of reference and samples.
 PUBLISHED_REFERENCE = "VIRTUAL_imagenet128_labeled.npz"
 PUBLISHED_SAMPLES = "admnet_guided_imagenet128.npz"
-# Metric -> (what TensorFlow gave, tolerance). A PyTorch port differed by 0.0014, 0.000006, 0.0011, 0.001 and 0.0023; the tolerance is at
-# least twice that, and more for FID, as convolutions round differently from one machine to the next. TensorFlow's precision and recall
-# are in float16, where ties raise both; this check computes them in float32, as the port did.
+# Metric -> (what TensorFlow gave, tolerance). A PyTorch port differed by 0.0014, 0.000006, 0.0011, 0.001 and
+# 0.0023; the tolerance is at least twice that, and more for FID, as convolutions round differently from one
+# machine to the next. TensorFlow's precision and recall are in float16, where ties raise both; this check
+# computes them in float32, as the port did.
 PUBLISHED_FIGURES = {
     "inception_score": (141.4767, 0.01),
     "fid": (2.973289, 0.001),
@@ -49,9 +51,15 @@ def main():
     parser = make_parser()
     args = parser.parse_intermixed_args()
     if args.selfcheck:
-        others = [key for key, value in vars(args).items() if value and value != parser.get_default(key) and key not in SELFCHECK_FLAGS]
+        others = [
+            key
+            for key, value in vars(args).items()
+            if value and value != parser.get_default(key) and key not in SELFCHECK_FLAGS
+        ]
         if others:
-            parser.error(f"--selfcheck evaluates the published pair under adm; it does not go with {', '.join(others)}")
+            parser.error(
+                f"--selfcheck evaluates the published pair under adm; it does not go with {', '.join(others)}"
+            )
         return selfcheck(args)
     if not args.reference or not (args.samples or args.compare):
         parser.error("give a REFERENCE and at least one set of SAMPLES")
@@ -66,19 +74,50 @@ def main():
 
 def make_parser():
     parser = Parser(description=__doc__)
-    parser.add_argument("reference", nargs="?", metavar="REFERENCE", help="a published reference npz, statistics, or real images")
+    parser.add_argument(
+        "reference",
+        nargs="?",
+        metavar="REFERENCE",
+        help="a published reference npz, statistics, or real images",
+    )
     parser.add_argument("samples", nargs="*", metavar="SAMPLES", help="sets of generated images")
     add_network_flags(parser)
-    parser.add_argument("--precision_recall_dtype", choices=["float16", "float32"], default="float32", help="float16 is guided-diffusion's")
-    parser.add_argument("--bootstrap", type=int, default=0, metavar="N", help="an error bar of FID from N resamples")
-    parser.add_argument("--fid_infinity", action="store_true", help="extrapolate FID to infinitely many images")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="say whether two sets differ beyond the noise; 200 resamples")
-    parser.add_argument("--json", metavar="FILE", help="numbers and where they come from; - is stdout, and the table then goes to stderr")
+    parser.add_argument(
+        "--precision_recall_dtype",
+        choices=["float16", "float32"],
+        default="float32",
+        help="float16 is guided-diffusion's",
+    )
+    parser.add_argument(
+        "--bootstrap", type=int, default=0, metavar="N", help="an error bar of FID from N resamples"
+    )
+    parser.add_argument(
+        "--fid_infinity", action="store_true", help="extrapolate FID to infinitely many images"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="say whether two sets differ beyond the noise; 200 resamples",
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="numbers and where they come from; - is stdout, and the table then goes to stderr",
+    )
     parser.add_argument("--report", metavar="DIR", help="write a Markdown page with pictures there")
     parser.add_argument("--skip_unreadable", action="store_true", help="skip and count damaged pictures")
-    parser.add_argument("--allow_resolution", action="store_true", help="allow a reference of another resolution")
-    parser.add_argument("--seed", type=int, default=0, help="of the reference's subset, the resamples and the grids")
-    parser.add_argument("--selfcheck", action="store_true", help="evaluate the published pair and compare with the published figures")
+    parser.add_argument(
+        "--allow_resolution", action="store_true", help="allow a reference of another resolution"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the reference's subset, the resamples and the grids"
+    )
+    parser.add_argument(
+        "--selfcheck",
+        action="store_true",
+        help="evaluate the published pair and compare with the published figures",
+    )
     return parser
 
 
@@ -106,7 +145,9 @@ def network_of(args):
 
 
 def open_all(args, network):
-    """{path: OpenedSet}, the reference's under None; what can be known to be wrong without a feature is refused here."""
+    """{path: OpenedSet}, the reference's under None; what can be known to be wrong without a feature is
+    refused here.
+    """
     paths = {Path(path).resolve(): Path(path) for path in [*args.samples, *(args.compare or ())]}
     if len({Path(path).resolve() for path in args.samples}) < len(args.samples):
         raise ValueError("a set of samples is given twice; give each once")
@@ -124,7 +165,9 @@ def names_of(paths):
     names = {}
     for path in paths:
         ends = ["/".join(path.parts[-depth:]) for depth in range(1, len(path.parts) + 1)]
-        others = Counter("/".join(other.parts[-depth:]) for other in paths for depth in range(1, len(other.parts) + 1))
+        others = Counter(
+            "/".join(other.parts[-depth:]) for other in paths for depth in range(1, len(other.parts) + 1)
+        )
         names[path] = next(end for end in ends if others[end] == 1)
     return names
 
@@ -134,8 +177,17 @@ def measure_with(args, network, opened):
 
 
 def evaluate_all(args, network, reference, opened):
-    """The results of all sets, and the two measured sets to compare; the features of the others are not kept."""
-    options = Options(args.bootstrap, args.fid_infinity, args.precision_recall_dtype, args.allow_resolution, args.seed, progress=True)
+    """The results of all sets, and the two measured sets to compare; the features of the others are not
+    kept.
+    """
+    options = Options(
+        args.bootstrap,
+        args.fid_infinity,
+        args.precision_recall_dtype,
+        args.allow_resolution,
+        args.seed,
+        progress=True,
+    )
     wanted = [Path(path).resolve() for path in args.compare or ()]
     results, kept = [], {}
     for path, samples in opened.items():
@@ -159,8 +211,17 @@ def compare_two(args, reference, a, b):
         verdict = f"{a.name} and {b.name} do not differ beyond the noise"
     count = min(a.count, b.count)
     interval = f"{difference.low:.4g} to {difference.high:.4g}, {repeats} resamples, {count} images of each"
-    verdict += f": {label} of {a.name} minus that of {b.name} is {difference.value:.4g} (95% interval {interval})"
-    return {"metric": label, "a": a.name, "b": b.name, "resamples": repeats, "difference": asdict(difference), "verdict": verdict}
+    verdict += (
+        f": {label} of {a.name} minus that of {b.name} is {difference.value:.4g} (95% interval {interval})"
+    )
+    return {
+        "metric": label,
+        "a": a.name,
+        "b": b.name,
+        "resamples": repeats,
+        "difference": asdict(difference),
+        "verdict": verdict,
+    }
 
 
 def write_outputs(args, opened, reference, results, comparison):
@@ -199,15 +260,22 @@ def selfcheck(args):
 
 def published_paths(weights):
     """Where reference, samples and, unless they are given, weights should be."""
-    return [PRETRAINED_DIR / name for name in (PUBLISHED_REFERENCE, PUBLISHED_SAMPLES, *([] if weights else [WEIGHTS]))]
+    return [
+        PRETRAINED_DIR / name
+        for name in (PUBLISHED_REFERENCE, PUBLISHED_SAMPLES, *([] if weights else [WEIGHTS]))
+    ]
 
 
 def find_published(weights):
-    """The paths of reference, samples and weights. Raises FileNotFoundError with all that are missing, and how to get them."""
+    """The paths of reference, samples and weights. Raises FileNotFoundError with all that are missing, and
+    how to get them.
+    """
     paths = published_paths(weights)
     if missing := [path.name for path in paths if not path.is_file()]:
         names = " ".join(missing)
-        raise FileNotFoundError(f"--selfcheck needs files that are not in {PRETRAINED_DIR}: `python scripts/download.py {names}`")
+        raise FileNotFoundError(
+            f"--selfcheck needs files that are not in {PRETRAINED_DIR}: `python scripts/download.py {names}`"
+        )
     return [*paths[:2], find_inception_weights(weights or paths[2])]
 
 
@@ -217,7 +285,9 @@ def compare_with_published(metrics):
     for metric, (published, tolerance) in PUBLISHED_FIGURES.items():
         value = math.nan if metrics[metric] is None else metrics[metric]
         agrees = abs(value - published) <= tolerance  # false for NaN
-        lines.append(f"{metric}: {value:.6f}, published {published}, tolerance {tolerance}: {'agrees' if agrees else 'DIFFERS'}")
+        lines.append(
+            f"{metric}: {value:.6f}, published {published}, tolerance {tolerance}: {'agrees' if agrees else 'DIFFERS'}"
+        )
     return lines
 
 

@@ -2,9 +2,9 @@
 
     python scripts/make_reference.py /data/imagenet128 pretrained_models/my_reference.npz
 
-The npz holds the mean and covariance of the features of all images (mu, sigma; spatial: mu_s, sigma_s); a random subset of the images in
-their order (arr_0), from which precision and recall are computed; and of what the statistics are (protocol, features, weights_sha256,
-count).
+The npz holds the mean and covariance of the features of all images (mu, sigma; spatial: mu_s, sigma_s); a
+random subset of the images in their order (arr_0), from which precision and recall are computed; and of what
+the statistics are (protocol, features, weights_sha256, count).
 """
 
 import sys
@@ -17,9 +17,9 @@ from evaluation.images import open_images, pick_images
 from evaluation.moments import moments_of
 from evaluation.networks import add_network_flags, feature_network
 from evaluation.sets import DENSITY_NEIGHBOURS, require_enough
-from guided_diffusion.atomic_files import renamed_when_complete
-from guided_diffusion.cli import Parser, run_main
 from guided_diffusion.dist_util import choose_device
+from guided_diffusion.files.atomic import renamed_when_complete
+from guided_diffusion.flags.parser import Parser, run_main
 
 
 def main():
@@ -53,7 +53,9 @@ def main():
             weights_sha256=np.array(network.sha256),
             count=np.array(features.count),
         )
-    print(f"{args.out}: statistics of {features.count} images, {min(features.count, args.num_images)} of them inside")
+    print(
+        f"{args.out}: statistics of {features.count} images, {min(features.count, args.num_images)} of them inside"
+    )
 
 
 def check_flags(args):
@@ -67,7 +69,9 @@ def check_flags(args):
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed {args.seed} must be between 0 and {2**32 - 1}")
     if args.num_images <= DENSITY_NEIGHBOURS:
-        raise ValueError(f"--num_images {args.num_images}: the metrics need at least {DENSITY_NEIGHBOURS + 1}")
+        raise ValueError(
+            f"--num_images {args.num_images}: the metrics need at least {DENSITY_NEIGHBOURS + 1}"
+        )
 
 
 if __name__ == "__main__":

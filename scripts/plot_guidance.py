@@ -3,9 +3,10 @@
     python scripts/classifier_sample.py --preset digits --log_guidance True --out results/logged
     python scripts/plot_guidance.py results/logged
 
-Four panels, from noise on the left to the image on the right: the norm of the gradient, the classifier's confidence in the wanted class,
-the share of pixels at the end of their range, and that of images whose gradient was not finite. A line is the mean over the images, the
-band around it reaches from the lowest batch to the highest. A run that is not finished is drawn as far as it is.
+Four panels, from noise on the left to the image on the right: the norm of the gradient, the classifier's
+confidence in the wanted class, the share of pixels at the end of their range, and that of images whose
+gradient was not finite. A line is the mean over the images, the band around it reaches from the lowest batch
+to the highest. A run that is not finished is drawn as far as it is.
 """
 
 import importlib.util
@@ -14,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from guided_diffusion.atomic_files import renamed_when_complete
-from guided_diffusion.cli import Parser, run_main
-from guided_diffusion.sample_store import finished_files, read_metrics
+from guided_diffusion.files.atomic import renamed_when_complete
+from guided_diffusion.files.run_folder import finished_files, read_metrics
+from guided_diffusion.flags.parser import Parser, run_main
 
 PANELS = {
     "gradient_norm": "gradient norm",
@@ -28,7 +29,13 @@ PANELS = {
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", type=Path, help="output folders of runs with --log_guidance True")
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        metavar="FOLDER",
+        type=Path,
+        help="output folders of runs with --log_guidance True",
+    )
     parser.add_argument("--out", type=Path, help="the picture; by default guidance.png in the first folder")
     args = parser.parse_args()
     if importlib.util.find_spec("matplotlib") is None:
@@ -36,13 +43,17 @@ def main():
     out = args.out or default_out(args.folders[0])
     runs = [read_lines(folder) for folder in args.folders]
     axis = common_axis(args.folders, runs)
-    draw(out, {name: curves(lines, axis) for name, lines in zip(names(args.folders), runs, strict=True)}, axis)
+    draw(
+        out, {name: curves(lines, axis) for name, lines in zip(names(args.folders), runs, strict=True)}, axis
+    )
     print(out)
 
 
 def default_out(folder):
     if any(path.suffix == ".json" for path in finished_files(folder)):
-        raise ValueError(f"{folder} holds a PNG for every sample, and guidance.png would count as one: give --out")
+        raise ValueError(
+            f"{folder} holds a PNG for every sample, and guidance.png would count as one: give --out"
+        )
     return folder / "guidance.png"
 
 
@@ -58,10 +69,14 @@ def read_lines(folder):
 
 
 def common_axis(folders, runs):
-    """ "sigma", or "step" under a noisy classifier, which is not told the noise level. Raises ValueError where the runs differ in that."""
+    """ "sigma", or "step" under a noisy classifier, which is not told the noise level. Raises ValueError
+    where the runs differ in that.
+    """
     without = [folder for folder, lines in zip(folders, runs, strict=True) if lines[0]["sigma"] is None]
     if without and len(without) < len(runs):
-        raise ValueError(f"{without[0]} was guided by a noisy classifier, whose record has no noise levels: plot it without the others")
+        raise ValueError(
+            f"{without[0]} was guided by a noisy classifier, whose record has no noise levels: plot it without the others"
+        )
     return "step" if without else "sigma"
 
 
@@ -72,7 +87,9 @@ def names(folders):
 
 
 def curves(lines, axis):
-    """The places on the axis, (P,), and for each panel the mean over images, the lowest and the highest batch there, (3, P)."""
+    """The places on the axis, (P,), and for each panel the mean over images, the lowest and the highest batch
+    there, (3, P).
+    """
     places = defaultdict(list)
     for line in lines:
         places[line[axis]].append(line)
@@ -81,10 +98,14 @@ def curves(lines, axis):
 
 
 def summary(lines, key):
-    """(mean over images, lowest batch, highest batch), NaN where all images were skipped; skipped ones count in their own share alone."""
+    """(mean over images, lowest batch, highest batch), NaN where all images were skipped; skipped ones count
+    in their own share alone.
+    """
     sizes = np.array([stop - start for start, stop in (line["samples"] for line in lines)])
     skipped = np.array([line["non_finite"] for line in lines])
-    values, weights = (skipped / sizes, sizes) if key == "non_finite" else ([line[key] for line in lines], sizes - skipped)
+    values, weights = (
+        (skipped / sizes, sizes) if key == "non_finite" else ([line[key] for line in lines], sizes - skipped)
+    )
     values = np.array(values, dtype=np.float64)  # None, which stands for a mean over no image, becomes NaN
     finite = np.isfinite(values) & (weights > 0)
     if not finite.any():
@@ -114,7 +135,9 @@ def draw(path, runs, axis):
     for axes in panels[1]:
         axes.set_xlabel("noise level sigma" if axis == "sigma" else "timestep")
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False, fontsize=9
+    )
     with renamed_when_complete(path) as file:
         figure.savefig(file, format="png", dpi=130)
 

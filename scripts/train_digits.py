@@ -1,10 +1,11 @@
-"""Train the networks of the `digits` presets on scikit-learn's 1,797 handwritten digits, and write them with a record of the training.
+"""Train the networks of the `digits` presets on scikit-learn's 1,797 handwritten digits, and write them with
+a record of the training.
 
     pip install -e ".[train]" && python scripts/train_digits.py
 
-Writes unet, edm, guide, judge and features.safetensors, training.json and hashes.json; and the digits themselves, as images, for the
-evaluation. They are cut once, with a fixed seed, into 1,437 that all networks learn from (reference.npz) and 360 that none has
-seen (held_out.npz).
+Writes unet, edm, guide, judge and features.safetensors, training.json and hashes.json; and the digits
+themselves, as images, for the evaluation. They are cut once, with a fixed seed, into 1,437 that all networks
+learn from (reference.npz) and 360 that none has seen (held_out.npz).
 """
 
 import copy
@@ -24,13 +25,13 @@ from tqdm import trange
 
 from classifiers.registry import DIGITS
 from evaluation.digits_features import DigitsNetwork
-from guided_diffusion.atomic_files import renamed_when_complete, write_json
-from guided_diffusion.checkpoints import PRETRAINED_DIR, sha256
-from guided_diffusion.cli import Parser, run_main
 from guided_diffusion.edm import EDMPrecond
+from guided_diffusion.files.atomic import renamed_when_complete, write_json
+from guided_diffusion.files.checkpoints import PRETRAINED_DIR, sha256
+from guided_diffusion.files.pixels import to_uint8
+from guided_diffusion.flags.parser import Parser, run_main
+from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.losses import edm_loss
-from guided_diffusion.presets import PRESETS
-from guided_diffusion.sample_store import to_uint8
 from guided_diffusion.script_util import create_from_flags
 
 NUM_CLASSES = 10
@@ -52,11 +53,17 @@ def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=PRETRAINED_DIR / "digits", help="folder for the files")
     parser.add_argument(
-        "--only", choices=["unet", "edm", "guide", "judge", "features"], help="train just this one; the record of the others stays"
+        "--only",
+        choices=["unet", "edm", "guide", "judge", "features"],
+        help="train just this one; the record of the others stays",
     )
     parser.add_argument("--iterations", type=int, default=2500, help="steps of batch 64 for the U-Net")
-    parser.add_argument("--edm_iterations", type=int, default=1500, help="steps of batch 64 for EDM's network")
-    parser.add_argument("--classifier_iterations", type=int, default=1500, help="steps of batch 64 for each classifier")
+    parser.add_argument(
+        "--edm_iterations", type=int, default=1500, help="steps of batch 64 for EDM's network"
+    )
+    parser.add_argument(
+        "--classifier_iterations", type=int, default=1500, help="steps of batch 64 for each classifier"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -69,7 +76,9 @@ def main():
         "edm": lambda: train_edm(train, args.edm_iterations, args.seed + 4),
         "guide": lambda: train_classifier(guide, train, test, args.classifier_iterations, args.seed + 1),
         "judge": lambda: train_classifier(judge, train, test, args.classifier_iterations, args.seed + 2),
-        "features": lambda: train_classifier(DigitsNetwork, train, test, args.classifier_iterations, args.seed + 3),
+        "features": lambda: train_classifier(
+            DigitsNetwork, train, test, args.classifier_iterations, args.seed + 3
+        ),
     }
     for name, (images, labels) in (("reference", train), ("held_out", test)):
         with renamed_when_complete(args.out / f"{name}.npz") as file:
@@ -79,12 +88,20 @@ def main():
         state_dict, figures, *metadata = jobs[name]()
         with renamed_when_complete(args.out / f"{name}.safetensors") as file:
             file.write(save({k: v.contiguous() for k, v in state_dict.items()}, *metadata))
-        record[name] = {**figures, "seconds": round(time.time() - start), "torch": torch.__version__, "machine": platform.machine()}
+        record[name] = {
+            **figures,
+            "seconds": round(time.time() - start),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+        }
         print(name, json.dumps(record[name]))
         write_json(record_file, record)
     # In the layout in which scripts/download.py records what it fetched.
     files = sorted(path for path in args.out.iterdir() if path.suffix in (".npz", ".safetensors"))
-    write_json(args.out / "hashes.json", {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files})
+    write_json(
+        args.out / "hashes.json",
+        {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files},
+    )
 
 
 def digits():
@@ -93,14 +110,20 @@ def digits():
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
     images = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear").expand(-1, 3, -1, -1).contiguous()
     labels = torch.tensor(data.target)
-    train, test = train_test_split(np.arange(len(labels)), test_size=360, random_state=0, stratify=data.target)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=360, random_state=0, stratify=data.target
+    )
     return (images[train], labels[train]), (images[test], labels[test])
 
 
 def train_unet(train, iterations, seed):
-    """Return the averaged weights and the losses. One label in ten is dropped to the null class, for unconditional sampling."""
+    """Return the averaged weights and the losses. One label in ten is dropped to the null class, for
+    unconditional sampling.
+    """
     torch.manual_seed(seed)
-    model, diffusion = create_from_flags(PRESETS["digits"] | {"timestep_respacing": "", "rescale_learned_sigmas": True})
+    model, diffusion = create_from_flags(
+        PRESETS["digits"] | {"timestep_respacing": "", "rescale_learned_sigmas": True}
+    )
 
     def losses(images, labels):
         y = torch.where(torch.rand(len(labels)) < 0.1, NUM_CLASSES, labels)
@@ -112,7 +135,9 @@ def train_unet(train, iterations, seed):
 
 
 def train_edm(train, iterations, seed):
-    """Return the averaged weights, rounded to float16, the losses and what it takes to build the network. Labels are dropped as above."""
+    """Return the averaged weights, rounded to float16, the losses and what it takes to build the network.
+    Labels are dropped as above.
+    """
     torch.manual_seed(seed)
     net = EDMPrecond(**EDM_NETWORK)
 
@@ -121,14 +146,22 @@ def train_edm(train, iterations, seed):
 
     averaged, figures = train_denoiser(net, losses, train, iterations)
     weights = {name: tensor.half() for name, tensor in averaged.items()}
-    return weights, {"seed": seed, **figures}, {"class_name": "EDMPrecond", "arguments": json.dumps(EDM_NETWORK)}
+    return (
+        weights,
+        {"seed": seed, **figures},
+        {"class_name": "EDMPrecond", "arguments": json.dumps(EDM_NETWORK)},
+    )
 
 
 def train_denoiser(model, losses_of, train, iterations, batch_size=64, learning_rate=1e-3, ema_rate=0.998):
-    """Train a diffusion network by the "loss" among `losses_of(images, labels)`; returns the averaged weights and figures to record."""
+    """Train a diffusion network by the "loss" among `losses_of(images, labels)`; returns the averaged weights
+    and figures to record.
+    """
     averaged = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=iterations, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=iterations, pct_start=0.1
+    )
     losses = []
     images, labels = train
     for _ in (progress := trange(iterations, desc=type(model).__name__)):
@@ -144,12 +177,19 @@ def train_denoiser(model, losses_of, train, iterations, batch_size=64, learning_
         progress.set_postfix(loss=f"{losses[-1]['loss']:.4f}")
     last = {name: round(float(np.mean([x[name] for x in losses[-200:]])), 5) for name in losses[0]}
     parameters = sum(p.numel() for p in model.parameters())
-    figures = {"iterations": iterations, "batch_size": batch_size, "parameters": parameters, "loss_of_last_200": last}
+    figures = {
+        "iterations": iterations,
+        "batch_size": batch_size,
+        "parameters": parameters,
+        "loss_of_last_200": last,
+    }
     return averaged.state_dict(), figures
 
 
 def train_classifier(build, train, test, iterations, seed, batch_size=64, learning_rate=2e-3):
-    """Return the weights, rounded to float16, and loss and accuracy. The only augmentation: each batch is shifted by up to a pixel."""
+    """Return the weights, rounded to float16, and loss and accuracy. The only augmentation: each batch is
+    shifted by up to a pixel.
+    """
     torch.manual_seed(seed)
     model = build().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
@@ -169,10 +209,17 @@ def train_classifier(build, train, test, iterations, seed, batch_size=64, learni
     model.load_state_dict(state_dict)
     model.eval()
     with torch.no_grad():
-        accuracy = {part: float((model(x).argmax(1) == y).float().mean()) for part, (x, y) in (("train", train), ("test", test))}
+        accuracy = {
+            part: float((model(x).argmax(1) == y).float().mean())
+            for part, (x, y) in (("train", train), ("test", test))
+        }
     parameters = sum(p.numel() for p in model.parameters())
     figures = {"seed": seed, "iterations": iterations, "batch_size": batch_size, "parameters": parameters}
-    return state_dict, {**figures, "loss_of_last_200": round(float(np.mean(losses[-200:])), 5), "accuracy": accuracy}
+    return state_dict, {
+        **figures,
+        "loss_of_last_200": round(float(np.mean(losses[-200:])), 5),
+        "accuracy": accuracy,
+    }
 
 
 if __name__ == "__main__":

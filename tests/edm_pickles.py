@@ -16,15 +16,31 @@ import numpy as np
 import torch
 from torch import nn
 
-from guided_diffusion.checkpoints import load_state_dict
 from guided_diffusion.edm import EDMPrecond, iDDPMPrecond
+from guided_diffusion.files.checkpoints import load_state_dict
 
-TINY = {"img_resolution": 8, "img_channels": 3, "label_dim": 2, "model_channels": 4, "channel_mult": [1, 2], "num_blocks": 1}
-ADM_64 = {"img_resolution": 64, "img_channels": 3, "label_dim": 1000, "use_fp16": True, "model_channels": 192, "channel_mult": [1, 2, 3, 4]}
+TINY = {
+    "img_resolution": 8,
+    "img_channels": 3,
+    "label_dim": 2,
+    "model_channels": 4,
+    "channel_mult": [1, 2],
+    "num_blocks": 1,
+}
+ADM_64 = {
+    "img_resolution": 64,
+    "img_channels": 3,
+    "label_dim": 1000,
+    "use_fp16": True,
+    "model_channels": 192,
+    "channel_mult": [1, 2, 3, 4],
+}
 
 
 class Call:
-    """Is pickled as a call of `function`: what a hostile file would have run. With a state, it is given that afterwards."""
+    """Is pickled as a call of `function`: what a hostile file would have run. With a state, it is given that
+    afterwards.
+    """
 
     def __init__(self, function, *args, state=None):
         self.reduced = (function, args, state)
@@ -44,7 +60,11 @@ def reconstruct(meta):
 @contextlib.contextmanager
 def edm_modules():
     """The modules that a snapshot names, where pickle looks for them."""
-    names = {"torch_utils": {}, "torch_utils.persistence": {"_reconstruct_persistent_obj": reconstruct}, "dnnlib": {}}
+    names = {
+        "torch_utils": {},
+        "torch_utils.persistence": {"_reconstruct_persistent_obj": reconstruct},
+        "dnnlib": {},
+    }
     names["dnnlib.util"] = {"EasyDict": EasyDict}
     modules = {name: types.ModuleType(name) for name in names}
     for name, contents in names.items():
@@ -61,7 +81,17 @@ def edm_modules():
 
 def persistent(class_name, state, source="raise SystemExit('executed')", **changes):
     """An object as `torch_utils.persistence` pickles it."""
-    return Call(reconstruct, {"type": "class", "version": 6, "module_src": source, "class_name": class_name, "state": state, **changes})
+    return Call(
+        reconstruct,
+        {
+            "type": "class",
+            "version": 6,
+            "module_src": source,
+            "class_name": class_name,
+            "state": state,
+            **changes,
+        },
+    )
 
 
 def module_state(parameters=(), buffers=(), modules=(), arguments=None, args=()):
@@ -78,7 +108,11 @@ def module_state(parameters=(), buffers=(), modules=(), arguments=None, args=())
 
 def pickled_module(module, arguments=None, source=""):
     """A module as a persistent object, its lists and dicts of modules as torch's own."""
-    children = {name: pickled_module(child, source=source) for name, child in module._modules.items() if child is not None}
+    children = {
+        name: pickled_module(child, source=source)
+        for name, child in module._modules.items()
+        if child is not None
+    }
     if isinstance(module, nn.ModuleDict):
         plain = nn.ModuleDict()
         plain.__dict__["_modules"] = OrderedDict(children)
@@ -92,8 +126,15 @@ def pickled_module(module, arguments=None, source=""):
 def snapshot(net, arguments, source=""):
     """What a snapshot holds, beside a loss and the options of a data set."""
     loss = persistent("EDMLoss", {"P_mean": -1.2, "_init_args": (), "_init_kwargs": {}}, source)
-    options = EasyDict(class_name="training.dataset.ImageFolderDataset", resolution=net.img_resolution, xflip=False)
-    return {"ema": pickled_module(net, arguments, source), "loss_fn": loss, "augment_pipe": None, "dataset_kwargs": options}
+    options = EasyDict(
+        class_name="training.dataset.ImageFolderDataset", resolution=net.img_resolution, xflip=False
+    )
+    return {
+        "ema": pickled_module(net, arguments, source),
+        "loss_fn": loss,
+        "augment_pipe": None,
+        "dataset_kwargs": options,
+    }
 
 
 def random_net(network, arguments, seed=0):

@@ -1,9 +1,11 @@
-"""Feeds damaged EDM pickles to `load_state_dict`: each must be read or refused with a ValueError, soon and in little memory.
+"""Feeds damaged EDM pickles to `load_state_dict`: each must be read or refused with a ValueError, soon and in
+little memory.
 
     python tests/fuzz_checkpoints.py --files 20000
 
-Small valid pickles are cut, and bytes of them flipped, set, removed, repeated and exchanged. A file that takes more than 5 s ends the run
-with the place where it hangs; so does one after which the process has grown by more than 1 GB.
+Small valid pickles are cut, and bytes of them flipped, set, removed, repeated and exchanged. A file that
+takes more than 5 s ends the run with the place where it hangs; so does one after which the process has grown
+by more than 1 GB.
 """
 
 import argparse
@@ -17,11 +19,13 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before tests/, whose folders have the packages' names
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # before tests/, whose folders have the packages' names
 from edm_pickles import dumps, module_state, persistent
 
-from guided_diffusion.checkpoints import load_state_dict
-from guided_diffusion.machine import peak_memory
+from guided_diffusion.files.checkpoints import load_state_dict
+from guided_diffusion.runs.machine import peak_memory
 
 LONGEST, MOST_MEMORY = 5, 1 << 30  # seconds, bytes
 
@@ -29,11 +33,19 @@ LONGEST, MOST_MEMORY = 5, 1 << 30  # seconds, bytes
 def valid_pickle(protocol):
     """A network of a few small tensors, so that most bytes are structure."""
     dtypes = (torch.float32, torch.float16, torch.int64)
-    parameters = {f"p{i}": torch.nn.Parameter(torch.rand(3, 2).to(dtype), requires_grad=False) for i, dtype in enumerate(dtypes)}
-    layer = persistent("Conv2d", module_state(parameters, {"resample_filter": torch.full((1, 1, 2, 2), 0.25), "none": None}))
+    parameters = {
+        f"p{i}": torch.nn.Parameter(torch.rand(3, 2).to(dtype), requires_grad=False)
+        for i, dtype in enumerate(dtypes)
+    }
+    layer = persistent(
+        "Conv2d", module_state(parameters, {"resample_filter": torch.full((1, 1, 2, 2), 0.25), "none": None})
+    )
     container = torch.nn.ModuleDict({"linear": torch.nn.Linear(2, 2)})
     arguments = {"img_resolution": 8, "channel_mult": [1, 2], "dropout": 0.1}
-    network = persistent("EDMPrecond", module_state(modules={"conv": layer, "enc": container, "skip": None}, arguments=arguments))
+    network = persistent(
+        "EDMPrecond",
+        module_state(modules={"conv": layer, "enc": container, "skip": None}, arguments=arguments),
+    )
     return dumps({"ema": network, "augment_pipe": None}, protocol)
 
 
@@ -56,12 +68,16 @@ def mutated(content, rng):
         elif kind == "repeat":
             content[start:start] = content[start:stop] * rng.choice((1, 10))
         elif kind == "exchange":
-            content[start:stop] = rng.choice(content[:start] or content).to_bytes(1, "little") * (stop - start)
+            content[start:stop] = rng.choice(content[:start] or content).to_bytes(1, "little") * (
+                stop - start
+            )
     return bytes(content)
 
 
 def outcome(path):
-    """What became of one file. Anything but a ValueError of one line, or a state dict as large as the file at most, is an error."""
+    """What became of one file. Anything but a ValueError of one line, or a state dict as large as the file at
+    most, is an error.
+    """
     try:
         state_dict = load_state_dict(path)
     except ValueError as error:
@@ -91,7 +107,9 @@ def fuzz(folder, files, seed=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -99,7 +117,9 @@ def main():
     print(f"the file at hand is {folder}/fuzz.pkl")
     outcomes, growth = fuzz(folder, args.files, args.seed)
     shutil.rmtree(folder)
-    print(f"{args.files:,} files: {', '.join(f'{n:,} {what}' for what, n in sorted(outcomes.items()))}; memory grew by {growth:,} bytes")
+    print(
+        f"{args.files:,} files: {', '.join(f'{n:,} {what}' for what, n in sorted(outcomes.items()))}; memory grew by {growth:,} bytes"
+    )
 
 
 if __name__ == "__main__":

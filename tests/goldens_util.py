@@ -1,7 +1,8 @@
 """What the golden tests share: the weight rule, the fixed noise, the data files and three distances.
 
-The golden numbers come from networks that were never trained. Their weights are drawn by a rule that needs only
-the names and shapes of the parameters, so that no weights have to be stored, and a wrong parameter name shows.
+The golden numbers come from networks that were never trained. Their weights are drawn by a rule that needs
+only the names and shapes of the parameters, so that no weights have to be stored, and a wrong parameter name
+shows.
 """
 
 import gzip
@@ -36,7 +37,9 @@ def golden_weight(name, shape, gain=1.0):
 
 
 def set_golden_weights(module, gain=1.0, factors=None):
-    """Fill every parameter and buffer by the rule, times `factors[name]` if there; returns the module in eval mode."""
+    """Fill every parameter and buffer by the rule, times `factors[name]` if there; returns the module in eval
+    mode.
+    """
     factors = factors or {}
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
@@ -90,8 +93,8 @@ def to_numpy(x):
 def thin(x):
     """A fixed flat subset of at most THIN_SIZE entries; small arrays come back whole.
 
-    The stride is a prime that divides no side of the arrays stored here, so every row, column, channel and image,
-    and every phase of a strided convolution, is met.
+    The stride is a prime that divides no side of the arrays stored here, so every row, column, channel and
+    image, and every phase of a strided convolution, is met.
     """
     x = to_numpy(x)
     if x.size <= THIN_SIZE:
@@ -121,7 +124,9 @@ def rms_relative(actual, golden, reference_rms=None):
 
 def relative_l2(actual, golden):
     """|a - b| / |b|."""
-    return float(np.linalg.norm(difference(actual, golden)) / np.linalg.norm(to_numpy(golden).astype(np.float64)))
+    return float(
+        np.linalg.norm(difference(actual, golden)) / np.linalg.norm(to_numpy(golden).astype(np.float64))
+    )
 
 
 def l2_per_image(x):
@@ -131,5 +136,7 @@ def l2_per_image(x):
 @cache
 def resnet_weights(name):
     """The state dict of a torchvision ResNet under the rule; shared, so read only."""
-    factors = {"fc.weight": 3.0} if name == "resnet50" else {}  # without it resnet50's logits are too flat to resolve
+    factors = (
+        {"fc.weight": 3.0} if name == "resnet50" else {}
+    )  # without it resnet50's logits are too flat to resolve
     return set_golden_weights(getattr(torchvision.models, name)(weights=None), factors=factors).state_dict()

@@ -1,16 +1,28 @@
-"""EDM networks, unguided and guided chains (golden set F), and the published parameter names (golden set A)."""
+"""EDM networks, unguided and guided chains (golden set F), and the published parameter names (golden set
+A).
+"""
 
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from goldens_util import FixedNoise, load_golden, load_manifest, max_abs, random_input, resnet_weights, rms, set_golden_weights, thin
+from goldens_util import (
+    FixedNoise,
+    load_golden,
+    load_manifest,
+    max_abs,
+    random_input,
+    resnet_weights,
+    rms,
+    set_golden_weights,
+    thin,
+)
 
 from classifiers import load_classifier
 from guided_diffusion.edm import EDMPrecond, edm_sampler
 from guided_diffusion.guidance import GuidanceStep, released_edm_guidance, released_edm_schedule
-from guided_diffusion.random_state import SeedNoise
+from guided_diffusion.runs.noise import SeedNoise
 
 SETTINGS, ARRAYS = load_golden("F_edm")
 FORWARDS, CHAINS = SETTINGS["forwards"], SETTINGS["chains"]
@@ -52,7 +64,9 @@ class RecordingGuidance:
     """The released recipe, and the RMS of each image's shift over that of its sample."""
 
     def __init__(self, spec):
-        classifier = load_classifier(spec["net"], weights=resnet_weights(spec["net"]), softplus_beta=spec["softplus_beta"])
+        classifier = load_classifier(
+            spec["net"], weights=resnet_weights(spec["net"]), softplus_beta=spec["softplus_beta"]
+        )
         self.guidance = released_edm_guidance(
             classifier,
             joint_temperature=spec["joint_temperature"],
@@ -83,7 +97,9 @@ def run_chain(name):
 
     guidance = RecordingGuidance(spec) if name in GUIDED else None
     options = {
-        key: spec[key] for key in ("num_steps", "sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise") if key in spec
+        key: spec[key]
+        for key in ("num_steps", "sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise")
+        if key in spec
     }
     final = edm_sampler(net, latents, one_hot(spec["labels"], 1000), randn_like, guidance=guidance, **options)
     return final, x_cur, calls, guidance
@@ -93,7 +109,10 @@ def run_chain(name):
 def test_chain(name):
     final, x_cur, calls, _ = run_chain(name)
     num_steps = CHAINS[name]["spec"]["num_steps"]
-    assert (len(x_cur), len(calls)) == (num_steps, 2 * num_steps - 1)  # noise at every step, Heun's correction at all but the last
+    assert (len(x_cur), len(calls)) == (
+        num_steps,
+        2 * num_steps - 1,
+    )  # noise at every step, Heun's correction at all but the last
     x_hat, t_hat = zip(*calls[::2], strict=True)
     np.testing.assert_allclose([float(t) for t in t_hat], ARRAYS[f"{name}/t_hat"], rtol=1e-12)
     for k, step in enumerate(ARRAYS[f"{name}/steps"]):
@@ -101,7 +120,9 @@ def test_chain(name):
             # set F: 2e-4 * max(1, rms)
             tolerance = 2e-4 * max(1, rms(x_cur[step]))
             golden = ARRAYS[f"{name}/{key}"][k]
-            assert max_abs(thin(x)[:: SETTINGS["trajectory_stride"]], golden) <= tolerance, f"{key} of step {step}"
+            assert max_abs(thin(x)[:: SETTINGS["trajectory_stride"]], golden) <= tolerance, (
+                f"{key} of step {step}"
+            )
     golden_rms = ARRAYS[f"{name}/x_rms_per_step"]
     assert (np.abs([rms(x) for x in x_cur] - golden_rms) <= 2e-4 * np.maximum(1, golden_rms)).all()
     # set F: final 3e-4
@@ -131,4 +152,6 @@ def test_the_published_generator_of_each_seed():
     # exact
     np.testing.assert_array_equal(latents.numpy()[corner], ARRAYS["f0_stacked_rng/latents_corner"])
     np.testing.assert_array_equal(labels.numpy(), ARRAYS["f0_stacked_rng/labels"])
-    np.testing.assert_array_equal(first_step.numpy()[corner], ARRAYS["f0_stacked_rng/first_step_noise_corner_f64"])
+    np.testing.assert_array_equal(
+        first_step.numpy()[corner], ARRAYS["f0_stacked_rng/first_step_noise_corner_f64"]
+    )

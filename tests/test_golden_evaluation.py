@@ -1,4 +1,6 @@
-"""Frechet distance, precision and recall, density and coverage, kernel distance and Inception Score (golden set H)."""
+"""Frechet distance, precision and recall, density and coverage, kernel distance and Inception Score (golden
+set H).
+"""
 
 import hashlib
 from functools import cache
@@ -67,7 +69,9 @@ def test_frechet_distance(name):
     ):
         # set H: rtol 1e-6; below 1e-6 for identical sets
         for method in ("exact_eigh", "exact_nuclear_norm", "pytorch_fid_scipy_1_17_1"):
-            assert distance == pytest.approx(golden[method], rel=1e-6, abs=1e-6 if "identical" in name else 0), method
+            assert distance == pytest.approx(
+                golden[method], rel=1e-6, abs=1e-6 if "identical" in name else 0
+            ), method
 
 
 @pytest.mark.parametrize("name", FEATURE_CASES)
@@ -109,7 +113,9 @@ def test_density_and_coverage(name):
 def test_kernel_distance(name):
     ref, smp = load_features(name)
     golden = CASES[name]["kid_torch_fidelity"]
-    mean, std = kernel_distance(real=ref, fake=smp, subsets=golden["subsets"], subset_size=golden["subset_size"])
+    mean, std = kernel_distance(
+        real=ref, fake=smp, subsets=golden["subsets"], subset_size=golden["subset_size"]
+    )
     # set H: rtol 1e-9. Where each subset is a permutation of the whole set, its std is rounding noise.
     assert mean == pytest.approx(golden["mean_float64_features"], rel=1e-9)
     assert std == pytest.approx(golden["std_float64_features"], rel=1e-9, abs=1e-14)
@@ -124,7 +130,11 @@ def test_inception_score(name):
     assert sha256_16(logits) == CASES[name]["logits_sha256_16"]
     # set H: rtol 1e-6
     golden = CASES[name]
-    assert inception_score(logits=logits, split_size=split) == pytest.approx(golden["adm_formula_float64"], rel=1e-6)
-    assert inception_score(logits=logits, split_size=split) == pytest.approx(golden["adm_evaluator_inception_score"], rel=1e-6)
+    assert inception_score(logits=logits, split_size=split) == pytest.approx(
+        golden["adm_formula_float64"], rel=1e-6
+    )
+    assert inception_score(logits=logits, split_size=split) == pytest.approx(
+        golden["adm_evaluator_inception_score"], rel=1e-6
+    )
     one_split = inception_score(logits=logits, split_size=len(logits))
     assert one_split == pytest.approx(golden["torch_fidelity_1split"]["inception_score_mean"], rel=1e-6)

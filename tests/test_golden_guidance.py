@@ -25,7 +25,9 @@ GRADIENT_ONLY = GuidanceStep(index=1, num_steps=2, variance=1.0, variance_max=1.
 def load_case(name):
     """(classifier, x, y); beta = inf keeps the ReLU, and the image goes in as it is, in [-1, 1]."""
     case = CASES[name]
-    classifier = load_classifier(case["net"], weights=resnet_weights(case["net"]), softplus_beta=float(case["softplus_beta"]))
+    classifier = load_classifier(
+        case["net"], weights=resnet_weights(case["net"]), softplus_beta=float(case["softplus_beta"])
+    )
     return classifier, random_image(case["seed"], (2, 3, case["size"], case["size"])), torch.tensor(case["y"])
 
 
@@ -47,7 +49,9 @@ def test_gradient(name):
     classifier, x, y = load_case(name)
     for temperatures in CASES[name]["temperatures"]:
         joint, discount = temperatures["joint_temperature"], temperatures["margin_temperature_discount"]
-        guidance = ClassifierGuidance(classifier, joint_temperature=joint, marginal_temperature=joint * discount, classifier_scale=1.0)
+        guidance = ClassifierGuidance(
+            classifier, joint_temperature=joint, marginal_temperature=joint * discount, classifier_scale=1.0
+        )
         check_gradient(guidance(x, y, GRADIENT_ONLY), f"{name}/grad_T{joint:g}_d{discount:g}", temperatures)
 
 
@@ -61,4 +65,6 @@ def check_gradient(grad, key, expected):
     else:
         # set D: 1e-3 of the rms of the whole gradient; the same bounds the length over each image
         assert rms_relative(stored, ARRAYS[key], expected["grad_rms"]) <= 1e-3, key
-        assert np.abs(lengths - golden_lengths).max() <= 1e-3 * expected["grad_rms"] * grad[0].numel() ** 0.5, key
+        assert (
+            np.abs(lengths - golden_lengths).max() <= 1e-3 * expected["grad_rms"] * grad[0].numel() ** 0.5
+        ), key

@@ -1,4 +1,6 @@
-"""Inception features under both protocols (golden set I), and the parameter names of the published weights."""
+"""Inception features under both protocols (golden set I), and the parameter names of the published
+weights.
+"""
 
 from functools import cache
 
@@ -44,7 +46,9 @@ def test_features(case, protocol):
 
     actual = features(golden_images(**spec["spec"]))
 
-    assert {key: value.dtype for key, value in actual.items()} == dict.fromkeys(("pool3", "spatial", "logits"), np.float32)
+    assert {key: value.dtype for key, value in actual.items()} == dict.fromkeys(
+        ("pool3", "spatial", "logits"), np.float32
+    )
     # set I: pool2048 and logits atol 5e-4, means 2e-4; the spatial features are no deeper than mean768
     assert max_abs(thin(actual["pool3"]), ARRAYS[f"{case}/{prefix}_pool2048"]) <= 5e-4
     assert max_abs(thin(actual["logits"]), ARRAYS[f"{case}/{prefix}_logits_unbiased"]) <= 5e-4

@@ -37,7 +37,9 @@ def test_noisy_classifier(name):
 @pytest.mark.parametrize("name", ["resnet50", "resnet101"])
 def test_resnet_takes_torchvision_names(name):
     manifest = load_manifest(f"torchvision_{name}")
-    classifier = load_classifier(name, weights={key: torch.zeros(shape) for key, shape in manifest["shapes"].items()})
+    classifier = load_classifier(
+        name, weights={key: torch.zeros(shape) for key, shape in manifest["shapes"].items()}
+    )
     parameters = list(classifier.parameters())
     assert sum(parameter.numel() for parameter in parameters) == manifest["parameters"]
     assert not any(parameter.requires_grad for parameter in parameters)

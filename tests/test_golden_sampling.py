@@ -20,21 +20,25 @@ GUIDED = [name for name, case in CASES.items() if (case["spec"]["guid"] or {}).g
 
 
 def chain_atol(name):
-    """Set E: 5e-4 for the guided, `wrap` cases; 1e-3 for raw networks, whose x0 saturates and amplifies noise."""
+    """Set E: 5e-4 for the guided, `wrap` cases; 1e-3 for raw networks, whose x0 saturates and amplifies
+    noise.
+    """
     return 5e-4 if CASES[name]["spec"].get("wrap") else 1e-3
 
 
 class RecordingModel:
     """The U-Net as the sampler sees it; remembers the time steps that it was asked for.
 
-    With `wrap`, eps = sqrt(1 - abar) x + 0.5 sqrt(abar) u instead of the bare output u: a network with random weights
-    saturates x0 otherwise, and a guided chain turns chaotic.
+    With `wrap`, eps = sqrt(1 - abar) x + 0.5 sqrt(abar) u instead of the bare output u: a network with random
+    weights saturates x0 otherwise, and a guided chain turns chaotic.
     """
 
     def __init__(self, case):
         self.unet = set_golden_weights(create_model(**case["unet_config"]))
         self.wrap = bool(case["spec"].get("wrap"))
-        betas = get_named_beta_schedule(case["diffusion_config"]["noise_schedule"], case["diffusion_config"]["steps"])
+        betas = get_named_beta_schedule(
+            case["diffusion_config"]["noise_schedule"], case["diffusion_config"]["steps"]
+        )
         self.abar = torch.from_numpy(np.cumprod(1 - betas)).float()
         self.timesteps = []
 
@@ -49,7 +53,9 @@ class RecordingModel:
 
 
 class NoisyClassifierGradient:
-    """The classic cond_fn: gradient of log_softmax[y] at x_t; remembers the time steps that it was asked for."""
+    """The classic cond_fn: gradient of log_softmax[y] at x_t; remembers the time steps that it was asked
+    for.
+    """
 
     def __init__(self, scale):
         self.classifier = set_golden_weights(EncoderUNetModel(**SETTINGS["noisy_classifier"]))
@@ -126,14 +132,17 @@ def run_chain(name):
 def test_chain(name):
     yielded, model, cond_fn, guidance = run_chain(name)
     atol = chain_atol(name)
-    for step, golden in zip(ARRAYS[f"{name}/steps"][:-1], ARRAYS[f"{name}/x"], strict=True):  # the last one is `final`
+    for step, golden in zip(
+        ARRAYS[f"{name}/steps"][:-1], ARRAYS[f"{name}/x"], strict=True
+    ):  # the last one is `final`
         assert max_abs(thin(yielded[step]["sample"]), golden) <= atol, f"the sample of step {step}"
     final = yielded[-1]["sample"]
     assert max_abs(thin(final), ARRAYS[f"{name}/final"]) <= atol
     assert abs(rms(final) - CASES[name]["final_rms"]) <= atol
     pred_xstart_mid = yielded[len(yielded) // 2]["pred_xstart"]
     assert max_abs(thin(pred_xstart_mid), ARRAYS[f"{name}/pred_xstart_mid"]) <= atol
-    # the network and the noisy classifier are asked for time steps of the 1000-step process, not respaced ones
+    # the network and the noisy classifier are asked for time steps of the 1000-step process, not respaced
+    # ones
     assert model.timesteps == ARRAYS[f"{name}/timesteps_seen_by_model"].tolist()
     assert (cond_fn.timesteps if cond_fn else []) == CASES[name]["classifier_timesteps"]
     if guidance:
@@ -145,7 +154,9 @@ def test_chain(name):
 def test_released_running_maximum(name):
     guidance = run_chain(name)[-1]
     # Tighter than the chains (5e-4) can resolve: the schedule's own maximum is only 3e-5 to 1e-4 away.
-    np.testing.assert_allclose([step.variance_max for step in guidance.steps], ARRAYS[f"{name}/max_variance"], rtol=1e-5)
+    np.testing.assert_allclose(
+        [step.variance_max for step in guidance.steps], ARRAYS[f"{name}/max_variance"], rtol=1e-5
+    )
 
 
 def middle_step(name):
@@ -171,13 +182,17 @@ def test_single_step(name):
     step, extra = diffusion.p_sample, {}
     if spec["sampler"] == "ddim":
         step, extra = diffusion.ddim_sample, {"eta": spec["eta"]}
-    out = step(model, x, t, clip_denoised=True, cond_fn=cond_fn, model_kwargs=model_kwargs, noise=noise, **extra)
+    out = step(
+        model, x, t, clip_denoised=True, cond_fn=cond_fn, model_kwargs=model_kwargs, noise=noise, **extra
+    )
     assert_middle_step(name, position, out["sample"])
 
 
 @pytest.mark.parametrize("name", [name for name in GUIDED if CASES[name]["spec"]["sampler"] == "p"])
 def test_single_guided_step(name):
-    """The rule itself, mean + shift at the clamped pred_xstart, with the maximum that the released chain had then."""
+    """The rule itself, mean + shift at the clamped pred_xstart, with the maximum that the released chain had
+    then.
+    """
     diffusion, model, model_kwargs, _, guidance = set_up(name)
     position, x, noise, t = middle_step(name)
     out = diffusion.p_mean_variance(model, x, t, clip_denoised=True, model_kwargs=model_kwargs)
@@ -195,5 +210,7 @@ def test_single_guided_ddim_step(name):
     out = diffusion.p_mean_variance(model, x, t, clip_denoised=True, model_kwargs=model_kwargs)
     step = GuidanceStep(int(t[0]), CASES[name]["n_steps"], 1.0, 1.0)
     grad = guidance(out["pred_xstart"], model_kwargs["y"], step)
-    out = diffusion.ddim_sample(model, x, t, cond_fn=lambda x, t, **kw: grad, model_kwargs=model_kwargs, noise=noise)
+    out = diffusion.ddim_sample(
+        model, x, t, cond_fn=lambda x, t, **kw: grad, model_kwargs=model_kwargs, noise=noise
+    )
     assert_middle_step(name, position, out["sample"])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from goldens_util import load_golden, max_abs, random_input
 
-from guided_diffusion.sample_store import to_uint8
+from guided_diffusion.files.pixels import to_uint8
 from guided_diffusion.schedules import get_named_beta_schedule, space_timesteps
 from guided_diffusion.script_util import create_gaussian_diffusion
 
@@ -66,7 +66,9 @@ def test_spaced_tables(name):
 
 def single_step(name):
     """(diffusion, arguments of one step, gradient, golden arrays) for a model whose output is constant."""
-    golden = {key.removeprefix(f"step/{name}/"): value for key, value in ARRAYS.items() if f"step/{name}/" in key}
+    golden = {
+        key.removeprefix(f"step/{name}/"): value for key, value in ARRAYS.items() if f"step/{name}/" in key
+    }
     learn_sigma = name.startswith("learned_range")
     diffusion = create_gaussian_diffusion(learn_sigma=learn_sigma, timestep_respacing="250")
     shape = golden["mean"].shape
@@ -103,7 +105,9 @@ def test_cond_fn_moves_the_mean(name):
 @pytest.mark.parametrize("name", cases("step"))
 def test_cond_fn_moves_the_ddim_score(name):
     diffusion, arguments, grad, golden = single_step(name)
-    out = diffusion.ddim_sample(**arguments, cond_fn=lambda x, t, **kw: grad, eta=0.0, noise=torch.zeros_like(grad))
+    out = diffusion.ddim_sample(
+        **arguments, cond_fn=lambda x, t, **kw: grad, eta=0.0, noise=torch.zeros_like(grad)
+    )
     assert_step(out["pred_xstart"], golden["condition_score_pred_xstart"])
 
 

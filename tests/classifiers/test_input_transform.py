@@ -9,7 +9,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def images(size, seed=0, dtype=torch.float64):
-    return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype) * 2 - 1
+    return (
+        torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+            dtype
+        )
+        * 2
+        - 1
+    )
 
 
 def test_paper_input_is_the_image_itself():
@@ -22,7 +28,10 @@ def test_constant_images_map_to_the_range_minus_mean_over_std(size):
     transform = InputTransform(16, MEAN, STD)
     for level in (-1.0, 0.0, 0.5, 1.0):
         got = transform(torch.full((2, 3, size, size), level, dtype=torch.float64))
-        expected = (((level + 1) / 2 - torch.tensor(MEAN, dtype=torch.float64)) / torch.tensor(STD, dtype=torch.float64)).view(1, 3, 1, 1)
+        expected = (
+            ((level + 1) / 2 - torch.tensor(MEAN, dtype=torch.float64))
+            / torch.tensor(STD, dtype=torch.float64)
+        ).view(1, 3, 1, 1)
         assert got.shape == (2, 3, 16, 16)
         torch.testing.assert_close(got, expected.expand(2, 3, 16, 16), rtol=0, atol=1e-12)
 
@@ -40,7 +49,8 @@ def test_enlarging_is_bilinear_with_half_pixels():
 
 
 def test_shrinking_is_antialiased():
-    # Stripes two pixels wide, so that without antialiasing each of the 8 samples would fall between the two pixels of a white one.
+    # Stripes two pixels wide, so that without antialiasing each of the 8 samples would fall between the two
+    # pixels of a white one.
     x = torch.tensor([-1.0, 1.0, 1.0, -1.0], dtype=torch.float64).repeat(8).expand(1, 3, 32, 32)
     inside = InputTransform(8, (0.0,) * 3, (1.0,) * 3)(x)[..., 1:-1]
     torch.testing.assert_close(inside, torch.full_like(inside, 0.5), rtol=0, atol=1e-6)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from classifiers import load_classifier
-from guided_diffusion import checkpoints
+from guided_diffusion.files import checkpoints
 
 OWN = """
 import torch
@@ -138,7 +138,9 @@ def pretrained(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(("name", "file"), [("resnet50", "resnet50-11ad3fa6.pth"), ("resnet101", "resnet101-cd907fc2.pth")])
+@pytest.mark.parametrize(
+    ("name", "file"), [("resnet50", "resnet50-11ad3fa6.pth"), ("resnet101", "resnet101-cd907fc2.pth")]
+)
 def test_missing_default_file_says_which_and_how_to_fetch_it(pretrained, name, file):
     with pytest.raises(FileNotFoundError, match=r"scripts/download\.py") as caught:
         load_classifier(name)
@@ -147,7 +149,9 @@ def test_missing_default_file_says_which_and_how_to_fetch_it(pretrained, name, f
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "digits_guide"])
 def test_missing_default_file_of_another_network_is_named(pretrained, name):
-    with pytest.raises(FileNotFoundError, match=rf"{pretrained}/(resnet(18|34)-.*\.pth|digits/guide\.safetensors)"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"{pretrained}/(resnet(18|34)-.*\.pth|digits/guide\.safetensors)"
+    ):
         load_classifier(name, num_classes=1000)
 
 
@@ -158,7 +162,10 @@ def test_weights_by_torchvision_name(pretrained, weights):
     assert torch.equal(got, load_classifier("resnet18", resnet18_weights(), num_classes=5)(images()))
 
 
-@pytest.mark.parametrize(("weights", "file"), [("IMAGENET1K_V1", "resnet50-0676ba61.pth"), ("IMAGENET1K_V2", "resnet50-11ad3fa6.pth")])
+@pytest.mark.parametrize(
+    ("weights", "file"),
+    [("IMAGENET1K_V1", "resnet50-0676ba61.pth"), ("IMAGENET1K_V2", "resnet50-11ad3fa6.pth")],
+)
 def test_named_weights_are_looked_for_under_their_own_file(pretrained, weights, file):
     with pytest.raises(FileNotFoundError, match=file):
         load_classifier("resnet50", weights)
@@ -173,7 +180,10 @@ def test_pretrained_files_are_found_under_either_name(tmp_path, there):
 @pytest.mark.parametrize("there", ["resnet18-f37072fd.pth", "renamed.pth"])
 def test_default_weights_are_found_under_either_name(pretrained, there):
     table = json.loads((pretrained / "files.json").read_text())
-    table["files"]["resnet18-f37072fd.pth"] = {"url": "https://example.org/r.pth", "also_named": ["renamed.pth"]}
+    table["files"]["resnet18-f37072fd.pth"] = {
+        "url": "https://example.org/r.pth",
+        "also_named": ["renamed.pth"],
+    }
     (pretrained / "files.json").write_text(json.dumps(table))
     torch.save(resnet18_weights(), pretrained / there)
     assert load_classifier("resnet18", num_classes=5)(images()).shape == (2, 5)
@@ -306,10 +316,12 @@ def test_imagenet_input_is_resized_and_normalised(size):
 
 
 def test_imagenet_gradient_matches_finite_differences():
-    # Softplus, and a mean in place of the one maximum, make the network smooth: central differences in float64 are off by
-    # h^2 = 1e-8 times a third derivative.
+    # Softplus, and a mean in place of the one maximum, make the network smooth: central differences in
+    # float64 are off by h^2 = 1e-8 times a third derivative.
     torch.manual_seed(0)
-    classifier = load_classifier("resnet18", "random", num_classes=3, softplus_beta=3.0, classifier_input="imagenet").double()
+    classifier = load_classifier(
+        "resnet18", "random", num_classes=3, softplus_beta=3.0, classifier_input="imagenet"
+    ).double()
     classifier.network.maxpool = nn.AvgPool2d(3, 2, 1)
     x, direction = images(16)[:1].double(), torch.randn(1, 3, 16, 16, dtype=torch.float64)
     leaf = x.clone().requires_grad_()
@@ -332,7 +344,9 @@ def test_own_classifier_has_no_imagenet_input(own):
 
 @pytest.mark.parametrize("beta", [math.inf, 3.0])
 def test_resolution_that_the_network_cannot_take(own, beta):
-    assert load_classifier(f"{own}:picky", num_classes=4, image_size=8, softplus_beta=beta)(images(8)).shape == (2, 4)
+    assert load_classifier(f"{own}:picky", num_classes=4, image_size=8, softplus_beta=beta)(
+        images(8)
+    ).shape == (2, 4)
     with pytest.raises(ValueError, match=r"own\.py:picky cannot take 16x16 images"):
         load_classifier(f"{own}:picky", num_classes=4, image_size=16, softplus_beta=beta)
 

@@ -22,7 +22,10 @@ def softpluses(network):
     return [m for m in network.modules() if isinstance(m, nn.Softplus)]
 
 
-@pytest.mark.parametrize(("name", "count"), [("resnet18", 9), ("resnet34", 17), ("resnet50", 17), ("resnet101", 34), ("resnet152", 51)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("resnet18", 9), ("resnet34", 17), ("resnet50", 17), ("resnet101", 34), ("resnet152", 51)],
+)
 def test_count_in_resnets(name, count):
     with torch.device("meta"):
         network = torchvision.models.get_model(name)
@@ -33,7 +36,16 @@ def test_count_in_resnets(name, count):
 
 
 @pytest.mark.parametrize(
-    "name", ["vgg11", "alexnet", "squeezenet1_0", "mnasnet0_5", "shufflenet_v2_x0_5", "densenet121", "resnext50_32x4d"]
+    "name",
+    [
+        "vgg11",
+        "alexnet",
+        "squeezenet1_0",
+        "mnasnet0_5",
+        "shufflenet_v2_x0_5",
+        "densenet121",
+        "resnext50_32x4d",
+    ],
 )
 def test_no_relu_is_left(name):
     with torch.device("meta"):
@@ -50,7 +62,10 @@ def test_sequential_of_relus():
 
 
 def test_nested():
-    network = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.ReLU(), nn.ModuleDict({"act": nn.ReLU()})])), nn.ReLU())
+    network = nn.Sequential(
+        nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.ReLU(), nn.ModuleDict({"act": nn.ReLU()})])),
+        nn.ReLU(),
+    )
     assert smooth_relus(network, BETA) == 3
     assert relus(network) == []
 
@@ -94,7 +109,9 @@ def test_replacement_is_log_of_one_plus_exp(beta):
     smooth_relus(network, beta)
     x = torch.linspace(-4, 4, 81, dtype=torch.float64)
     # Softplus is x itself where beta x > 20: log(1 + exp(-20)) / beta = 2.1e-9 / beta.
-    torch.testing.assert_close(network(x), torch.log1p(torch.exp(beta * x)) / beta, rtol=0, atol=2.1e-9 / beta)
+    torch.testing.assert_close(
+        network(x), torch.log1p(torch.exp(beta * x)) / beta, rtol=0, atol=2.1e-9 / beta
+    )
 
 
 def test_names_in_the_state_dict_are_unchanged():
@@ -106,7 +123,16 @@ def test_names_in_the_state_dict_are_unchanged():
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-KINKED = [nn.ReLU6(), nn.LeakyReLU(), nn.PReLU(), nn.RReLU(), nn.Hardtanh(), nn.Hardswish(), nn.Hardsigmoid(), nn.Threshold(0.1, 0.0)]
+KINKED = [
+    nn.ReLU6(),
+    nn.LeakyReLU(),
+    nn.PReLU(),
+    nn.RReLU(),
+    nn.Hardtanh(),
+    nn.Hardswish(),
+    nn.Hardsigmoid(),
+    nn.Threshold(0.1, 0.0),
+]
 
 
 @pytest.mark.parametrize("activation", KINKED, ids=lambda m: type(m).__name__)
@@ -186,7 +212,10 @@ def test_functional_relus_are_smoothed(monkeypatch, tmp_path, act, module):
     network = Functional(act, module)
     classifier = load(monkeypatch, tmp_path, network)
     by_hand = copy.deepcopy(network)
-    by_hand.act, by_hand.module = (lambda x: F.softplus(x, BETA)), nn.Softplus(BETA) if module else nn.Identity()
+    by_hand.act, by_hand.module = (
+        (lambda x: F.softplus(x, BETA)),
+        nn.Softplus(BETA) if module else nn.Identity(),
+    )
     assert_same_with_gradient(classifier, by_hand)
 
 
@@ -215,7 +244,8 @@ def test_smoothing_ends_with_the_classifiers_call(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["relu6", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid"])
 @pytest.mark.parametrize("module", [None, nn.ReLU()], ids=["functions", "and a module"])
 def test_other_functional_kinks_are_refused_by_name(monkeypatch, tmp_path, name, module):
-    # "and a module": half smooth. Alone: there is nothing to smooth, as the message for networks without ReLU says.
+    # "and a module": half smooth. Alone: there is nothing to smooth, as the message for networks without ReLU
+    # says.
     with pytest.raises(ValueError, match=f"({name if module else ''}).*softplus_beta inf"):
         load(monkeypatch, tmp_path, Functional(getattr(F, name), module))
 

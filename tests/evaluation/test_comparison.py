@@ -1,4 +1,6 @@
-"""Tables over kinds of runs: means and spreads, the judge's count, the metrics by the digits features, the digits held out."""
+"""Tables over kinds of runs: means and spreads, the judge's count, the metrics by the digits features, the
+digits held out.
+"""
 
 import math
 import statistics
@@ -9,7 +11,16 @@ import pytest
 import torch
 
 from evaluation import comparison
-from evaluation.comparison import HELD_OUT, REFERENCE, DigitsQuality, hold_out, judge, spread, summaries, with_error
+from evaluation.comparison import (
+    HELD_OUT,
+    REFERENCE,
+    DigitsQuality,
+    hold_out,
+    judge,
+    spread,
+    summaries,
+    with_error,
+)
 from evaluation.frechet import frechet_distance
 from evaluation.networks import feature_network
 
@@ -34,7 +45,9 @@ def test_summaries_are_one_row_per_kind_of_run_in_their_order_with_what_was_meas
     assert [list(row) for row in rows] == [["network", "steps", "hit", "length"]] * 2
     assert [(row["network"], row["steps"]) for row in rows] == [("plain", 5), ("guided", 10)]
     assert [row["hit"]["runs"] for row in rows] == [[0.5, 0.7], [0.1, 0.3]]
-    assert rows[0]["hit"]["mean"] == pytest.approx(0.6) and rows[1]["hit"]["std"] == pytest.approx(statistics.stdev([0.1, 0.3]))
+    assert rows[0]["hit"]["mean"] == pytest.approx(0.6) and rows[1]["hit"]["std"] == pytest.approx(
+        statistics.stdev([0.1, 0.3])
+    )
     assert rows[0]["length"] == {"mean": 1.0, "std": 0.0, "runs": [1, 1]}
 
 
@@ -56,11 +69,18 @@ def colours(x):
 
 
 def test_the_judge_counts_the_wanted_class_and_takes_its_log_probability_in_nats(tmp_path):
-    red, green, grey = (255, 0, 0), (0, 255, 0), (51, 51, 51)  # -> logits (2, -2, -2), (-2, 2, -2) and three alike
+    red, green, grey = (
+        (255, 0, 0),
+        (0, 255, 0),
+        (51, 51, 51),
+    )  # -> logits (2, -2, -2), (-2, 2, -2) and three alike
     images = np.array([np.full((2, 2, 3), colour) for colour in (red, red, green, grey)], np.uint8)
     said = judge(write_run(tmp_path, images, [0, 1, 1, 2]), colours)
     total = math.log(math.exp(2) + 2 * math.exp(-2))
-    assert said == {"hit": 0.5, "log_prob": pytest.approx(((2 - total) + (-2 - total) + (2 - total) - math.log(3)) / 4)}
+    assert said == {
+        "hit": 0.5,
+        "log_prob": pytest.approx(((2 - total) + (-2 - total) + (2 - total) - math.log(3)) / 4),
+    }
 
 
 def test_the_judge_sees_every_image_upright_in_its_range_and_in_its_place_without_gradients(tmp_path):
@@ -77,7 +97,10 @@ def test_the_judge_sees_every_image_upright_in_its_range_and_in_its_place_withou
     assert torch.equal(torch.cat(seen), torch.tensor(images.transpose(0, 3, 1, 2) / np.float32(127.5) - 1))
     logits = 2 * (images / 127.5 - 1).mean(axis=(1, 2))
     log_probs = logits[np.arange(230), wanted] - np.log(np.exp(logits).sum(axis=1))
-    assert said == {"hit": pytest.approx((logits.argmax(1) == wanted).mean()), "log_prob": pytest.approx(log_probs.mean(), abs=1e-5)}
+    assert said == {
+        "hit": pytest.approx((logits.argmax(1) == wanted).mean()),
+        "log_prob": pytest.approx(log_probs.mean(), abs=1e-5),
+    }
 
 
 def test_a_run_that_is_not_finished_is_not_judged(tmp_path):
@@ -98,7 +121,9 @@ def numbered(tmp_path, monkeypatch):
         with np.load(path, allow_pickle=False) as file:
             assert file.files == ["arr_0"]
             kept = file["arr_0"]
-        assert kept.dtype == np.uint8 and np.array_equal(kept, np.broadcast_to(kept[:, :1, :1, :1], (len(kept), 16, 16, 3)))
+        assert kept.dtype == np.uint8 and np.array_equal(
+            kept, np.broadcast_to(kept[:, :1, :1, :1], (len(kept), 16, 16, 3))
+        )
         return kept[:, 0, 0, 0].tolist()
 
     return numbers
@@ -116,7 +141,9 @@ def test_all_of_them_where_more_are_asked_for(numbered):
     assert sorted(numbered(21, 3)) == sorted(numbered(20, 4)) == list(range(20))
 
 
-def test_the_quality_is_the_distance_and_its_neighbours_to_the_digits_that_the_networks_learned_from(tmp_path):
+def test_the_quality_is_the_distance_and_its_neighbours_to_the_digits_that_the_networks_learned_from(
+    tmp_path,
+):
     path = hold_out(tmp_path, 40, 2)
     numbers = DigitsQuality()(path)
     network, gaussians = feature_network("digits"), []
@@ -125,7 +152,15 @@ def test_the_quality_is_the_distance_and_its_neighbours_to_the_digits_that_the_n
             pool = network(archive["arr_0"])["pool3"].astype(np.float64)
         gaussians += [pool.mean(axis=0), np.cov(pool, rowvar=False)]
     assert numbers["fd_digits"] == pytest.approx(frechet_distance(*gaussians), rel=1e-4)
-    assert set(numbers) == {"fd_digits", "precision", "recall", "density", "coverage", "resampled_std", "images"}
+    assert set(numbers) == {
+        "fd_digits",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "resampled_std",
+        "images",
+    }
     assert numbers["images"] == 40 and 0 < numbers["resampled_std"] < numbers["fd_digits"]
 
 

@@ -19,7 +19,10 @@ SIGNATURES = {
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_public_names_take_their_arguments_in_order(name):
-    assert list(inspect.signature(getattr(evaluation, name)).parameters)[: len(SIGNATURES[name])] == SIGNATURES[name]
+    assert (
+        list(inspect.signature(getattr(evaluation, name)).parameters)[: len(SIGNATURES[name])]
+        == SIGNATURES[name]
+    )
 
 
 def test_functions_give_python_floats():

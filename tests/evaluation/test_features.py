@@ -1,4 +1,6 @@
-"""One pass from images to features: equal for every input, resumed and cached exactly, errors from the reading thread."""
+"""One pass from images to features: equal for every input, resumed and cached exactly, errors from the
+reading thread.
+"""
 
 import threading
 import time
@@ -24,7 +26,12 @@ class Counting:
 
     def __init__(self, network, fail_at=None):
         self.network, self.fail_at, self.calls, self.seen = network, fail_at, 0, 0
-        self.name, self.protocol, self.sha256, self.batch_size = network.name, network.protocol, network.sha256, 4
+        self.name, self.protocol, self.sha256, self.batch_size = (
+            network.name,
+            network.protocol,
+            network.sha256,
+            4,
+        )
 
     def __call__(self, images):
         if self.calls == self.fail_at:
@@ -65,7 +72,9 @@ def write_shards(folder):
     (folder / "shards").mkdir(parents=True)
     (folder / "run.json").write_text('{"settings": {"num_samples": 50}}')
     for start in range(0, N, 10):
-        np.savez(folder / "shards" / f"{start:06d}-{min(start + 10, N):06d}.npz", arr_0=IMAGES[start : start + 10])
+        np.savez(
+            folder / "shards" / f"{start:06d}-{min(start + 10, N):06d}.npz", arr_0=IMAGES[start : start + 10]
+        )
     return folder
 
 
@@ -92,7 +101,10 @@ def test_features_of_all_images_in_order(tmp_path, network):
     assert np.abs(result.spatial.mean - spatial.mean).max() <= 1e-6
     assert np.abs(result.spatial.covariance() - spatial.covariance()).max() <= 1e-6
     assert result.resolution == (16, 16)
-    kept = {key: result.provenance[key] for key in ("images", "features", "protocol", "weights_sha256", "count", "resolution", "dtype")}
+    kept = {
+        key: result.provenance[key]
+        for key in ("images", "features", "protocol", "weights_sha256", "count", "resolution", "dtype")
+    }
     assert list(kept.values()) == ["a.npz", "digits", "digits", network.sha256, N, [16, 16], "float32"]
     assert set(result.provenance["versions"]) == {"torch", "numpy", "pytorch_fid"}
 
@@ -114,7 +126,9 @@ def test_a_second_run_never_calls_the_network(tmp_path, network):
     never = Counting(network, fail_at=0)
     check_equal(extract(images, never, batch_size=3, cache=tmp_path / "cache", progress=False), first)
     assert never.calls == 0
-    assert len(list(tmp_path.glob("cache/*/spatial-*.npz"))) == 1  # the moments are as large as 4,000 images' features
+    assert (
+        len(list(tmp_path.glob("cache/*/spatial-*.npz"))) == 1
+    )  # the moments are as large as 4,000 images' features
 
 
 @pytest.mark.parametrize("kind", ["npz", "folder"])
@@ -180,12 +194,24 @@ def test_unreadable_pictures_are_counted_across_a_resume(tmp_path, network):
         extract(open_images(folder), network, progress=False)
     kept = np.delete(IMAGES, [0, 1, 2, 3, 4, 5, 6, 7, 8, 20, 36], axis=0)
     with pytest.raises(RuntimeError, match="killed"):
-        extract(open_images(folder, skip_unreadable=True), Counting(network, fail_at=5), cache=tmp_path / "cache", progress=False)
-    result = extract(open_images(folder, skip_unreadable=True), Counting(network), cache=tmp_path / "cache", progress=False)
+        extract(
+            open_images(folder, skip_unreadable=True),
+            Counting(network, fail_at=5),
+            cache=tmp_path / "cache",
+            progress=False,
+        )
+    result = extract(
+        open_images(folder, skip_unreadable=True), Counting(network), cache=tmp_path / "cache", progress=False
+    )
     assert np.abs(result.pool3 - network(kept)["pool3"]).max() <= 1e-6
     assert (result.count, result.spatial.count) == (26, 26)
     assert result.provenance["notes"] == ["11 of 37 images: unreadable, skipped"]
-    again = extract(open_images(folder, skip_unreadable=True), Counting(network, fail_at=0), cache=tmp_path / "cache", progress=False)
+    again = extract(
+        open_images(folder, skip_unreadable=True),
+        Counting(network, fail_at=0),
+        cache=tmp_path / "cache",
+        progress=False,
+    )
     check_equal(again, result)
 
 
@@ -233,7 +259,12 @@ def test_digits_features(weights, network, tmp_path):
     with torch.no_grad():
         logits = trained(torch.from_numpy(IMAGES).permute(0, 3, 1, 2) / 127.5 - 1)
     assert np.abs(result["logits"] - logits.numpy()).max() <= 1e-6
-    assert np.abs(result["pool3"] @ weights["fc.weight"].numpy().T + weights["fc.bias"].numpy() - result["logits"]).max() <= 1e-5
+    assert (
+        np.abs(
+            result["pool3"] @ weights["fc.weight"].numpy().T + weights["fc.bias"].numpy() - result["logits"]
+        ).max()
+        <= 1e-5
+    )
 
     save_file(weights, tmp_path / "features.safetensors")
     assert np.array_equal(DigitsFeatures(tmp_path / "features.safetensors")(IMAGES)["pool3"], result["pool3"])

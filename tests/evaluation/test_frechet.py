@@ -1,4 +1,6 @@
-"""The Frechet distance against closed forms, its error bars against many independent sets, and its extrapolation."""
+"""The Frechet distance against closed forms, its error bars against many independent sets, and its
+extrapolation.
+"""
 
 import numpy as np
 import pytest
@@ -47,7 +49,9 @@ def test_covariances_that_commute():
 
 
 def test_variances_over_many_orders_of_magnitude():
-    """The eigenvalues of the product reach down to 1e-16 of the largest; their roots still count with all their digits."""
+    """The eigenvalues of the product reach down to 1e-16 of the largest; their roots still count with all
+    their digits.
+    """
     basis, _ = np.linalg.qr(np.random.RandomState(0).standard_normal((40, 40)))
     left, right = np.geomspace(1, 1e-9, 40), np.geomspace(1, 1e-7, 40)
     shared = np.sqrt(left * right).sum()
@@ -66,30 +70,42 @@ def test_it_is_a_float_symmetric_and_takes_tensors():
 
 @pytest.mark.parametrize("ranks", [(3, 3), (3, 40), (40, 3)])
 def test_rank_deficient_covariances(ranks):
-    """Orthogonal supports share nothing; the same support is measured as if the rest of the space were not there."""
+    """Orthogonal supports share nothing; the same support is measured as if the rest of the space were not
+    there.
+    """
     basis, _ = np.linalg.qr(np.random.RandomState(3).standard_normal((20, 20)))
     one, two = (random_covariance(3, seed, rank) for seed, rank in enumerate(ranks))
     embedded_one, embedded_two = (basis[:, :3] @ sigma @ basis[:, :3].T for sigma in (one, two))
     elsewhere = basis[:, 3:6] @ two @ basis[:, 3:6].T
     zeros = np.zeros(20)
-    assert frechet_distance(zeros, embedded_one, zeros, embedded_two) == pytest.approx(frechet_distance(zeros[:3], one, zeros[:3], two))
-    assert frechet_distance(zeros, embedded_one, zeros, elsewhere) == pytest.approx(np.trace(one) + np.trace(two))
+    assert frechet_distance(zeros, embedded_one, zeros, embedded_two) == pytest.approx(
+        frechet_distance(zeros[:3], one, zeros[:3], two)
+    )
+    assert frechet_distance(zeros, embedded_one, zeros, elsewhere) == pytest.approx(
+        np.trace(one) + np.trace(two)
+    )
 
 
 def test_no_spread_at_all_leaves_the_means_and_the_other_trace():
     sigma = random_covariance(4, 0)
-    assert frechet_distance(np.zeros(4), np.zeros((4, 4)), np.ones(4), sigma) == pytest.approx(4 + np.trace(sigma), rel=1e-12)
+    assert frechet_distance(np.zeros(4), np.zeros((4, 4)), np.ones(4), sigma) == pytest.approx(
+        4 + np.trace(sigma), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("count", [30, DIMENSION + 1, DIMENSION, 3])
 def test_few_images_take_the_smaller_form_and_get_the_same_number(count):
     x = generated(count, seed=4)
-    assert REFERENCE.distance_to_features(x) == pytest.approx(REFERENCE.distance(moments_of(x).gaussian()), rel=1e-9)
+    assert REFERENCE.distance_to_features(x) == pytest.approx(
+        REFERENCE.distance(moments_of(x).gaussian()), rel=1e-9
+    )
 
 
 def test_what_has_no_distance():
     sigma = random_covariance(3, 0)
-    with pytest.raises(ValueError, match="2 dimensions against a reference of 3: these are different features"):
+    with pytest.raises(
+        ValueError, match="2 dimensions against a reference of 3: these are different features"
+    ):
         frechet_distance(np.zeros(3), sigma, np.zeros(2), np.eye(2))
     with pytest.raises(ValueError, match=r"second Gaussian: mu has shape \(2,\) and sigma \(3, 3\)"):
         frechet_distance(np.zeros(3), sigma, np.zeros(2), sigma)
@@ -123,7 +139,9 @@ def test_extrapolation_is_a_line_through_seeded_subsets():
     fit = frechet_infinity(REFERENCE, x, seed=5)
     assert fit == frechet_infinity(REFERENCE, x, seed=5)
     assert fit.value != frechet_infinity(REFERENCE, x, seed=6).value
-    assert fit.value + fit.slope / 200 == pytest.approx(REFERENCE.distance_to_features(x), abs=4 * fit.standard_error)
+    assert fit.value + fit.slope / 200 == pytest.approx(
+        REFERENCE.distance_to_features(x), abs=4 * fit.standard_error
+    )
 
 
 def test_the_error_bar_of_a_distance_covers_what_such_sets_give_on_average():
@@ -133,7 +151,9 @@ def test_the_error_bar_of_a_distance_covers_what_such_sets_give_on_average():
     covered = sum(bar.low <= np.mean(distances) <= bar.high for bar in bars)
     assert covered >= 52  # 95% of 60 is 57; fewer than 52 has a chance of 1 in 50
     assert 0.8 < np.mean([bar.std for bar in bars]) / np.std(distances) < 1.4
-    assert np.mean([bar.resampled_mean for bar in bars]) > np.mean(distances)  # the bias that the bar leaves out
+    assert np.mean([bar.resampled_mean for bar in bars]) > np.mean(
+        distances
+    )  # the bias that the bar leaves out
 
 
 def test_the_error_bar_of_a_difference_covers_the_truth_and_pairs_make_it_shorter():
@@ -156,12 +176,16 @@ def test_differences_pair_sets_of_one_size_and_no_others():
     with pytest.raises(ValueError, match="50 against 49 images: take as many of each"):
         bootstrap_difference(REFERENCE, a, a[:-1], 5)
     assert bootstrap_frechet(REFERENCE, a, 5, seed=1).shape == (5,)
-    assert not np.array_equal(bootstrap_frechet(REFERENCE, a, 5, seed=1), bootstrap_frechet(REFERENCE, a, 5, seed=2))
+    assert not np.array_equal(
+        bootstrap_frechet(REFERENCE, a, 5, seed=1), bootstrap_frechet(REFERENCE, a, 5, seed=2)
+    )
 
 
 def test_a_matrix_with_negative_eigenvalues_is_no_covariance():
     indefinite = np.array([[1.0, 3.0], [3.0, 1.0]])  # -2 and 4
-    with pytest.raises(ValueError, match=r"sigma is no covariance: its eigenvalues go from -2 to 4, and none may be negative"):
+    with pytest.raises(
+        ValueError, match=r"sigma is no covariance: its eigenvalues go from -2 to 4, and none may be negative"
+    ):
         frechet_distance(np.zeros(2), indefinite, np.zeros(2), np.eye(2))
 
 

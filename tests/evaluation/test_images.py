@@ -1,4 +1,6 @@
-"""Reading sets of images: the same pixels from every kind of input, what is converted, and what is refused."""
+"""Reading sets of images: the same pixels from every kind of input, what is converted, and what is
+refused.
+"""
 
 import io
 import json
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 
 from evaluation.images import open_images, pick_images
-from guided_diffusion.sample_store import SampleStore
+from guided_diffusion.runs.store import SampleStore
 
 N, H, W = 11, 5, 6
 IMAGES = np.random.RandomState(0).randint(0, 256, (N, H, W, 3), dtype=np.uint8)
@@ -49,7 +51,11 @@ def write_shards(folder, bounds=(0, 4, 8, N)):
     (folder / "run.json").write_text(json.dumps({"settings": {"num_samples": 20}}))
     (folder / "grid.png").write_bytes(png(IMAGES[0]))
     for start, stop in zip(bounds, bounds[1:], strict=False):
-        np.savez(folder / "shards" / f"{start:06d}-{stop:06d}.npz", arr_0=IMAGES[start:stop], arr_1=np.arange(stop - start))
+        np.savez(
+            folder / "shards" / f"{start:06d}-{stop:06d}.npz",
+            arr_0=IMAGES[start:stop],
+            arr_1=np.arange(stop - start),
+        )
     return folder
 
 
@@ -152,7 +158,9 @@ def test_grey_palette_and_jpeg_are_converted_and_noted(tmp_path):
     (batch,) = images.batches(3)
     assert np.array_equal(batch[0], np.repeat(grey[:, :, None], 3, axis=2))
     assert np.array_equal(batch[1], np.asarray(palette.convert("RGB")))
-    assert [note.partition(",")[0] for note in images.notes] == [f"1 of 3 images: {kind}" for kind in ("JPEG", "grey", "palette")]
+    assert [note.partition(",")[0] for note in images.notes] == [
+        f"1 of 3 images: {kind}" for kind in ("JPEG", "grey", "palette")
+    ]
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -185,7 +193,12 @@ def png_16_bit_rgb():
 
     header = struct.pack(">IIBBBBB", W, H, 16, 2, 0, 0, 0)
     rows = b"".join(b"\0" + bytes(6 * W) for _ in range(H))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 REFUSED_PICTURES = {
@@ -237,7 +250,9 @@ def test_refused_arrays(tmp_path, kind):
 def test_damaged_npz(tmp_path, save, damage):
     path = write_npz(tmp_path / "a.npz", save)
     content = path.read_bytes()
-    path.write_bytes(content[:-100] if damage == "truncated" else content[:400] + b"\xff" * 200 + content[600:])
+    path.write_bytes(
+        content[:-100] if damage == "truncated" else content[:400] + b"\xff" * 200 + content[600:]
+    )
     with pytest.raises(ValueError, match=r"a\.npz is truncated or not an npz"):
         list(open_images(path).batches(4))
 
@@ -245,7 +260,9 @@ def test_damaged_npz(tmp_path, save, damage):
 def test_shards_of_two_sizes(tmp_path):
     folder = write_shards(tmp_path / "a")
     np.savez(folder / "shards" / "000011-000012.npz", arr_0=IMAGES[:1, :4])
-    with pytest.raises(ValueError, match=r"different sizes: .*000000-000004\.npz is 5x6, .*000011-000012\.npz is 4x6"):
+    with pytest.raises(
+        ValueError, match=r"different sizes: .*000000-000004\.npz is 5x6, .*000011-000012\.npz is 4x6"
+    ):
         open_images(folder)
 
 
@@ -297,7 +314,9 @@ def test_fingerprint(tmp_path):
 def test_a_picture_that_would_fill_the_memory_is_damaged_like_others(tmp_path):
     Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
     Image.new("RGB", (4, 4)).save(tmp_path / "small.png")
-    with pytest.raises(ValueError, match=r"bomb.png is damaged \(.*decompression bomb.*\); --skip_unreadable leaves it out"):
+    with pytest.raises(
+        ValueError, match=r"bomb.png is damaged \(.*decompression bomb.*\); --skip_unreadable leaves it out"
+    ):
         open_images(tmp_path)
     opened = open_images(tmp_path, skip_unreadable=True)
     assert [len(batch) for batch in opened.batches(2)] == [1] and opened.count == 1

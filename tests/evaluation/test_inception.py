@@ -1,4 +1,6 @@
-"""The Inception extractor around its network: inputs, weights, and where they are looked for. Its numbers: test_golden_inception."""
+"""The Inception extractor around its network: inputs, weights, and where they are looked for. Its numbers:
+test_golden_inception.
+"""
 
 import socket
 
@@ -6,8 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.inception import WEIGHTS, InceptionFeatures, adm_input, find_inception_weights, inception_network, pytorch_fid_input
-from guided_diffusion import checkpoints
+from evaluation.inception import (
+    WEIGHTS,
+    InceptionFeatures,
+    adm_input,
+    find_inception_weights,
+    inception_network,
+    pytorch_fid_input,
+)
+from guided_diffusion.files import checkpoints
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
@@ -17,7 +26,9 @@ def weights():
     """Zero convolutions with a known last layer: fast to make, and enough for everything but the numbers."""
     with torch.device("meta"):
         network = inception_network()
-    return {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in network.state_dict().items()}
+    return {
+        name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in network.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (1, 3, 7, 320), (1, 3, 299, 299)])
@@ -30,8 +41,11 @@ def test_adm_resize_is_that_of_tensorflow_1(shape):
         lower = position.floor().long()
         weight = (position - lower).view((-1, 1) if dim == 2 else (-1,))
         upper = (lower + 1).clamp(max=size - 1)
-        expected = expected.index_select(dim, lower) * (1 - weight) + expected.index_select(dim, upper) * weight
-    # A source coordinate in float32 is good to 2^-22 of the side, twice (height and width), times a step of at most 255 / 128.
+        expected = (
+            expected.index_select(dim, lower) * (1 - weight) + expected.index_select(dim, upper) * weight
+        )
+    # A source coordinate in float32 is good to 2^-22 of the side, twice (height and width), times a step of
+    # at most 255 / 128.
     assert (adm_input(x) - (expected - 128) / 128).abs().max() <= 2 * 2 * max(shape) * 2**-22
 
 
@@ -58,7 +72,11 @@ def test_weights_from_a_file_without_counters_and_no_bias_in_the_logits(weights,
     network = InceptionFeatures(path)
     assert network.sha256 == checkpoints.sha256(path)
     features = network(torch.zeros(1, 4, 4, 3, dtype=torch.uint8))
-    assert {key: value.shape for key, value in features.items()} == {"pool3": (1, 2048), "spatial": (1, 2023), "logits": (1, 1008)}
+    assert {key: value.shape for key, value in features.items()} == {
+        "pool3": (1, 2048),
+        "spatial": (1, 2023),
+        "logits": (1, 1008),
+    }
     assert (features["pool3"][0, :320] == 1).all()
     assert not features["pool3"][0, 320:].any()
     assert np.array_equal(features["logits"][0], 160.0 * np.eye(1008, dtype=np.float32)[5])
@@ -70,7 +88,11 @@ def test_refused(weights):
     with pytest.raises(ValueError, match="unknown protocol 'tf'; choose adm or pytorch-fid"):
         InceptionFeatures(weights, protocol="tf")
     network = InceptionFeatures(weights)
-    for images in (np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 8, 8, 3), np.float32), np.zeros((8, 8, 3), np.uint8)):
+    for images in (
+        np.zeros((2, 3, 8, 8), np.uint8),
+        np.zeros((2, 8, 8, 3), np.float32),
+        np.zeros((8, 8, 3), np.uint8),
+    ):
         with pytest.raises(ValueError, match=r"need uint8 images \(N, H, W, 3\)"):
             network(images)
 
@@ -90,7 +112,9 @@ def test_finding_weights(tmp_path, monkeypatch):
     assert find_inception_weights(mine) == mine
     (tmp_path / WEIGHTS).write_bytes(b"anything")
     for path in (None, tmp_path / WEIGHTS):
-        with pytest.raises(ValueError, match=r"not the published file \(sha256 .*\.\.\., not 6726825d\.\.\.\)"):
+        with pytest.raises(
+            ValueError, match=r"not the published file \(sha256 .*\.\.\., not 6726825d\.\.\.\)"
+        ):
             find_inception_weights(path)
     monkeypatch.setattr("evaluation.inception.sha256", lambda path: "6726825d" + 56 * "0")
     assert find_inception_weights() == tmp_path / WEIGHTS

@@ -12,7 +12,9 @@ EYE, ZEROS = np.eye(3), np.zeros(3)
 
 def draws(count, dimension=5, seed=0):
     random_state = np.random.RandomState(seed)
-    return random_state.standard_normal((count, dimension)) @ random_state.standard_normal((dimension, dimension))
+    return random_state.standard_normal((count, dimension)) @ random_state.standard_normal(
+        (dimension, dimension)
+    )
 
 
 def streamed(x, sizes):
@@ -39,7 +41,9 @@ def test_a_large_offset_costs_no_digits():
 def test_float32_tensors_are_accumulated_in_float64_and_not_written_to():
     x = torch.from_numpy(draws(50)).float()
     before = x.clone()
-    np.testing.assert_allclose(moments_of(x).covariance(), np.cov(x.double().numpy(), rowvar=False), rtol=1e-12)
+    np.testing.assert_allclose(
+        moments_of(x).covariance(), np.cov(x.double().numpy(), rowvar=False), rtol=1e-12
+    )
     assert torch.equal(x, before)
 
 
@@ -63,11 +67,20 @@ def write_statistics(path, **arrays):
 
 def test_statistics_of_pooled_and_spatial_features(tmp_path):
     pool, spatial = moments_of(draws(50)).gaussian(), moments_of(draws(50, 4)).gaussian()
-    path = write_statistics(tmp_path / "s.npz", mu=pool.mu, sigma=pool.sigma, mu_s=spatial.mu, sigma_s=spatial.sigma, arr_0=np.zeros(1))
+    path = write_statistics(
+        tmp_path / "s.npz",
+        mu=pool.mu,
+        sigma=pool.sigma,
+        mu_s=spatial.mu,
+        sigma_s=spatial.sigma,
+        arr_0=np.zeros(1),
+    )
     for read, written in zip(load_statistics(path), (pool, spatial), strict=True):
         np.testing.assert_array_equal(read.mu, written.mu)
         np.testing.assert_array_equal(read.sigma, written.sigma)
-    path = write_statistics(tmp_path / "p.npz", mu=pool.mu.astype(np.float32), sigma=pool.sigma.astype(np.float32))
+    path = write_statistics(
+        tmp_path / "p.npz", mu=pool.mu.astype(np.float32), sigma=pool.sigma.astype(np.float32)
+    )
     read, nothing = load_statistics(path)
     assert nothing is None
     assert read.sigma.dtype == np.float64
@@ -106,9 +119,15 @@ def test_files_that_are_no_statistics(tmp_path):
     damaged = write_statistics(tmp_path / "damaged.npz", mu=ZEROS, sigma=EYE)
     damaged.write_bytes(damaged.read_bytes().replace(np.float64(1).tobytes(), b"\0" * 8))
     for path, message in [
-        (write_statistics(tmp_path / "images.npz", arr_0=EYE), "has no mu; statistics are an npz with mu and sigma, this one holds arr_0"),
+        (
+            write_statistics(tmp_path / "images.npz", arr_0=EYE),
+            "has no mu; statistics are an npz with mu and sigma, this one holds arr_0",
+        ),
         (write_statistics(tmp_path / "half.npz", mu=ZEROS, sigma=EYE, mu_s=ZEROS), "has no sigma_s"),
-        (write_statistics(tmp_path / "objects.npz", mu=objects, sigma=EYE), "damaged, or holds Python objects, which are refused"),
+        (
+            write_statistics(tmp_path / "objects.npz", mu=objects, sigma=EYE),
+            "damaged, or holds Python objects, which are refused",
+        ),
         (damaged, "damaged, or holds Python objects"),
         (tmp_path / "text.npz", "is no npz file, or a damaged one"),
         (tmp_path / "single.npy", "is a single array"),

@@ -1,4 +1,6 @@
-"""Precision, recall, density and coverage: their conventions, their tiles against a direct computation, and what they refuse."""
+"""Precision, recall, density and coverage: their conventions, their tiles against a direct computation, and
+what they refuse.
+"""
 
 import importlib
 
@@ -81,18 +83,24 @@ def test_every_tile_size_agrees_with_the_definitions(monkeypatch, tile):
 def test_more_neighbours_than_a_tile_holds(monkeypatch):
     monkeypatch.setattr(module, "TILE", 3)
     real, fake = points(20, 0), points(20, 1)
-    assert density_coverage(real=real, fake=fake, k=11) == pytest.approx(direct_scores(real, fake, 1, 11)[2:], abs=1e-12)
+    assert density_coverage(real=real, fake=fake, k=11) == pytest.approx(
+        direct_scores(real, fake, 1, 11)[2:], abs=1e-12
+    )
 
 
 def test_a_large_offset_costs_float32_no_digits():
     real, fake = points(150, 0), points(150, 1, scale=0.8)
     moved = [(x + 1e3).astype(np.float32) for x in (real, fake)]
     scores = manifold_scores(real=moved[0], fake=moved[1])
-    assert as_tuple(scores) == pytest.approx(direct_scores(*(x.astype(np.float64) for x in moved)), abs=3 / 150)
+    assert as_tuple(scores) == pytest.approx(
+        direct_scores(*(x.astype(np.float64) for x in moved)), abs=3 / 150
+    )
 
 
 def test_float16_rounds_and_falls_back_where_it_overflows():
-    """Two reals 1 apart, a fake 1.0001 from its nearest real: float16 cannot tell, float32 can; at 300 times the size it has to."""
+    """Two reals 1 apart, a fake 1.0001 from its nearest real: float16 cannot tell, float32 can; at 300 times
+    the size it has to.
+    """
     real, fake = np.array([[0.0], [1.0]], np.float32), np.array([[2.0001], [3.1]], np.float32)
     assert precision_recall(real=real, fake=fake, k=1, dtype=torch.float16)[0] == 0.5
     assert precision_recall(real=real, fake=fake, k=1, dtype=torch.float32)[0] == 0
@@ -104,7 +112,9 @@ def test_the_dtype_follows_the_features_and_tensors_do_as_well_as_arrays():
     frozen = real.copy()
     frozen.flags.writeable = False
     expected = direct_scores(real, fake)
-    assert as_tuple(manifold_scores(real=frozen, fake=torch.from_numpy(fake))) == pytest.approx(expected, abs=1e-12)
+    assert as_tuple(manifold_scores(real=frozen, fake=torch.from_numpy(fake))) == pytest.approx(
+        expected, abs=1e-12
+    )
     # Distances of 1e-9 are below float32's digits next to 1, and are told apart in float64 alone.
     real, fake = np.array([[0.0], [1.0], [1 + 1e-9], [1 + 2e-9]]), np.array([[1 + 4e-9], [5.0]])
     assert precision_recall(real=real, fake=fake, k=1)[0] == 0
@@ -115,13 +125,19 @@ def test_the_dtype_follows_the_features_and_tensors_do_as_well_as_arrays():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"real": points(3, 0), "fake": points(20, 1), "k": 3}, r"3 real images; [35] neighbours of each need at least [46]"),
+        (
+            {"real": points(3, 0), "fake": points(20, 1), "k": 3},
+            r"3 real images; [35] neighbours of each need at least [46]",
+        ),
         ({"real": points(20, 0), "fake": points(3, 1), "k": 3}, r"3 fake images; [35] neighbours"),
         ({"real": points(20, 0), "fake": points(20, 1), "k": 0}, "k is 0"),
         ({"real": points(20, 0), "fake": points(20, 1, dimension=5)}, r"shapes \(20, 6\) and \(20, 5\)"),
         ({"real": points(20, 0) * np.nan, "fake": points(20, 1)}, "real features hold NaN or infinity"),
         ({"real": points(20, 0), "fake": points(20, 1) * np.inf}, "fake features hold NaN or infinity"),
-        ({"real": points(20, 0), "fake": points(20, 1), "dtype": torch.int32}, "distances in torch.int32; choose"),
+        (
+            {"real": points(20, 0), "fake": points(20, 1), "dtype": torch.int32},
+            "distances in torch.int32; choose",
+        ),
     ],
 )
 def test_what_has_no_manifold(function, arguments, message):

@@ -1,4 +1,6 @@
-"""The table, the JSON and the page: every number under its name, the protocol above it, and a loud mark where two protocols meet."""
+"""The table, the JSON and the page: every number under its name, the protocol above it, and a loud mark where
+two protocols meet.
+"""
 
 import dataclasses
 import json
@@ -23,8 +25,19 @@ COMPARISON = {"a": "first", "b": "second", "verdict": "first is better than seco
 
 
 def provenance(name, protocol="adm", features="inception-2015-12-05", digest="ab" * 32):
-    about = {"images": name, "features": features, "protocol": protocol, "weights_sha256": "6726825d" * 8, "count": 50000}
-    return about | {"fingerprint": digest, "file_sha256": digest, "statistics": "in the file", "statistics_count": 60000}
+    about = {
+        "images": name,
+        "features": features,
+        "protocol": protocol,
+        "weights_sha256": "6726825d" * 8,
+        "count": 50000,
+    }
+    return about | {
+        "fingerprint": digest,
+        "file_sha256": digest,
+        "statistics": "in the file",
+        "statistics_count": 60000,
+    }
 
 
 def result(name, **changes):
@@ -36,13 +49,29 @@ def rows_of(text):
     """{set: {title: cell}} of a text table, whose columns are two blanks apart."""
     lines = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines()]
     head = next(i for i, line in enumerate(lines) if line and line[0] == "set")
-    return {line[0]: dict(zip(lines[head], line, strict=True)) for line in lines[head + 1 :] if len(line) == len(lines[head])}
+    return {
+        line[0]: dict(zip(lines[head], line, strict=True))
+        for line in lines[head + 1 :]
+        if len(line) == len(lines[head])
+    }
 
 
 def test_a_row_per_set_with_the_number_of_images_and_what_they_share_above():
-    text = table([result("first"), result("second", count=100, metrics={**VALUES, "sfid": None}, notes=["no sFID: why"])])
+    text = table(
+        [
+            result("first"),
+            result("second", count=100, metrics={**VALUES, "sfid": None}, notes=["no sFID: why"]),
+        ]
+    )
     rows = rows_of(text)
-    expected = {"FID": "2.190", "sFID": "5.090", "IS": "141.477", "precision": "0.7900", "recall": "0.5800", "KID": "-0.00012"}
+    expected = {
+        "FID": "2.190",
+        "sFID": "5.090",
+        "IS": "141.477",
+        "precision": "0.7900",
+        "recall": "0.5800",
+        "KID": "-0.00012",
+    }
     assert rows["first"].items() >= {"images": "50000", **expected}.items()
     assert (rows["second"]["images"], rows["second"]["sFID"]) == ("100", "n/a")
     above = text[: text.index("\nset")]
@@ -64,7 +93,9 @@ def test_rounding_noise_below_zero_is_a_plain_zero():
 
 
 def test_error_bars_and_extrapolations_where_there_are_some():
-    measured = result("first", fid_error=ErrorBar(2.19, 0.05, 2.3, 2.1, 2.3), fid_infinity=Extrapolation(2.01, 0.02, 9.0))
+    measured = result(
+        "first", fid_error=ErrorBar(2.19, 0.05, 2.3, 2.1, 2.3), fid_infinity=Extrapolation(2.01, 0.02, 9.0)
+    )
     text = table([measured, result("second")])
     rows = rows_of(text)
     assert (rows["first"]["FID"], rows["first"]["FID-inf"]) == ("2.190 ± 0.050", "2.010 ± 0.020")
@@ -74,17 +105,27 @@ def test_error_bars_and_extrapolations_where_there_are_some():
 
 
 def digits(name):
-    return result(name, samples=provenance(name, "digits", "digits"), reference=provenance("ref.npz", "digits", "digits"))
+    return result(
+        name,
+        samples=provenance(name, "digits", "digits"),
+        reference=provenance("ref.npz", "digits", "digits"),
+    )
 
 
 def test_the_distance_of_another_network_is_never_called_fid():
     measured = dataclasses.replace(
-        digits("first"), fid_error=ErrorBar(2.19, 0.05, 2.3, 2.1, 2.3), fid_infinity=Extrapolation(2.01, 0.02, 9.0)
+        digits("first"),
+        fid_error=ErrorBar(2.19, 0.05, 2.3, 2.1, 2.3),
+        fid_infinity=Extrapolation(2.01, 0.02, 9.0),
     )
     everything = table([measured]) + markdown_table([measured]) + json.dumps(to_json([measured]))
     assert "fid" not in everything.lower() and "FD(digits)" in everything
     row = to_json([measured])["results"][0]
-    assert (row["fd_digits"], row["fd_digits_bootstrap"]["std"], row["fd_digits_infinity"]["value"]) == (2.19, 0.05, 2.01)
+    assert (row["fd_digits"], row["fd_digits_bootstrap"]["std"], row["fd_digits_infinity"]["value"]) == (
+        2.19,
+        0.05,
+        2.01,
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,16 +168,27 @@ def test_json_holds_everything_and_is_json():
 
 
 def test_the_page_links_pictures_that_are_there(tmp_path):
-    grids = {name: np.full((n, 16, 16, 3), 99, np.uint8) for name, n in (("run a/first", 64), ("run b/first", 5))}
+    grids = {
+        name: np.full((n, 16, 16, 3), 99, np.uint8) for name, n in (("run a/first", 64), ("run b/first", 5))
+    }
     without_images = result("statistics", metrics={**dict.fromkeys(METRICS), "fid": 3.0})
-    page = write_report(tmp_path / "new" / "report", [result("run a/first"), without_images], grids, REFERENCE_NOTES, COMPARISON)
+    page = write_report(
+        tmp_path / "new" / "report",
+        [result("run a/first"), without_images],
+        grids,
+        REFERENCE_NOTES,
+        COMPARISON,
+    )
     text = page.read_text()
     links = [part.split(")")[0] for part in text.split("](")[1:]]
     assert len(links) == len(set(links)) == 4
     for link in links:
         with Image.open(page.parent / link) as picture:
             assert min(picture.size) >= 64 and len(picture.convert("RGB").getcolors(1 << 20)) > 1
-    assert all(said in text for said in ("| statistics | 50000 | 3.000 | n/a |", *REFERENCE_NOTES, COMPARISON["verdict"]))
+    assert all(
+        said in text
+        for said in ("| statistics | 50000 | 3.000 | n/a |", *REFERENCE_NOTES, COMPARISON["verdict"])
+    )
     assert json.loads((page.parent / "report.json").read_text()) == to_json(
         [result("run a/first"), without_images], REFERENCE_NOTES, COMPARISON
     )
@@ -148,12 +200,26 @@ def test_the_pictures_name_the_sets_and_put_the_points_where_they_belong(tmp_pat
     write_report(tmp_path, [result("first"), result("a" * 60)], {})
     bars, plane = figures
     panels = [axes for axes in bars.axes if axes.get_visible()]
-    assert [axes.get_title() for axes in panels] == ["FID", "sFID", "IS", "precision", "recall", "density", "coverage", "KID"]
+    assert [axes.get_title() for axes in panels] == [
+        "FID",
+        "sFID",
+        "IS",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "KID",
+    ]
     assert [bar.get_width() for axes in panels for bar in axes.patches[:1]] == list(VALUES.values())
     names = [label.get_text() for label in panels[0].get_yticklabels()]
     assert names[0] == "first" and len(names[1]) <= report.LONGEST_NAME and "…" in names[1]
     (axes,) = plane.axes
-    assert (axes.get_xlim(), axes.get_ylim(), axes.get_xlabel(), axes.get_ylabel()) == ((0, 1), (0, 1), "recall", "precision")
+    assert (axes.get_xlim(), axes.get_ylim(), axes.get_xlabel(), axes.get_ylabel()) == (
+        (0, 1),
+        (0, 1),
+        "recall",
+        "precision",
+    )
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines] == [(0.58, 0.79)] * 2
 
 
@@ -163,7 +229,11 @@ def test_a_grid_shows_random_images_of_the_seed(tmp_path):
     opened = open_images(tmp_path / "set.npz")
     picked = pick_images(opened, 10, seed=1)[:, 0, 0, 0].tolist()
     assert len(set(picked)) == 10 and picked == sorted(picked) != list(range(10))
-    assert picked == pick_images(opened, 10, seed=1)[:, 0, 0, 0].tolist() != pick_images(opened, 10, seed=2)[:, 0, 0, 0].tolist()
+    assert (
+        picked
+        == pick_images(opened, 10, seed=1)[:, 0, 0, 0].tolist()
+        != pick_images(opened, 10, seed=2)[:, 0, 0, 0].tolist()
+    )
     assert np.array_equal(pick_images(opened, 200), images)
 
 

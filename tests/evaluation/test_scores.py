@@ -80,9 +80,15 @@ def test_kernel_distance_is_unbiased():
 def test_kernel_distance_over_subsets():
     mean, std = kernel_distance(real=REAL, fake=FAKE, subsets=3, subset_size=10)
     random_state = np.random.RandomState(2020)
-    drawn = [(REAL[random_state.choice(31, 10, replace=False)], FAKE[random_state.choice(17, 10, replace=False)]) for _ in range(3)]
+    drawn = [
+        (REAL[random_state.choice(31, 10, replace=False)], FAKE[random_state.choice(17, 10, replace=False)])
+        for _ in range(3)
+    ]
     expected = [direct_mmd2(*pair) for pair in drawn]
-    assert (mean, std) == (pytest.approx(np.mean(expected), rel=1e-12), pytest.approx(np.std(expected), rel=1e-12))
+    assert (mean, std) == (
+        pytest.approx(np.mean(expected), rel=1e-12),
+        pytest.approx(np.std(expected), rel=1e-12),
+    )
     assert kernel_distance(real=REAL, fake=FAKE, subsets=3, subset_size=10, seed=1) != (mean, std)
 
 
@@ -90,8 +96,14 @@ def test_kernel_distance_over_subsets():
     ("arguments", "message"),
     [
         ({"real": REAL[:1], "fake": FAKE}, "1 real images; a kernel distance needs at least 2"),
-        ({"real": REAL, "fake": FAKE, "subsets": 2}, "subsets of 1000 out of 31 real and 17 fake images; pass a smaller subset_size"),
-        ({"real": REAL, "fake": FAKE, "subsets": 2, "subset_size": 20}, "subsets of 20 out of 31 real and 17 fake"),
+        (
+            {"real": REAL, "fake": FAKE, "subsets": 2},
+            "subsets of 1000 out of 31 real and 17 fake images; pass a smaller subset_size",
+        ),
+        (
+            {"real": REAL, "fake": FAKE, "subsets": 2, "subset_size": 20},
+            "subsets of 20 out of 31 real and 17 fake",
+        ),
         ({"real": REAL, "fake": FAKE, "subsets": 0, "subset_size": 5}, "0 subsets of 5 images"),
         ({"real": REAL, "fake": FAKE, "subsets": 1, "subset_size": 1}, "1 subsets of 1 images"),
         ({"real": REAL, "fake": FAKE[:, :3]}, r"shapes \(31, 4\) and \(17, 3\)"),

@@ -3,12 +3,13 @@
     python tests/goldens/extract.py PATH_OF_THE_FULL_SET
 
 The full sets hold outputs of the published implementations on networks whose weights follow a rule
-(`goldens_util.set_golden_weights`). What is kept: the key manifests of the ADM, EDM, torchvision and Inception networks (set A), ADM
-U-Net and classifier forwards (B, C), classifier guidance gradients (D), DDPM and DDIM chains (E) and schedule tables
-(E_tables), EDM forwards and chains (F), the numbers and the manifold radii of the evaluation maths (H), and Inception features (I). What is
-dropped: inputs that are RandomState draws (checked here, drawn again in the tests), and most entries of large arrays,
-of which `goldens_util.thin` keeps a fixed subset. The norms of whole arrays stay in the json.
-The output depends on the input alone, byte for byte.
+(`goldens_util.set_golden_weights`). What is kept: the key manifests of the ADM, EDM, torchvision and
+Inception networks (set A), ADM U-Net and classifier forwards (B, C), classifier guidance gradients (D), DDPM
+and DDIM chains (E) and schedule tables (E_tables), EDM forwards and chains (F), the numbers and the manifold
+radii of the evaluation maths (H), and Inception features (I). What is dropped: inputs that are RandomState
+draws (checked here, drawn again in the tests), and most entries of large arrays, of which `goldens_util.thin`
+keeps a fixed subset. The norms of whole arrays stay in the json. The output depends on the input alone, byte
+for byte.
 """
 
 import argparse
@@ -73,7 +74,9 @@ def extract_forwards(folder, name):
     for case, configuration in full["cases"].items():
         x = arrays[f"{case}/x"]
         assert np.array_equal(x, random_input(configuration["input"]["seed"], x.shape)), case
-        cases[case] = select(configuration, "constructor", "config", "input", "out_rms", "logits_rms", "grad_rms")
+        cases[case] = select(
+            configuration, "constructor", "config", "input", "out_rms", "logits_rms", "grad_rms"
+        )
         cases[case]["x_shape"] = x.shape
         for key in ("out", "logits", "selected", "grad"):
             if f"{case}/{key}" in arrays:
@@ -93,7 +96,14 @@ def extract_guidance(folder):
         cases[case] = select(configuration, "net", "size", "softplus_beta", "y")
         cases[case]["seed"] = seeds[configuration["x"]]
         cases[case]["temperatures"] = [
-            select(temps, "joint_temperature", "margin_temperature_discount", "stored", "grad_rms", "grad_l2_per_image")
+            select(
+                temps,
+                "joint_temperature",
+                "margin_temperature_discount",
+                "stored",
+                "grad_rms",
+                "grad_l2_per_image",
+            )
             for temps in configuration["temps"]
         ]
         small |= {key: thin(value) for key, value in arrays.items() if key.startswith(f"{case}/")}
@@ -104,7 +114,15 @@ def extract_sampling(folder):
     full, arrays = read(folder, "E_ddpm_sampling")
     cases, small = {}, {}
     for case, configuration in full["cases"].items():
-        cases[case] = select(configuration, "spec", "unet_config", "diffusion_config", "n_steps", "final_rms", "classifier_timesteps")
+        cases[case] = select(
+            configuration,
+            "spec",
+            "unet_config",
+            "diffusion_config",
+            "n_steps",
+            "final_rms",
+            "classifier_timesteps",
+        )
         steps, x = arrays[f"{case}/steps"], arrays[f"{case}/x"]
         middle = configuration["n_steps"] // 2
         small[f"{case}/steps"] = steps
@@ -133,15 +151,21 @@ def extract_edm(folder):
     forwards, chains = {}, {}
     small = {key: value for key, value in arrays.items() if key.startswith("f0_stacked_rng/")}
     for case, configuration in full["cases"].items():
-        stored = {key.removeprefix(f"{case}/"): value for key, value in arrays.items() if key.startswith(f"{case}/")}
+        stored = {
+            key.removeprefix(f"{case}/"): value for key, value in arrays.items() if key.startswith(f"{case}/")
+        }
         if "config" in configuration:
             x = stored["x"]
-            assert np.array_equal(x, random_noisy_image(configuration["input"]["seed"], stored["sigma"], x.shape)), case
+            assert np.array_equal(
+                x, random_noisy_image(configuration["input"]["seed"], stored["sigma"], x.shape)
+            ), case
             forwards[case] = select(configuration, "config", "input", "num_heads", "out_rms", "F_x_rms")
             forwards[case]["x_shape"] = x.shape
             kept = {key: thin(stored[key]) for key in ("out", "F_x")}
         elif "spec" in configuration:
-            assert np.abs(stored["final"] - stored["denoised_last"]).max() <= 1e-7, case  # one of the two is enough
+            assert np.abs(stored["final"] - stored["denoised_last"]).max() <= 1e-7, (
+                case
+            )  # one of the two is enough
             chains[case] = select(configuration, "spec", "final_rms")
             chains[case]["shape"] = stored["final"].shape
             kept = select(stored, "t_hat", "steps", "x_rms_per_step", "guidance_schedule", "measured_ratio")
@@ -149,7 +173,12 @@ def extract_edm(folder):
             for key in ("x_cur", "x_hat"):
                 kept[key] = np.stack([thin(one)[::TRAJECTORY_STRIDE] for one in stored[key]])
         small |= {f"{case}/{key}": value for key, value in kept.items()}
-    settings = {"forwards": forwards, "chains": chains, "chain_net": full["sampler_net_config"], "trajectory_stride": TRAJECTORY_STRIDE}
+    settings = {
+        "forwards": forwards,
+        "chains": chains,
+        "chain_net": full["sampler_net_config"],
+        "trajectory_stride": TRAJECTORY_STRIDE,
+    }
     write("F_edm", settings, small)
 
 
@@ -164,7 +193,11 @@ def extract_eval_math(folder):
     write(
         "H_eval_math",
         full["cases"],
-        {key: value for key, value in arrays.items() if key.endswith(("radii_sq_ref_f64", "radii_sq_smp_f64"))},
+        {
+            key: value
+            for key, value in arrays.items()
+            if key.endswith(("radii_sq_ref_f64", "radii_sq_smp_f64"))
+        },
     )
 
 
@@ -172,11 +205,18 @@ def extract_inception(folder):
     full, arrays = read(folder, "I_inception")
     cases, small = {}, {}
     for case, configuration in full["cases"].items():
-        cases[case] = select(configuration, "spec", "pool2048_l2_per_image", "torch_fidelity_pool2048_l2_per_image")
-        stored = {key.removeprefix(f"{case}/"): value for key, value in arrays.items() if key.startswith(f"{case}/")}
+        cases[case] = select(
+            configuration, "spec", "pool2048_l2_per_image", "torch_fidelity_pool2048_l2_per_image"
+        )
+        stored = {
+            key.removeprefix(f"{case}/"): value for key, value in arrays.items() if key.startswith(f"{case}/")
+        }
         assert np.array_equal(stored.pop("images"), random_bytes(**configuration["spec"])), case
         del stored["pytorch_fid_logits"]  # logits_unbiased and a bias that the weight rule gives
-        small |= {f"{case}/{key.removesuffix('_Mixed_6d_branch1x1_UNVERIFIED')}": thin(value) for key, value in stored.items()}
+        small |= {
+            f"{case}/{key.removesuffix('_Mixed_6d_branch1x1_UNVERIFIED')}": thin(value)
+            for key, value in stored.items()
+        }
     write("I_inception", {"gain": full["gain"], "cases": cases}, small)
 
 

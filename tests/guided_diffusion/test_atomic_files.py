@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from guided_diffusion.atomic_files import renamed_when_complete, write_json
+from guided_diffusion.files.atomic import renamed_when_complete, write_json
 
 
 class Killed(BaseException):
@@ -44,7 +44,9 @@ def test_a_block_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, er
 def test_the_content_is_on_the_disk_before_it_has_the_name(tmp_path, monkeypatch):
     synced, replace = [], os.replace
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
-    monkeypatch.setattr(os, "replace", lambda source, target: synced.append(target) or replace(source, target))
+    monkeypatch.setattr(
+        os, "replace", lambda source, target: synced.append(target) or replace(source, target)
+    )
     with renamed_when_complete(tmp_path / "file.bin") as file:
         file.write(b"12345")
     assert synced == [5, tmp_path / "file.bin"]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from classifiers import load_classifier
+from guided_diffusion.files.pixels import to_uint8
 from guided_diffusion.guidance import ClassifierGuidance
-from guided_diffusion.random_state import SampleNoise, label_source
-from guided_diffusion.sample_store import to_uint8
+from guided_diffusion.runs.noise import SampleNoise, label_source
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 
 SAMPLES, SIZE, STEPS, SEED = 16, 16, 10, 11
@@ -40,12 +40,21 @@ def networks():
 def sample(loop, batch_size, scale):
     """(labels, images, the noise that the loop was given) of all samples."""
     unet, classifier = networks()
-    diffusion = create_gaussian_diffusion(learn_sigma=True, predict_xstart=True, timestep_respacing=str(STEPS))
-    guidance = ClassifierGuidance(classifier, marginal_temperature=0.5, classifier_scale=scale, gamma_factor=0.3) if scale else None
+    diffusion = create_gaussian_diffusion(
+        learn_sigma=True, predict_xstart=True, timestep_respacing=str(STEPS)
+    )
+    guidance = (
+        ClassifierGuidance(classifier, marginal_temperature=0.5, classifier_scale=scale, gamma_factor=0.3)
+        if scale
+        else None
+    )
     labels, images, noises = [], [], []
     for start in range(0, SAMPLES, batch_size):
         indices = range(start, min(start + batch_size, SAMPLES))
-        y, noise = torch.from_numpy(label_source("balanced", SEED, 10)(indices)), Recorded(SampleNoise(SEED, indices))
+        y, noise = (
+            torch.from_numpy(label_source("balanced", SEED, 10)(indices)),
+            Recorded(SampleNoise(SEED, indices)),
+        )
         shape = (len(indices), 3, SIZE, SIZE)
         x = getattr(diffusion, loop)(unet, shape, model_kwargs={"y": y}, guidance=guidance, randn_like=noise)
         labels.append(y)

@@ -10,11 +10,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from guided_diffusion import dist_util
-from guided_diffusion.checkpoints import find_pretrained, load_into, load_state_dict, sha256
+from guided_diffusion.files.checkpoints import find_pretrained, load_into, load_state_dict, sha256
 
 
 def state_dict():
-    return {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.tensor([1, 2]), "h": torch.ones(4000).half()}
+    return {
+        "a.weight": torch.arange(6.0).view(2, 3),
+        "a.bias": torch.tensor([1, 2]),
+        "h": torch.ones(4000).half(),
+    }
 
 
 def write(path, content=None):
@@ -43,10 +47,16 @@ def test_reads_names_and_tensors(tmp_path, name, as_text):
 
 
 def test_reads_what_a_module_saves(tmp_path):
-    module, other = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    module, other = (
+        nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)),
+        nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)),
+    )
     torch.save(module.state_dict(), tmp_path / "m.pt")
     load_into(other, load_state_dict(tmp_path / "m.pt"), "m.pt")
-    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(module.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 def test_dist_util_reads_the_same(tmp_path):
@@ -100,7 +110,13 @@ def test_wrong_ending(tmp_path, name):
 @pytest.mark.parametrize("name", ["weights.pt", "legacy.pt"])
 @pytest.mark.parametrize(
     "content",
-    [torch.ones(2), [torch.ones(2)], {"epoch": 3, "w": torch.ones(2)}, {"state_dict": {"w": torch.ones(2)}}, 3],
+    [
+        torch.ones(2),
+        [torch.ones(2)],
+        {"epoch": 3, "w": torch.ones(2)},
+        {"state_dict": {"w": torch.ones(2)}},
+        3,
+    ],
     ids=["tensor", "list", "number inside", "nested", "number"],
 )
 def test_content_that_is_no_state_dict(tmp_path, name, content):
@@ -148,7 +164,11 @@ def test_whole_module_is_refused(tmp_path):
 
 def misfit(**changes):
     """The message of loading a Linear(3, 2)'s state dict, changed, into another."""
-    content = {name: tensor for name, tensor in {**nn.Linear(3, 2).state_dict(), **changes}.items() if tensor is not None}
+    content = {
+        name: tensor
+        for name, tensor in {**nn.Linear(3, 2).state_dict(), **changes}.items()
+        if tensor is not None
+    }
     module = nn.Linear(3, 2)
     before = [p.clone() for p in module.parameters()]
     with pytest.raises(ValueError, match=r"^file\.pt ") as caught:
@@ -199,9 +219,13 @@ def test_file_that_is_there_under_another_name(tmp_path):
 
 
 def test_file_that_is_not_there_and_can_be_fetched(tmp_path):
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/128x128_diffusion\.pt.*scripts/download\.py") as caught:
+    with pytest.raises(
+        FileNotFoundError, match=rf"{tmp_path}/128x128_diffusion\.pt.*scripts/download\.py"
+    ) as caught:
         find_pretrained("128x128_diffusion.pt", folder=tmp_path)
-    assert "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/128x128_diffusion.pt" in str(caught.value)
+    assert "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/128x128_diffusion.pt" in str(
+        caught.value
+    )
 
 
 def test_file_that_is_not_there_and_unknown(tmp_path):

@@ -1,4 +1,6 @@
-"""What processes tell each other. Here several crews share one store in one process, or real processes share one over TCP."""
+"""What processes tell each other. Here several crews share one store in one process, or real processes share
+one over TCP.
+"""
 
 import os
 import re
@@ -12,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from guided_diffusion import crew as crew_module
-from guided_diffusion.crew import Crew
+from guided_diffusion.runs import workers as crew_module
+from guided_diffusion.runs.workers import Crew
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,7 +73,7 @@ CHILD = """
 import sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from guided_diffusion import crew
+from guided_diffusion.runs import workers as crew
 crew.BEAT_SECONDS, crew.SILENCE_SECONDS, crew.PROGRESS_SECONDS = 0.2, 4.0, 0.05
 port, rank, what = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 store = dist.TCPStore("127.0.0.1", port, 3, is_master=rank == 0, timeout=timedelta(seconds=60))
@@ -86,7 +88,9 @@ with crew.Crew(store, "list", rank, 3) as member:
 
 @pytest.fixture
 def trio():
-    """Start three processes of a crew, each of which does what it is told; yields the function that starts them."""
+    """Start three processes of a crew, each of which does what it is told; yields the function that starts
+    them.
+    """
     started = []
 
     def start(*what):
@@ -96,7 +100,11 @@ def trio():
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         for rank in range(3):
             command = [sys.executable, "-c", CHILD, str(port), str(rank), what[rank]]
-            started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+            started.append(
+                subprocess.Popen(
+                    command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                )
+            )
         assert [process.stdout.readline() for process in started] == ["in\n"] * 3
         return started
 
@@ -124,12 +132,17 @@ def test_a_failure_of_one_stops_the_others_and_is_told(trio):
     assert failed[0] == 1
     for code, line in (first, last):
         assert code == 1
-        assert re.search(r"rank 1 \(process \d+ on .+\) failed: the disk is on fire; the same command goes on", line), line
+        assert re.search(
+            r"rank 1 \(process \d+ on .+\) failed: the disk is on fire; the same command goes on", line
+        ), line
 
 
 @pytest.mark.parametrize(
     ("victim", "cause"),
-    [(2, r"rank 2 \(process \d+ on .+\) has not been heard of for \d+ s"), (0, "the store of rank 0 does not answer, so rank 0 is gone")],
+    [
+        (2, r"rank 2 \(process \d+ on .+\) has not been heard of for \d+ s"),
+        (0, "the store of rank 0 does not answer, so rank 0 is gone"),
+    ],
 )
 def test_a_killed_process_stops_the_others_and_is_named(trio, victim, cause):
     processes = trio("wait", "wait", "wait")

@@ -25,7 +25,9 @@ LATENTS = draws(N, *SHAPE)
 
 
 class GaussianDenoiser:
-    """The exact denoiser of data that is normal with `mean` and standard deviation `std`; remembers what it was asked."""
+    """The exact denoiser of data that is normal with `mean` and standard deviation `std`; remembers what it
+    was asked.
+    """
 
     def __init__(self, mean=0.3, std=0.5, sigma_min=0.0, sigma_max=math.inf):
         self.mean, self.std, self.sigma_min, self.sigma_max = mean, std, sigma_min, sigma_max
@@ -66,9 +68,15 @@ def test_karras_sigmas():
     assert karras_sigmas(5, 0.002, 80, 7).dtype == np.float64
 
 
-@pytest.mark.parametrize("arguments", [(5, 0, 80, 7), (5, 2, 1, 7), (5, 1, math.inf, 7), (5, 1, 2, 0), (5, math.nan, 2, 7), (0, 1, 2, 7)])
+@pytest.mark.parametrize(
+    "arguments",
+    [(5, 0, 80, 7), (5, 2, 1, 7), (5, 1, math.inf, 7), (5, 1, 2, 0), (5, math.nan, 2, 7), (0, 1, 2, 7)],
+)
 def test_karras_sigmas_that_cannot_be(arguments):
-    with pytest.raises(ValueError, match=r"num_steps must be at least 1, got 0|noise levels need 0 < sigma_min <= sigma_max.*got"):
+    with pytest.raises(
+        ValueError,
+        match=r"num_steps must be at least 1, got 0|noise levels need 0 < sigma_min <= sigma_max.*got",
+    ):
         karras_sigmas(*arguments)
 
 
@@ -77,7 +85,12 @@ def test_karras_sigmas_that_cannot_be(arguments):
 
 def error(num_steps):
     net = GaussianDenoiser()
-    return (edm_sampler(net, LATENTS, num_steps=num_steps, sigma_max=20) - net.solution(LATENTS, 20)).abs().max().item()
+    return (
+        (edm_sampler(net, LATENTS, num_steps=num_steps, sigma_max=20) - net.solution(LATENTS, 20))
+        .abs()
+        .max()
+        .item()
+    )
 
 
 def test_heun_converges_at_second_order():
@@ -133,7 +146,9 @@ def test_noise_is_drawn_once_per_step_in_order_and_scaled_by_what_churn_adds():
         t_hat = t[i] * (1 + gamma)
         x_hat, sigma = net.calls[2 * i]
         assert sigma == pytest.approx(t_hat, rel=1e-12)
-        torch.testing.assert_close(x_hat, x + math.sqrt(t_hat**2 - t[i] ** 2) * 1.1 * draw, rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            x_hat, x + math.sqrt(t_hat**2 - t[i] ** 2) * 1.1 * draw, rtol=0, atol=1e-10
+        )
         slope = (x_hat - net(x_hat, t_hat)) / t_hat
         x = x_hat + (t[i + 1] - t_hat) * slope
         if i < 5:
@@ -148,7 +163,10 @@ def test_churn_below_its_cap():
 
 
 def test_noise_without_churn_changes_nothing():
-    first, second = (edm_sampler(GaussianDenoiser(), LATENTS, randn_like=fill, num_steps=5) for fill in (torch.ones_like, torch.zeros_like))
+    first, second = (
+        edm_sampler(GaussianDenoiser(), LATENTS, randn_like=fill, num_steps=5)
+        for fill in (torch.ones_like, torch.zeros_like)
+    )
     assert torch.equal(first, second)
 
 
@@ -165,7 +183,8 @@ def test_trajectory_is_float64_around_a_float32_network(dtype):
     got = edm_sampler(Float32(), LATENTS.float().to(dtype), num_steps=12)
     assert got.dtype == torch.float64
     assert set(seen) == {(torch.float64, torch.float64)}
-    # Twelve answers rounded to 24 bits, each relative to entries below 1: the trajectory itself, of size 80, adds nothing.
+    # Twelve answers rounded to 24 bits, each relative to entries below 1: the trajectory itself, of size 80,
+    # adds nothing.
     assert 0 < (got - exact).abs().max() < 1e-6
 
 
@@ -215,13 +234,20 @@ def name(columns):
 
 
 class Time:
-    """sigma(t), its inverse, s(t) and the exact solution of GaussianDenoiser(), worked out without the sampler's code."""
+    """sigma(t), its inverse, s(t) and the exact solution of GaussianDenoiser(), worked out without the
+    sampler's code.
+    """
 
     def __init__(self, columns):
         # beta_d / 2 and beta_min of VP: sigma(0.001) and sigma(1) are the ends.
-        a, b = np.linalg.solve([[1e-6, 1e-3], [1.0, 1.0]], [math.log1p(ENDS[end] ** 2) for end in ("sigma_min", "sigma_max")])
+        a, b = np.linalg.solve(
+            [[1e-6, 1e-3], [1.0, 1.0]], [math.log1p(ENDS[end] ** 2) for end in ("sigma_min", "sigma_max")]
+        )
         self.sigma, self.inverse = {
-            "vp": (lambda t: math.sqrt(math.expm1(a * t**2 + b * t)), lambda v: (math.sqrt(b**2 + 4 * a * math.log1p(v**2)) - b) / (2 * a)),
+            "vp": (
+                lambda t: math.sqrt(math.expm1(a * t**2 + b * t)),
+                lambda v: (math.sqrt(b**2 + 4 * a * math.log1p(v**2)) - b) / (2 * a),
+            ),
             "ve": (math.sqrt, lambda v: v**2),
             "linear": (float, float),
         }[columns["schedule"]]
@@ -247,7 +273,14 @@ def walk(columns, num_steps, net=None, latents=LATENTS, **options):
         steps.append(i)
         later.append(x)
 
-    options = {"num_steps": num_steps, "randn_like": Draws(), "on_step": on_step, **ENDS, **columns, **options}
+    options = {
+        "num_steps": num_steps,
+        "randn_like": Draws(),
+        "on_step": on_step,
+        **ENDS,
+        **columns,
+        **options,
+    }
     final = edm_sampler(net or GaussianDenoiser(), latents, **options)
     assert steps == list(range(num_steps))
     assert torch.equal(later[-1], final)
@@ -273,7 +306,9 @@ def test_every_column_converges_to_the_exact_solution(columns):
         t, x = walk(columns, num_steps)
         # At the last level: the step from there to 0 is Euler's, and does not shrink.
         errors.append((x[-2] - time.flow(x[0], t[0], t[-2])).abs().max().item() / time.s(t[-2]))
-    assert math.log2(errors[0] / errors[1]) == pytest.approx({"euler": 1, "heun": 2}[columns["solver"]], abs=0.15)
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(
+        {"euler": 1, "heun": 2}[columns["solver"]], abs=0.15
+    )
     assert errors[1] < {"euler": 0.1, "heun": 0.003}[columns["solver"]]
 
 
@@ -315,7 +350,9 @@ def linear(x):
 
 
 def released(strength):
-    return released_edm_guidance(linear, joint_temperature=1.0, marginal_temperature=0.5, max_guidance=strength, add_factor=0.3)
+    return released_edm_guidance(
+        linear, joint_temperature=1.0, marginal_temperature=0.5, max_guidance=strength, add_factor=0.3
+    )
 
 
 @pytest.mark.parametrize("columns", EVERY, ids=name)
@@ -328,7 +365,9 @@ def test_guidance_is_called_at_x_over_s_and_its_shift_goes_into_what_the_network
 
     t, x = walk(columns, 4, net, randn_like=noise, guidance=guidance, y=Y, S_churn=1)
     first = net.calls[:: 2 if columns["solver"] == "heun" else 1]
-    assert [(step.index, step.num_steps, step.variance, step.variance_max) for *_, step in calls] == [(i, 4, 1, 1) for i in range(4)]
+    assert [(step.index, step.num_steps, step.variance, step.variance_max) for *_, step in calls] == [
+        (i, 4, 1, 1) for i in range(4)
+    ]
     for i, (point, y, step) in enumerate(calls):
         level = time.sigma(t[i])
         assert y is Y
@@ -350,9 +389,14 @@ def guided(columns, form, num_steps):
 @pytest.mark.parametrize("columns", [c for c in EVERY if c["scaling"] == "none"], ids=name)
 def test_scaling_does_not_matter_to_guidance_in_the_limit_of_many_steps(columns, form):
     # Over N steps of strength 1 / N the released recipe tends to a limit, as the score form does by itself.
-    apart = [(guided(columns, form, n) - guided({**columns, "scaling": "vp"}, form, n)).abs().max().item() for n in (50, 100)]
+    apart = [
+        (guided(columns, form, n) - guided({**columns, "scaling": "vp"}, form, n)).abs().max().item()
+        for n in (50, 100)
+    ]
     assert (guided(columns, form, 100) - walk(columns, 100)[1][-2]).abs().max() > 0.05
-    assert math.log2(apart[0] / apart[1]) == pytest.approx({"euler": 1, "heun": 2}[columns["solver"]], abs=0.3)
+    assert math.log2(apart[0] / apart[1]) == pytest.approx(
+        {"euler": 1, "heun": 2}[columns["solver"]], abs=0.3
+    )
 
 
 @pytest.mark.parametrize("columns", EVERY, ids=name)
@@ -360,12 +404,19 @@ def test_scaling_does_not_matter_to_guidance_in_the_limit_of_many_steps(columns,
 def test_strength_0_changes_no_bit_under_any_column(columns, S_churn):
     unguided = walk(columns, 3, S_churn=S_churn)[1][-1]
     off = ClassifierGuidance(linear, classifier_scale=0.0, gamma_factor=0.3)
-    for options in ({"guidance": off, "y": Y}, {"guidance": released(0.0), "y": Y}, {"net": GuidedDenoiser(GaussianDenoiser(), off, Y)}):
+    for options in (
+        {"guidance": off, "y": Y},
+        {"guidance": released(0.0), "y": Y},
+        {"net": GuidedDenoiser(GaussianDenoiser(), off, Y)},
+    ):
         assert torch.equal(walk(columns, 3, S_churn=S_churn, **options)[1][-1], unguided)
 
 
 def test_iddpm_steps_over_the_levels_of_its_network():
-    net, seen = iDDPMPrecond(4, 3, model_channels=4, channel_mult=(1,), num_blocks=1, attn_resolutions=()).eval(), []
+    net, seen = (
+        iDDPMPrecond(4, 3, model_channels=4, channel_mult=(1,), num_blocks=1, attn_resolutions=()).eval(),
+        [],
+    )
     net.register_forward_pre_hook(lambda module, args: seen.append(float(args[1])))
     edm_sampler(net, LATENTS, num_steps=10, sigma_min=0.002, sigma_max=81, disc="iddpm", solver="euler")
     assert set(seen) <= set(net.u.tolist())
@@ -423,7 +474,9 @@ def test_a_new_network_answers_the_skip_term_alone():
     torch.testing.assert_close(net(x, 1.0), 0.2 * x)  # 0.25 / (1 + 0.25)
 
 
-@pytest.mark.parametrize("sigma", [2.0, torch.tensor(2.0), torch.tensor([2.0]), torch.full((2,), 2.0, dtype=torch.float64)])
+@pytest.mark.parametrize(
+    "sigma", [2.0, torch.tensor(2.0), torch.tensor([2.0]), torch.full((2,), 2.0, dtype=torch.float64)]
+)
 def test_one_level_may_be_given_in_any_form(sigma):
     net, x = tiny(), draws(2, 3, 16, 16)
     got = net(x, sigma)
@@ -434,7 +487,9 @@ def test_one_level_may_be_given_in_any_form(sigma):
 def test_no_labels_are_labels_of_zero():
     net, x = tiny(5, augment_dim=4), draws(2, 3, 16, 16)
     none = net(x, 1.0)
-    torch.testing.assert_close(none, net(x, 1.0, torch.zeros(2, 5), augment_labels=torch.zeros(2, 4)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        none, net(x, 1.0, torch.zeros(2, 5), augment_labels=torch.zeros(2, 4)), rtol=0, atol=1e-5
+    )
     assert (none - net(x, 1.0, torch.eye(5)[:2])).abs().max() > 1e-3
     assert (none - net(x, 1.0, augment_labels=torch.ones(2, 4))).abs().max() > 1e-3
 
@@ -463,12 +518,15 @@ def test_half_precision(sigma):
     full = net(x, sigma)
     net.use_fp16 = True
     dtypes = []
-    net.model.enc["16x16_block0"].register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    net.model.enc["16x16_block0"].register_forward_hook(
+        lambda module, args, output: dtypes.append(output.dtype)
+    )
     half = net(x, sigma)
     assert dtypes == [torch.bfloat16]
     assert half.dtype == torch.float32
     assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
-    # bfloat16 has 8 significant bits: each of the few dozen operations is off by up to 2**-9 of its result, now this way, now that.
+    # bfloat16 has 8 significant bits: each of the few dozen operations is off by up to 2**-9 of its result,
+    # now this way, now that.
     assert 0 < (half - full).norm() < 0.02 * full.norm()
 
 
@@ -491,7 +549,13 @@ def test_attention_needs_a_whole_head():
 def test_dropout_and_constructor_defaults():
     with torch.device("meta"):
         net = EDMPrecond(64, 3, 1000)
-    assert (net.sigma_min, net.sigma_max, net.img_channels, net.img_resolution, net.label_dim) == (0, math.inf, 3, 64, 1000)
+    assert (net.sigma_min, net.sigma_max, net.img_channels, net.img_resolution, net.label_dim) == (
+        0,
+        math.inf,
+        3,
+        64,
+        1000,
+    )
     assert {module.p for module in net.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
 
 

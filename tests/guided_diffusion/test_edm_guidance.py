@@ -50,7 +50,9 @@ def each_rms(x):
 
 
 class GaussianDenoiser:
-    """The exact denoiser of normal data. With the small deviation of the tests no answer reaches 1, where guidance would clamp it."""
+    """The exact denoiser of normal data. With the small deviation of the tests no answer reaches 1, where
+    guidance would clamp it.
+    """
 
     sigma_min, sigma_max, img_channels, img_resolution, label_dim = 0.0, math.inf, 3, 4, 0
 
@@ -71,7 +73,9 @@ class GaussianDenoiser:
 def test_schedule(num_steps):
     for i in range(num_steps):
         step = GuidanceStep(i, num_steps, 1.0, 1.0)
-        expected = 0.08 * (num_steps + 1 - i) / (num_steps + 1) + 0.6 * 0.08 * math.sin(math.pi * i / num_steps)
+        expected = 0.08 * (num_steps + 1 - i) / (num_steps + 1) + 0.6 * 0.08 * math.sin(
+            math.pi * i / num_steps
+        )
         assert released_edm_schedule(step, 0.08, 0.6) == pytest.approx(expected, rel=1e-14)
     assert released_edm_schedule(GuidanceStep(num_steps - 1, num_steps, 1.0, 1.0), 1e-6, 0.0) == 1e-5
 
@@ -85,7 +89,9 @@ def test_shift(scale, index):
     got = released_edm_guidance(linear, **RECIPE)(x, Y, step)
     assert got.dtype == torch.float64
     # The classifier computes in float32.
-    torch.testing.assert_close(got, released_edm_schedule(step, 0.08, 0.6) * r * g / each_rms(g), rtol=1e-4, atol=1e-6 * scale)
+    torch.testing.assert_close(
+        got, released_edm_schedule(step, 0.08, 0.6) * r * g / each_rms(g), rtol=1e-4, atol=1e-6 * scale
+    )
 
 
 def test_the_classifier_sees_float32_at_an_rms_of_at_most_one():
@@ -112,7 +118,9 @@ def test_a_gradient_of_zero_gives_no_shift_and_a_tiny_one_a_full_one():
     got = released_edm_guidance(classifier, **RECIPE)(x, Y, step)
     assert (got[0] == 0).all()
     ratio = each_rms(got[1:]) / each_rms(x[1:])
-    torch.testing.assert_close(ratio, torch.full_like(ratio, released_edm_schedule(step, 0.08, 0.6)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        ratio, torch.full_like(ratio, released_edm_schedule(step, 0.08, 0.6)), rtol=1e-6, atol=0
+    )
 
 
 def test_an_image_does_not_depend_on_its_neighbours():
@@ -185,7 +193,9 @@ def test_the_sampler_calls_guidance_once_per_step_at_x_cur_and_adds_to_x_hat():
         assert y is Y
         assert (step.num_steps, step.variance, step.variance_max) == (5, 1, 1)
         t_hat = 1.2 * step.sigma
-        torch.testing.assert_close(asked[2 * i], x + math.sqrt(t_hat**2 - step.sigma**2) + 0.25, rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            asked[2 * i], x + math.sqrt(t_hat**2 - step.sigma**2) + 0.25, rtol=0, atol=1e-10
+        )
     assert len(asked) == 9
 
 
@@ -198,7 +208,9 @@ def test_wanted_classes_come_from_the_labels_unless_given():
 
     one_hot = torch.eye(CLASSES)[Y]
     edm_sampler(GaussianDenoiser(), LATENTS, one_hot, guidance=guidance, num_steps=1)
-    edm_sampler(GaussianDenoiser(), LATENTS, one_hot, guidance=guidance, y=torch.tensor([3, 3, 3, 3]), num_steps=1)
+    edm_sampler(
+        GaussianDenoiser(), LATENTS, one_hot, guidance=guidance, y=torch.tensor([3, 3, 3, 3]), num_steps=1
+    )
     assert seen == [Y.tolist(), [3, 3, 3, 3]]
     with pytest.raises(ValueError, match=r"pass y, \(N,\) int64, or one-hot class_labels"):
         edm_sampler(GaussianDenoiser(), LATENTS, guidance=guidance)
@@ -217,9 +229,14 @@ OFF = {
 @pytest.mark.parametrize("S_churn", [0, 5])
 def test_guidance_off_changes_no_bit(name, S_churn):
     torch.manual_seed(0)
-    net = EDMPrecond(16, 3, model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,)).eval()
+    net = EDMPrecond(
+        16, 3, model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,)
+    ).eval()
     torch.nn.init.normal_(net.model.out_conv.weight, std=0.02)
-    latents, options = draws(2, 3, 16, 16, seed=3), {"randn_like": torch.cos, "num_steps": 4, "S_churn": S_churn}
+    latents, options = (
+        draws(2, 3, 16, 16, seed=3),
+        {"randn_like": torch.cos, "num_steps": 4, "S_churn": S_churn},
+    )
     unguided = edm_sampler(net, latents, **options)
     assert torch.equal(edm_sampler(net, latents, guidance=OFF[name], y=Y[:2], **options), unguided)
     assert torch.equal(edm_sampler(GuidedDenoiser(net, OFF[name], Y[:2]), latents, **options), unguided)
@@ -276,11 +293,15 @@ def test_timestep_of_a_noise_level():
 
 @pytest.mark.parametrize("gamma_factor", [0.0, 0.8])
 def test_score_form_under_euler_is_ddim(gamma_factor):
-    """DDIM over 25 of 1000 steps, and Euler's steps over the same noise levels in EDM's units, the sine term included."""
+    """DDIM over 25 of 1000 steps, and Euler's steps over the same noise levels in EDM's units, the sine term
+    included.
+    """
     net, original = GaussianDenoiser(), create_gaussian_diffusion()
     diffusion = create_gaussian_diffusion(timestep_respacing="ddim25")
     sigmas = [diffusion.sigma(t) for t in range(24, -1, -1)]
-    guidance = ClassifierGuidance(linear, classifier_scale=0.02, marginal_temperature=0.5, gamma_factor=gamma_factor)
+    guidance = ClassifierGuidance(
+        linear, classifier_scale=0.02, marginal_temperature=0.5, gamma_factor=gamma_factor
+    )
 
     def eps(x_t, t, y):
         sigma = original.sigma(int(t[0]))
@@ -294,7 +315,9 @@ def test_score_form_under_euler_is_ddim(gamma_factor):
         return x
 
     def ddim(guidance):
-        return diffusion.ddim_sample_loop(eps, LATENTS.shape, noise=LATENTS, model_kwargs={"y": Y}, guidance=guidance)
+        return diffusion.ddim_sample_loop(
+            eps, LATENTS.shape, noise=LATENTS, model_kwargs={"y": Y}, guidance=guidance
+        )
 
     torch.testing.assert_close(euler(net), ddim(None), rtol=0, atol=1e-10)
     guided = euler(GuidedDenoiser(net, guidance, Y))
@@ -304,14 +327,18 @@ def test_score_form_under_euler_is_ddim(gamma_factor):
 
 @pytest.mark.parametrize("std", [0.1, 0.5])
 def test_score_form_under_heun_in_closed_form(std):
-    """A constant gradient b moves the end of the exact flow by std * b * the integral of sigma / sqrt((1 + sigma^2) (std^2 + sigma^2))."""
+    """A constant gradient b moves the end of the exact flow by std * b * the integral of sigma / sqrt((1 +
+    sigma^2) (std^2 + sigma^2)).
+    """
     b, sigma_max = 0.1 * draws(*SHAPE, seed=5), 20.0
 
     def guidance(x, y, step):
         return (step.variance * b).expand_as(x)
 
     net, options = GaussianDenoiser(std=std), {"num_steps": 400, "sigma_max": sigma_max}
-    moved = edm_sampler(GuidedDenoiser(net, guidance, Y), LATENTS, **options) - edm_sampler(net, LATENTS, **options)
+    moved = edm_sampler(GuidedDenoiser(net, guidance, Y), LATENTS, **options) - edm_sampler(
+        net, LATENTS, **options
+    )
     integral = math.log((math.hypot(1, sigma_max) + math.hypot(std, sigma_max)) / (1 + std))
     # Heun's error falls with the square of the 400 steps.
     torch.testing.assert_close(moved, (std * integral * b).expand_as(moved), rtol=1e-3, atol=0)

@@ -2,11 +2,23 @@
 
 import pytest
 import torch
-from edm_pickles import ADM_64, TINY, dumps, module_state, network, persistent, random_net, refusal, snapshot, tiny_snapshots, write
+from edm_pickles import (
+    ADM_64,
+    TINY,
+    dumps,
+    module_state,
+    network,
+    persistent,
+    random_net,
+    refusal,
+    snapshot,
+    tiny_snapshots,
+    write,
+)
 from goldens_util import load_manifest
 
-from guided_diffusion.checkpoints import load_edm_checkpoint, load_state_dict
 from guided_diffusion.edm import EDMPrecond, create_edm_network, load_edm_network
+from guided_diffusion.files.checkpoints import load_edm_checkpoint, load_state_dict
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
@@ -36,7 +48,9 @@ def test_network_answers_as_the_pickled_one(tmp_path, kind):
 def test_names_of_the_published_network():
     with torch.device("meta"):
         net = create_edm_network("EDMPrecond", ADM_64)
-    assert {name: list(t.shape) for name, t in net.state_dict().items()} == load_manifest("edm_imagenet64_cond_adm")["shapes"]
+    assert {name: list(t.shape) for name, t in net.state_dict().items()} == load_manifest(
+        "edm_imagenet64_cond_adm"
+    )["shapes"]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +71,10 @@ def test_names_of_the_published_network():
     ids=lambda t: f"{t.dtype} {list(t.shape)}",
 )
 def test_tensors_of_any_layout_and_type(tmp_path, tensor):
-    path = write(tmp_path, network({"w": torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()), "none": None}))
+    path = write(
+        tmp_path,
+        network({"w": torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()), "none": None}),
+    )
     read = load_state_dict(path)
     assert list(read) == ["w"]
     assert read["w"].dtype == tensor.dtype and read["w"].is_contiguous() and not read["w"].requires_grad
@@ -71,7 +88,9 @@ def test_arguments_without_names(tmp_path):
     assert checkpoint.arguments == {**first, "channel_mult": [1, 2]}
 
 
-@pytest.mark.parametrize("arguments", [{"x": torch.ones(1)}, {"x": {"y": 1}}, {"x": [[1]]}, {"x\n": 1}, {"x": "y" * 200}])
+@pytest.mark.parametrize(
+    "arguments", [{"x": torch.ones(1)}, {"x": {"y": 1}}, {"x": [[1]]}, {"x\n": 1}, {"x": "y" * 200}]
+)
 def test_arguments_that_are_not_plain(tmp_path, arguments):
     state = module_state({"w": torch.ones(1)}, arguments=arguments)
     assert "the argument" in refusal(write(tmp_path, {"ema": persistent("EDMPrecond", state)}))

@@ -1,4 +1,6 @@
-"""EDM's time axis against table 1 and appendix C of Karras et al., 2022, written out here once more, and against differences."""
+"""EDM's time axis against table 1 and appendix C of Karras et al., 2022, written out here once more, and
+against differences.
+"""
 
 import math
 
@@ -7,10 +9,21 @@ import pytest
 import torch
 
 from guided_diffusion.edm import iDDPMPrecond
-from guided_diffusion.edm_schedules import DISCRETIZATIONS, NoiseProcess, VPSchedule, default_levels, iddpm_levels, noise_levels
+from guided_diffusion.edm_schedules import (
+    DISCRETIZATIONS,
+    NoiseProcess,
+    VPSchedule,
+    default_levels,
+    iddpm_levels,
+    noise_levels,
+)
 
 SIGMA_MIN, SIGMA_MAX = 0.01, 60.0
-TIMES = {"vp": [0.001, 0.01, 0.2, 0.5, 0.9, 1.0], "ve": [1e-4, 0.3, 1.0, 50.0, 3600.0], "linear": [0.002, 0.3, 1.0, 20.0, 80.0]}
+TIMES = {
+    "vp": [0.001, 0.01, 0.2, 0.5, 0.9, 1.0],
+    "ve": [1e-4, 0.3, 1.0, 50.0, 3600.0],
+    "linear": [0.002, 0.3, 1.0, 20.0, 80.0],
+}
 
 
 def process(schedule, scaling="none", sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX):
@@ -24,7 +37,9 @@ def slope(function, t):
 
 
 def cosine_levels(M=1000, C_1=0.001, C_2=0.008):
-    """u_j = sqrt(alpha_bar_M / alpha_bar_j - 1): the ratios telescope, but for the last, at j = 0, which would be infinite."""
+    """u_j = sqrt(alpha_bar_M / alpha_bar_j - 1): the ratios telescope, but for the last, at j = 0, which
+    would be infinite.
+    """
     alpha_bar = np.sin(math.pi / 2 * np.arange(M + 1) / (M * (C_2 + 1))) ** 2
     u = np.sqrt(alpha_bar[M] / alpha_bar[1:] - 1)
     return np.array([math.sqrt((u[0] ** 2 + 1) / C_1 - 1), *u])
@@ -38,7 +53,11 @@ def test_sigma(schedule):
     # The two conditions of appendix C.1 for beta_d and beta_min, solved as a linear system.
     rows = [[t**2 / 2, t] for t in (1e-3, 1.0)]
     beta_d, beta_min = np.linalg.solve(rows, [math.log(1 + SIGMA_MIN**2), math.log(1 + SIGMA_MAX**2)])
-    formula = {"vp": lambda t: math.sqrt(math.exp(beta_d * t**2 / 2 + beta_min * t) - 1), "ve": math.sqrt, "linear": float}[schedule]
+    formula = {
+        "vp": lambda t: math.sqrt(math.exp(beta_d * t**2 / 2 + beta_min * t) - 1),
+        "ve": math.sqrt,
+        "linear": float,
+    }[schedule]
     for t in TIMES[schedule]:
         assert process(schedule).sigma(t) == pytest.approx(formula(t), rel=1e-9)
     assert process(schedule).sigma(0.0) == 0
@@ -66,12 +85,16 @@ def test_inverse(schedule):
 def test_scale(schedule):
     scaled, plain = process(schedule, "vp"), process(schedule)
     for t in TIMES[schedule]:
-        assert scaled.s(t) ** 2 * (1 + scaled.sigma(t) ** 2) == pytest.approx(1, rel=1e-13)  # unit data keep their variance
+        assert scaled.s(t) ** 2 * (1 + scaled.sigma(t) ** 2) == pytest.approx(
+            1, rel=1e-13
+        )  # unit data keep their variance
         assert (plain.s(t), plain.s_deriv(t)) == (1, 0)
     assert scaled.s(0.0) == 1
 
 
-@pytest.mark.parametrize(("sigma_min", "sigma_max"), [default_levels("vp"), (0.002, 80), (0.02, 100), (1e-4, 1), (0.05, 20)])
+@pytest.mark.parametrize(
+    ("sigma_min", "sigma_max"), [default_levels("vp"), (0.002, 80), (0.02, 100), (1e-4, 1), (0.05, 20)]
+)
 def test_vp_begins_and_ends_at_the_levels_that_are_asked_for(sigma_min, sigma_max):
     p = process("vp", "none", sigma_min, sigma_max)
     assert p.sigma(1e-3) == pytest.approx(sigma_min, rel=1e-8)
@@ -91,7 +114,9 @@ def test_vp_with_its_own_levels_has_the_published_betas():
 def test_default_levels():
     vp = [math.sqrt(math.exp(19.9 / 2 * t**2 + 0.1 * t) - 1) for t in (1e-3, 1)]
     expected = {"vp": vp, "ve": [0.02, 100], "iddpm": [0.002, 81], "edm": [0.002, 80]}
-    assert {name: list(default_levels(name)) for name in DISCRETIZATIONS} == {k: pytest.approx(v, rel=1e-12) for k, v in expected.items()}
+    assert {name: list(default_levels(name)) for name in DISCRETIZATIONS} == {
+        k: pytest.approx(v, rel=1e-12) for k, v in expected.items()
+    }
 
 
 def closed_form(disc, n):
@@ -139,7 +164,9 @@ def test_rho_counts_for_edm_alone():
 
 def test_iddpm_levels():
     np.testing.assert_allclose(iddpm_levels(1000, 0.001, 0.008), cosine_levels(), rtol=1e-7, atol=1e-12)
-    np.testing.assert_allclose(iddpm_levels(20, 0.01, 0.1), cosine_levels(20, 0.01, 0.1), rtol=1e-7, atol=1e-12)
+    np.testing.assert_allclose(
+        iddpm_levels(20, 0.01, 0.1), cosine_levels(20, 0.01, 0.1), rtol=1e-7, atol=1e-12
+    )
 
 
 def test_iddpm_levels_are_those_that_its_network_knows():
@@ -159,7 +186,10 @@ def test_unknown_names():
     with pytest.raises(ValueError, match="unknown discretization 'karras'; choose vp, ve, iddpm, edm"):
         noise_levels("karras", 5, 0.02, 40)
     for names in (("cosine", "none"), ("vp", "ve")):
-        with pytest.raises(ValueError, match=f"schedule '{names[0]}' with scaling '{names[1]}': choose of vp, ve, linear and vp, none"):
+        with pytest.raises(
+            ValueError,
+            match=f"schedule '{names[0]}' with scaling '{names[1]}': choose of vp, ve, linear and vp, none",
+        ):
             process(*names)
 
 

@@ -1,4 +1,6 @@
-"""What the scripts share: flags over presets, exit codes, the log, ranks, the stopwatch and the loop over batches."""
+"""What the scripts share: flags over presets, exit codes, the log, ranks, the stopwatch and the loop over
+batches.
+"""
 
 import argparse
 import logging
@@ -15,12 +17,12 @@ import torch
 import torch.distributed as dist
 
 from guided_diffusion import dist_util, logger
-from guided_diffusion.cli import parse_flags, parse_numbers, run_main
-from guided_diffusion.engine import sample_missing
+from guided_diffusion.flags.parser import parse_flags, parse_numbers, run_main
 from guided_diffusion.guidance import NonFiniteGradientError, Observation
-from guided_diffusion.sample_store import SampleStore
-from guided_diffusion.stopwatch import Stopwatch
-from guided_diffusion.tally import Tally
+from guided_diffusion.runs.loop import sample_missing
+from guided_diffusion.runs.stopwatch import Stopwatch
+from guided_diffusion.runs.store import SampleStore
+from guided_diffusion.runs.tally import Tally
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +86,8 @@ def test_written_flags_win_over_the_preset_over_the_defaults(argv, size, scale, 
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"), [("--preset tiny", "'tiny'; choose small, large"), ("--siz 3", "--siz"), ("--size x", "--size")]
+    ("argv", "message"),
+    [("--preset tiny", "'tiny'; choose small, large"), ("--siz 3", "--siz"), ("--size x", "--size")],
 )
 def test_wrong_flags_end_the_program(argv, message, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -122,7 +125,10 @@ def test_defects_keep_their_traceback():
         run_main(main)
 
 
-@pytest.mark.parametrize(("text", "numbers"), [("1", [1]), ("1,2,5-10", [1, 2, 5, 6, 7, 8, 9, 10]), ("3-3, 0", [3, 0]), ("2,2", [2, 2])])
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("1", [1]), ("1,2,5-10", [1, 2, 5, 6, 7, 8, 9, 10]), ("3-3, 0", [3, 0]), ("2,2", [2, 2])],
+)
 def test_numbers(text, numbers):
     assert parse_numbers(text, "seeds") == numbers
 
@@ -229,7 +235,9 @@ def draw(indices):
 
 def test_only_missing_batches_are_drawn(tmp_path, one_process, log):
     store, drawn, ticks = SampleStore(tmp_path / "out", {}, 7, 3), [], []
-    store.write(range(3, 6), *draw(range(3, 6)), {"seconds": 1.0, "guidance_seconds": 0.0, "skipped_guidance": 0})
+    store.write(
+        range(3, 6), *draw(range(3, 6)), {"seconds": 1.0, "guidance_seconds": 0.0, "skipped_guidance": 0}
+    )
 
     def sample(indices, tick):
         drawn.append(indices)
@@ -253,7 +261,17 @@ def test_guidance_that_was_dropped_is_counted_and_told(tmp_path, one_process, lo
 
     def sample(indices, tick):
         x = torch.zeros(3, 1, 2, 2)
-        tally.observe(Observation(5, None, x, torch.zeros(3, dtype=torch.int64), torch.zeros(3, 10), x, torch.tensor([True, False, True])))
+        tally.observe(
+            Observation(
+                5,
+                None,
+                x,
+                torch.zeros(3, dtype=torch.int64),
+                torch.zeros(3, 10),
+                x,
+                torch.tensor([True, False, True]),
+            )
+        )
         return draw(indices)
 
     sample_missing(store, sample, 1, tally)
@@ -294,5 +312,7 @@ def test_a_process_that_does_not_come_is_waited_for_so_long(rank):
     store = dist.HashStore()
     store.set("word/1", "of an earlier attempt")
     store.set("meeting", "earlier of an earlier attempt")
-    with pytest.raises(ValueError, match=f"rank {rank} waited 1 s for the 2 processes of this run to come together"):
+    with pytest.raises(
+        ValueError, match=f"rank {rank} waited 1 s for the 2 processes of this run to come together"
+    ):
         dist_util.meet(store, rank, 2, timedelta(seconds=1))

@@ -1,4 +1,6 @@
-"""The guidance module: log-probabilities, gradients and strengths in closed form, and what happens where there is nothing to add."""
+"""The guidance module: log-probabilities, gradients and strengths in closed form, and what happens where
+there is nothing to add.
+"""
 
 import dataclasses
 import math
@@ -109,7 +111,9 @@ def test_gradient_of_a_linear_classifier(joint, marginal):
 
 @pytest.mark.parametrize("scale", [1.0, -2.0, 0.25])
 @pytest.mark.parametrize("index", [0, 1, 12, 24])
-@pytest.mark.parametrize("variance", [0.3, torch.linspace(0.1, 0.4, N).view(N, 1, 1, 1).double(), draws(N, *SHAPE, seed=7).exp()])
+@pytest.mark.parametrize(
+    "variance", [0.3, torch.linspace(0.1, 0.4, N).view(N, 1, 1, 1).double(), draws(N, *SHAPE, seed=7).exp()]
+)
 def test_shift_is_strength_times_scale_times_gradient(scale, index, variance):
     x = draws(N, *SHAPE)
     step = GuidanceStep(index=index, num_steps=25, variance=variance, variance_max=0.8)
@@ -120,7 +124,12 @@ def test_shift_is_strength_times_scale_times_gradient(scale, index, variance):
 
 def test_defaults_are_the_plain_classifier():
     x = draws(N, *SHAPE)
-    options = {"joint_temperature": 1.0, "marginal_temperature": 1.0, "classifier_scale": 1.0, "gamma_factor": 0.0}
+    options = {
+        "joint_temperature": 1.0,
+        "marginal_temperature": 1.0,
+        "classifier_scale": 1.0,
+        "gamma_factor": 0.0,
+    }
     assert torch.equal(shift(x), shift(x, **options))
 
 
@@ -133,7 +142,8 @@ def test_shift_is_like_x(dtype, variance):
 
 
 def test_half_precision_logits_give_a_gradient_of_a_float32_image():
-    # float16 has 11 significant bits: the product of a gradient's entry is off by a few times 2**-11 of the largest entry.
+    # float16 has 11 significant bits: the product of a gradient's entry is off by a few times 2**-11 of the
+    # largest entry.
     x = draws(N, *SHAPE, dtype=torch.float32)
     got = shift(x, classifier=lambda x: linear(x.half()))
     expected = linear_gradient(x.double(), Y, 1.0, 1.0)
@@ -192,7 +202,9 @@ def refuse(x):
 
 
 def test_scale_zero_changes_no_bit_and_calls_nobody():
-    assert same_bits(SIGNED + shift(SIGNED, classifier=refuse, classifier_scale=0.0, gamma_factor=0.3), SIGNED)
+    assert same_bits(
+        SIGNED + shift(SIGNED, classifier=refuse, classifier_scale=0.0, gamma_factor=0.3), SIGNED
+    )
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.3, 5.001, 150.0])
@@ -216,7 +228,9 @@ def test_empty_interval(bounds):
 
 def test_interval_without_a_noise_level():
     with pytest.raises(ValueError, match="sigma"):
-        within_interval(ClassifierGuidance(linear), 0.3, 5.0)(draws(N, *SHAPE), Y, GuidanceStep(1, 2, 1.0, 1.0))
+        within_interval(ClassifierGuidance(linear), 0.3, 5.0)(
+            draws(N, *SHAPE), Y, GuidanceStep(1, 2, 1.0, 1.0)
+        )
 
 
 # Non-finite gradients
@@ -237,7 +251,9 @@ def broken_at(positions, fault):
 @pytest.mark.parametrize("positions", [[2], [0, 3]])
 def test_stop_names_step_and_positions(fault, positions):
     with pytest.raises(NonFiniteGradientError) as caught:
-        shift(draws(N, *SHAPE), step=dataclasses.replace(UNIT, index=17), classifier=broken_at(positions, fault))
+        shift(
+            draws(N, *SHAPE), step=dataclasses.replace(UNIT, index=17), classifier=broken_at(positions, fault)
+        )
     assert isinstance(caught.value, FloatingPointError)
     assert (caught.value.step_index, caught.value.positions) == (17, positions)
     assert "17" in str(caught.value)
@@ -291,6 +307,7 @@ def test_noisy_classifier_gradient(scale):
     with torch.no_grad():
         got = noisy_classifier_gradient(classifier, scale)(x, t, y=Y)
     assert seen[0] is t
-    # The log-softmax is taken in float32: relative error 2**-24 per operation, a handful of them, on entries below 1.
+    # The log-softmax is taken in float32: relative error 2**-24 per operation, a handful of them, on entries
+    # below 1.
     torch.testing.assert_close(got, scale * linear_gradient(x, Y, 1.0, 1.0), rtol=0, atol=1e-6)
     assert not got.requires_grad

@@ -1,4 +1,6 @@
-"""Pickles that ask for more than data: each is refused with the name of what it asked for, and nothing is done."""
+"""Pickles that ask for more than data: each is refused with the name of what it asked for, and nothing is
+done.
+"""
 
 import builtins
 import copyreg
@@ -11,8 +13,8 @@ import pytest
 import torch
 from edm_pickles import Call, dumps, module_state, network, persistent, refusal, tiny_snapshots, touch, write
 
-from guided_diffusion.checkpoints import load_state_dict
 from guided_diffusion.edm import load_edm_network
+from guided_diffusion.files.checkpoints import load_state_dict
 
 # What it asks for
 
@@ -118,7 +120,10 @@ def test_extension_codes(tmp_path):
         (b"(cos\nsystem\nS'touch canary'\no.", "os.system"),
         (b"Pan id\n.", "a persistent id"),
         (b"U\x05an idQ.", "a persistent id"),
-        (b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(S'os'\ntRS'system'\ntR(S'touch canary'\ntR.", "builtins.getattr"),
+        (
+            b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(S'os'\ntRS'system'\ntR(S'touch canary'\ntR.",
+            "builtins.getattr",
+        ),
         (b"\x80\x05\x97.", "NEXT_BUFFER"),
         (b"N2.", "DUP"),
         (b"ctorch.nn.modules.linear\nLinear\n)}\x92.", "NEWOBJ_EX"),
@@ -140,7 +145,9 @@ def test_states_stay_data(tmp_path):
     state = {"__class__": "x", "__setstate__": "y", "__dict__": {}, "__reduce__": "z", "load_state_dict": "w"}
     linear = torch.nn.Linear(1, 1)
     linear.__dict__.update(state)
-    loaded = load_state_dict(write(tmp_path, {"ema": persistent("EDMPrecond", {**module_state(modules={"a": linear}), **state})}))
+    loaded = load_state_dict(
+        write(tmp_path, {"ema": persistent("EDMPrecond", {**module_state(modules={"a": linear}), **state})})
+    )
     assert list(loaded) == ["a.weight", "a.bias"]
 
 

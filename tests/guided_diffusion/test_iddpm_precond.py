@@ -1,4 +1,6 @@
-"""The preconditioning of improved DDPM's networks, against Nichol and Dhariwal's schedule and closed forms."""
+"""The preconditioning of improved DDPM's networks, against Nichol and Dhariwal's schedule and closed
+forms.
+"""
 
 import math
 
@@ -18,7 +20,9 @@ def draws(*shape, seed=0):
 
 
 def spy(net):
-    """Replace the raw network by one that answers 1, 2, 3, ... channel by channel, and remembers what it was asked."""
+    """Replace the raw network by one that answers 1, 2, 3, ... channel by channel, and remembers what it was
+    asked.
+    """
     calls = []
 
     class Raw(torch.nn.Module):
@@ -73,7 +77,9 @@ def test_denoised_by_hand():
     assert c_noise.tolist() == [49 - 5, 49 - 40]
     assert class_labels is labels and augment_labels is None
     # Of 6 channels the first 3, which predict the noise, not the variance.
-    torch.testing.assert_close(denoised, x - sigma.view(2, 1, 1, 1) * torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1))
+    torch.testing.assert_close(
+        denoised, x - sigma.view(2, 1, 1, 1) * torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1)
+    )
     assert denoised.dtype == torch.float32
 
 
@@ -81,7 +87,9 @@ def test_one_level_for_all_images():
     net, x, labels = random_net(iDDPMPrecond, ARGUMENTS), draws(2, 3, 8, 8), torch.eye(2)
     one = net(x, net.u[7], labels)
     torch.testing.assert_close(net(x.double(), net.u[[7, 7]].double(), labels), one, rtol=0, atol=1e-5)
-    torch.testing.assert_close(torch.cat([net(x[i : i + 1], net.u[7], labels[i : i + 1]) for i in range(2)]), one, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([net(x[i : i + 1], net.u[7], labels[i : i + 1]) for i in range(2)]), one, rtol=0, atol=1e-5
+    )
     assert (net(x, net.u[7], labels.flip(0)) - one).abs().max() > 1e-3
 
 
@@ -101,7 +109,9 @@ def test_sampler_asks_for_known_levels_only():
     net = random_net(iDDPMPrecond, ARGUMENTS)
     calls = []
     net.register_forward_pre_hook(lambda module, args: calls.append(float(args[1])))
-    final = edm_sampler(net, draws(2, 3, 8, 8), torch.eye(2), num_steps=6, sigma_min=0, sigma_max=math.inf, S_churn=3)
+    final = edm_sampler(
+        net, draws(2, 3, 8, 8), torch.eye(2), num_steps=6, sigma_min=0, sigma_max=math.inf, S_churn=3
+    )
     assert final.isfinite().all()
     assert set(calls) <= set(net.u.double().tolist())
     assert net.sigma_max in calls and net.sigma_min in calls
@@ -110,7 +120,9 @@ def test_sampler_asks_for_known_levels_only():
 def test_sampler_finds_the_mean_that_the_network_knows():
     net = iDDPMPrecond(**TINY)
     # A network that predicts the noise exactly, for data that are one constant image.
-    net._F = lambda x, c_noise, *labels: (x * (level(net, c_noise) ** 2 + 1).sqrt() - 0.25) / level(net, c_noise) * torch.ones(1, 3, 1, 1)
+    net._F = lambda x, c_noise, *labels: (
+        (x * (level(net, c_noise) ** 2 + 1).sqrt() - 0.25) / level(net, c_noise) * torch.ones(1, 3, 1, 1)
+    )
     final = edm_sampler(net, draws(2, 3, 8, 8), num_steps=18)
     torch.testing.assert_close(final, torch.full_like(final, 0.25), rtol=0, atol=1e-4)
 

@@ -16,8 +16,8 @@ import torch
 from edm_pickles import Call, module_state, network, persistent, refusal, tiny_snapshots, write
 from fuzz_checkpoints import fuzz
 
-from guided_diffusion.checkpoints import load_state_dict
-from guided_diffusion.edm_pickle import read_snapshot
+from guided_diffusion.files.checkpoints import load_state_dict
+from guided_diffusion.files.edm_pickle import read_snapshot
 
 MiB = 1 << 20
 
@@ -49,7 +49,9 @@ def linked(depth, width):
     return value
 
 
-@pytest.mark.parametrize("instruction", [b"\x8e", b"\x8d", b"\x96"], ids=["BINBYTES8", "BINUNICODE8", "BYTEARRAY8"])
+@pytest.mark.parametrize(
+    "instruction", [b"\x8e", b"\x8d", b"\x96"], ids=["BINBYTES8", "BINUNICODE8", "BYTEARRAY8"]
+)
 @pytest.mark.parametrize("length", [100, 1 << 33, (1 << 63) - 1, (1 << 64) - 1])
 def test_lengths_beyond_the_file(tmp_path, instruction, length):
     path = write(tmp_path, b"\x80\x05" + instruction + struct.pack("<Q", length) + b"abc.")
@@ -94,10 +96,15 @@ def test_references_that_multiply(tmp_path):
     with little():
         assert list(load_state_dict(write(tmp_path, network(hook=bomb)))) == ["w"]
         assert "the argument 'x'" in refusal(write(tmp_path, network(_init_kwargs={"x": bomb})))
-        assert "belongs" in refusal(write(tmp_path, network({"w": Call(torch._utils._rebuild_parameter, bomb)})))
+        assert "belongs" in refusal(
+            write(tmp_path, network({"w": Call(torch._utils._rebuild_parameter, bomb)}))
+        )
 
 
-@pytest.mark.parametrize(("depth", "width", "words"), [(40, 1, "modules 16 deep"), (14, 10, "more than 100,000 parameters and modules")])
+@pytest.mark.parametrize(
+    ("depth", "width", "words"),
+    [(40, 1, "modules 16 deep"), (14, 10, "more than 100,000 parameters and modules")],
+)
 def test_modules_that_multiply(tmp_path, depth, width, words):
     module = torch.nn.Linear(1, 1)
     for _ in range(depth):
@@ -129,7 +136,9 @@ def storage_file(values=None):
 
 def tensor(nested=None, offset=0, shape=(6,), stride=(1,), metadata=()):
     storage = Call(torch.storage._load_from_bytes, storage_file() if nested is None else nested)
-    return Call(torch._utils._rebuild_tensor_v2, storage, offset, shape, stride, False, OrderedDict(), *metadata)
+    return Call(
+        torch._utils._rebuild_tensor_v2, storage, offset, shape, stride, False, OrderedDict(), *metadata
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,7 +169,10 @@ def test_tensors_beyond_their_storage(tmp_path, offset, shape, stride):
     path = write(tmp_path, network({"w": tensor(None, offset, shape, stride)}))
     with little():
         message = refusal(path)
-    assert any(words in message for words in ("beyond its storage of 6 numbers", "impossible shape", "a list where a tuple belongs"))
+    assert any(
+        words in message
+        for words in ("beyond its storage of 6 numbers", "impossible shape", "a list where a tuple belongs")
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""What is said before a run, on a job whose sampler takes no time and whose clock and memory are set by hand."""
+"""What is said before a run, on a job whose sampler takes no time and whose clock and memory are set by
+hand.
+"""
 
 import json
 import os
@@ -10,11 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from guided_diffusion import machine, preflight
-from guided_diffusion.checkpoints import existing_file, sha256
+from guided_diffusion.files.checkpoints import existing_file, sha256
 from guided_diffusion.guidance import NonFiniteGradientError
-from guided_diffusion.job import Job, Sampler
-from guided_diffusion.sample_store import SampleStore
+from guided_diffusion.runs import dry_run as preflight
+from guided_diffusion.runs import machine
+from guided_diffusion.runs.job import Job, Sampler
+from guided_diffusion.runs.store import SampleStore
 
 GB = 10**9
 SECONDS = (500.0, 30.0, 42.0)  # the first step warms up; the others take 36 s on average
@@ -81,7 +84,11 @@ def problems(job, capsys):
         preflight.examine(job)
     said = capsys.readouterr().out
     assert not said.endswith("ready\n")
-    found = {line.split(": ")[0]: line.partition("PROBLEM: ")[2] for line in said.splitlines() if "PROBLEM: " in line}
+    found = {
+        line.split(": ")[0]: line.partition("PROBLEM: ")[2]
+        for line in said.splitlines()
+        if "PROBLEM: " in line
+    }
     assert str(caught.value).startswith(f"{len(found)} problem")
     return found
 
@@ -90,12 +97,17 @@ def unfinished(job):
     """The job's folder as a run leaves it that was stopped after two batches; and all of its bytes."""
     store = job.open_store(job.settings(), torch.device("cpu"))
     for indices in store.missing()[:2]:
-        store.write(indices, torch.zeros(len(indices), 2, 2, 3, dtype=torch.uint8), torch.zeros(len(indices)), {})
+        store.write(
+            indices, torch.zeros(len(indices), 2, 2, 3, dtype=torch.uint8), torch.zeros(len(indices)), {}
+        )
     return contents(job.folder)
 
 
 def contents(folder):
-    return {path: (path.is_file() and path.read_bytes(), path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
+    return {
+        path: (path.is_file() and path.read_bytes(), path.stat().st_mtime_ns)
+        for path in [folder, *folder.rglob("*")]
+    }
 
 
 def test_every_subject_in_order_then_ready(tmp_path, capsys):
@@ -121,12 +133,17 @@ def test_time_is_seconds_per_step_times_steps_times_images(tmp_path, capsys, clo
 def test_two_steps_are_timed_without_a_third(tmp_path, capsys, clock):
     preflight.examine(make(tmp_path, sampler(clock, steps=2), num_samples=1, batch_size=1))
     said = lines(capsys)
-    assert said["time"].startswith(f"some {30 * 2 / 60:.1f} minutes for 1 images of 2 steps") and "scaled" not in said["time"]
+    assert (
+        said["time"].startswith(f"some {30 * 2 / 60:.1f} minutes for 1 images of 2 steps")
+        and "scaled" not in said["time"]
+    )
 
 
 def test_memory_of_the_runs_batch_is_scaled_by_what_a_second_image_takes(tmp_path, capsys):
     preflight.examine(make(tmp_path))
-    assert lines(capsys)["memory"].startswith(f"1.50 GB at batch 1, some {1.5 + 49 * 0.5:.2f} GB at batch 50; 64.00 GB are left")
+    assert lines(capsys)["memory"].startswith(
+        f"1.50 GB at batch 1, some {1.5 + 49 * 0.5:.2f} GB at batch 50; 64.00 GB are left"
+    )
 
 
 @pytest.mark.parametrize(("left", "enough"), [(24.4, False), (24.6, True), (None, True)])
@@ -135,7 +152,10 @@ def test_memory_that_is_not_enough(tmp_path, capsys, monkeypatch, left, enough):
     if enough:
         preflight.examine(make(tmp_path))
     else:
-        assert re.search(r"26\.00 GB at batch 50, but 24\.40 GB are left: lower --batch_size", problems(make(tmp_path), capsys)["memory"])
+        assert re.search(
+            r"26\.00 GB at batch 50, but 24\.40 GB are left: lower --batch_size",
+            problems(make(tmp_path), capsys)["memory"],
+        )
 
 
 def test_a_missing_file_and_a_bad_folder_are_told_at_once_and_nothing_is_loaded(tmp_path, capsys):
@@ -153,7 +173,10 @@ def test_a_disk_that_is_too_small_by_one_byte(tmp_path, capsys, monkeypatch, fre
     if free == 12_000:
         preflight.examine(make(tmp_path))
     else:
-        assert "needs 12,000 bytes more, and 11,999 are free: make room" in problems(make(tmp_path), capsys)["disk"]
+        assert (
+            "needs 12,000 bytes more, and 11,999 are free: make room"
+            in problems(make(tmp_path), capsys)["disk"]
+        )
 
 
 @pytest.mark.parametrize("recorded", ["right", "wrong", "broken"])
@@ -167,7 +190,11 @@ def test_a_file_is_held_against_the_hash_that_was_recorded(tmp_path, capsys, rec
         assert lines(capsys)["--model_path"].endswith("(as recorded)")
     else:
         found = problems(job, capsys)
-        expected = (str(tmp_path / "weights.pt"), "0" * 64, "recorded") if recorded == "wrong" else (str(tmp_path / "hashes.json"),)
+        expected = (
+            (str(tmp_path / "weights.pt"), "0" * 64, "recorded")
+            if recorded == "wrong"
+            else (str(tmp_path / "hashes.json"),)
+        )
         assert list(found) == ["--model_path"] and all(part in found["--model_path"] for part in expected)
 
 

@@ -6,7 +6,8 @@ import math
 import pytest
 
 import classifiers
-from guided_diffusion import checkpoints, dist_util, guidance, logger, script_util, unet
+from guided_diffusion import dist_util, guidance, logger, script_util, unet
+from guided_diffusion.files import checkpoints
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 
 REQUIRED = inspect.Parameter.empty
@@ -60,7 +61,10 @@ KEYWORDS = {
     "p_sample_loop_progressive": (GaussianDiffusion.p_sample_loop_progressive, LOOP_KEYWORDS),
     "ddim_sample_loop": (GaussianDiffusion.ddim_sample_loop, LOOP_KEYWORDS),
     "ddim_sample_loop_progressive": (GaussianDiffusion.ddim_sample_loop_progressive, LOOP_KEYWORDS),
-    "load_classifier": (classifiers.load_classifier, {"num_classes": 1000, "softplus_beta": math.inf, "classifier_input": "paper"}),
+    "load_classifier": (
+        classifiers.load_classifier,
+        {"num_classes": 1000, "softplus_beta": math.inf, "classifier_input": "paper"},
+    ),
     "ClassifierGuidance": (
         guidance.ClassifierGuidance,
         {"joint_temperature": 1.0, "marginal_temperature": 1.0, "classifier_scale": 1.0, "gamma_factor": 0.0},

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion.random_state import DrawnAhead, SampleNoise, SeedNoise, label_source, random_labels, shuffled_labels
+from guided_diffusion.runs.noise import (
+    DrawnAhead,
+    SampleNoise,
+    SeedNoise,
+    label_source,
+    random_labels,
+    shuffled_labels,
+)
 
 SHAPE = (3, 4, 4)
 SEEDS = [0, 1, -1, -(2**62), 2**31, 2**63, 2**63 + 1, 2**64 - 2]
@@ -16,7 +23,9 @@ SEEDS = [0, 1, -1, -(2**62), 2**31, 2**63, 2**63 + 1, 2**64 - 2]
 def stream(seed, index, steps=3):
     """All draws for one sample, (steps + 1, *SHAPE)."""
     noise = SampleNoise(seed, [index])
-    return torch.stack([noise.randn((1, *SHAPE))[0], *[noise(torch.empty(1, *SHAPE))[0] for _ in range(steps)]])
+    return torch.stack(
+        [noise.randn((1, *SHAPE))[0], *[noise(torch.empty(1, *SHAPE))[0] for _ in range(steps)]]
+    )
 
 
 # Noise
@@ -28,7 +37,12 @@ def test_same_noise_per_index_whatever_the_batch(seed, size):
     for start in range(0, 16, size):
         indices = list(range(start, min(start + size, 16)))
         noise = SampleNoise(seed, indices)
-        batch = torch.stack([noise.randn((len(indices), *SHAPE)), *[noise(torch.empty(len(indices), *SHAPE)) for _ in range(3)]])
+        batch = torch.stack(
+            [
+                noise.randn((len(indices), *SHAPE)),
+                *[noise(torch.empty(len(indices), *SHAPE)) for _ in range(3)],
+            ]
+        )
         for position, index in enumerate(indices):
             assert torch.equal(batch[:, position], stream(seed, index))
 
@@ -47,16 +61,20 @@ def test_seeds_and_indices_give_different_streams():
     assert not torch.equal(stream(0, 1), stream(1, 0))
 
 
-@pytest.mark.parametrize(("first", "second"), [((0, 0), (0, 1)), ((0, 0), (1, 0)), ((0, 1), (1, 0)), ((2**63, 5), (2**63 + 1, 5))])
+@pytest.mark.parametrize(
+    ("first", "second"), [((0, 0), (0, 1)), ((0, 0), (1, 0)), ((0, 1), (1, 0)), ((2**63, 5), (2**63 + 1, 5))]
+)
 def test_streams_are_uncorrelated(first, second):
-    # The mean of n products of independent standard normals has standard error 1 / sqrt(n): five of them. Shifted by one as well.
+    # The mean of n products of independent standard normals has standard error 1 / sqrt(n): five of them.
+    # Shifted by one as well.
     a, b = (SampleNoise(seed, [index]).randn((1, 100_000))[0].double() for seed, index in (first, second))
     for x, y in ((a, b), (a[1:], b[:-1]), (a[:-1], b[1:]), (a[1:], a[:-1])):
         assert abs(float((x * y).mean())) < 5 / math.sqrt(len(x))
 
 
 def test_draws_are_standard_normal():
-    # Standard errors of n draws: mean 1 / sqrt(n), variance sqrt(2 / n), fourth moment sqrt(96 / n). Five of each.
+    # Standard errors of n draws: mean 1 / sqrt(n), variance sqrt(2 / n), fourth moment sqrt(96 / n). Five of
+    # each.
     x = SampleNoise(7, range(100)).randn((100, 3000)).double().flatten()
     n = len(x)
     assert abs(float(x.mean())) < 5 / math.sqrt(n)
@@ -94,7 +112,9 @@ def test_batch_of_another_size():
 def test_every_seed_is_taken_and_reproduced(seed):
     assert torch.equal(stream(seed, 3), stream(seed, 3))
     assert np.array_equal(random_labels(seed, range(50), 10), random_labels(seed, range(50), 10))
-    assert np.array_equal(shuffled_labels(seed, range(50), range(10)), shuffled_labels(seed, range(50), range(10)))
+    assert np.array_equal(
+        shuffled_labels(seed, range(50), range(10)), shuffled_labels(seed, range(50), range(10))
+    )
 
 
 # Labels
@@ -159,7 +179,9 @@ def test_files(tmp_path, monkeypatch, name):
         assert sorted(label_source(path, 0, 10)(range(4))) == [0, 4, 4, 9]
 
 
-@pytest.mark.parametrize(("labels", "culprit"), [("12", "12"), ("1,10", "10"), ("0-11", "10"), ("file", "-1")])
+@pytest.mark.parametrize(
+    ("labels", "culprit"), [("12", "12"), ("1,10", "10"), ("0-11", "10"), ("file", "-1")]
+)
 def test_class_out_of_range(tmp_path, monkeypatch, labels, culprit):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("3 -1")
@@ -173,7 +195,9 @@ def test_list_that_is_not_understood(labels):
         label_source(labels, 0, 10)
 
 
-@pytest.mark.parametrize("labels", ["nowhere.txt", "folder/labels.npy", "2024/labels.npy", "10classes.txt", "1;2", "1,x", ""])
+@pytest.mark.parametrize(
+    "labels", ["nowhere.txt", "folder/labels.npy", "2024/labels.npy", "10classes.txt", "1;2", "1,x", ""]
+)
 def test_missing_file(tmp_path, monkeypatch, labels):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"labels '{labels}'.*balanced"):
@@ -194,7 +218,9 @@ def test_empty_file(tmp_path):
         label_source(str(tmp_path / "labels.txt"), 0, 10)
 
 
-@pytest.mark.parametrize("content", [np.array([1.5, 2.0]), np.array([math.nan]), np.array(["a"]), b"", b"not an array"])
+@pytest.mark.parametrize(
+    "content", [np.array([1.5, 2.0]), np.array([math.nan]), np.array(["a"]), b"", b"not an array"]
+)
 def test_npy_file_without_whole_numbers(tmp_path, content):
     path = tmp_path / "labels.npy"
     if isinstance(content, bytes):
@@ -209,8 +235,9 @@ def test_npy_file_without_whole_numbers(tmp_path, content):
 
 
 def test_labels_and_noise_are_uncorrelated():
-    # A random sign times an independent z: standard error of the mean, the root mean square of z over sqrt(n). Five of them. The size
-    # of the noise, less its mean sqrt(2 / pi), is looked at as well: that is where the leading bits of a draw go.
+    # A random sign times an independent z: standard error of the mean, the root mean square of z over
+    # sqrt(n). Five of them. The size of the noise, less its mean sqrt(2 / pi), is looked at as well: that is
+    # where the leading bits of a draw go.
     n = 20_000
     labels = 2 * random_labels(0, range(n), 2) - 1
     noise = SampleNoise(0, range(n)).randn((n, 1)).double().numpy()[:, 0]
@@ -244,7 +271,9 @@ def test_noise_that_is_drawn_ahead_is_the_same_noise():
         assert torch.equal(ahead.randn(x.shape), noise.randn(x.shape))
         for _ in range(3):
             assert torch.equal(ahead(x), noise(x))
-        with pytest.raises(ValueError, match=r"noise of shape \(2, 3, 8, 8\) is drawn ahead, but \(1, 3, 8, 8\)"):
+        with pytest.raises(
+            ValueError, match=r"noise of shape \(2, 3, 8, 8\) is drawn ahead, but \(1, 3, 8, 8\)"
+        ):
             ahead.randn((1, 3, 8, 8))
 
 
@@ -256,18 +285,28 @@ def published(seed, steps=3):
     generator = torch.Generator().manual_seed(seed % 2**32)
     latents = torch.randn(SHAPE, generator=generator)
     label = torch.randint(1000, (), generator=generator)
-    return latents, label, [torch.randn(SHAPE, dtype=torch.float64, generator=generator) for _ in range(steps)]
+    return (
+        latents,
+        label,
+        [torch.randn(SHAPE, dtype=torch.float64, generator=generator) for _ in range(steps)],
+    )
 
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 5])
-@pytest.mark.parametrize("seeds", [[0, 1, 2, 3, 4], [3, 0, 4, 2, 1], [49_999, 2**31, 2**32 - 1, 2**32 + 7, 0]])
+@pytest.mark.parametrize(
+    "seeds", [[0, 1, 2, 3, 4], [3, 0, 4, 2, 1], [49_999, 2**31, 2**32 - 1, 2**32 + 7, 0]]
+)
 def test_a_seed_has_its_latents_label_and_noise_whatever_the_batch_and_the_order(seeds, size, ahead):
     for start in range(0, len(seeds), size):
         batch = seeds[start : start + size]
         noise, shape = SeedNoise(batch), (len(batch), *SHAPE)
         latents, labels = noise.randn(shape), noise.randint(1000)
-        with closing(DrawnAhead(noise, shape, dtype=torch.float64)) if ahead else nullcontext(noise) as randn_like:
+        with (
+            closing(DrawnAhead(noise, shape, dtype=torch.float64))
+            if ahead
+            else nullcontext(noise) as randn_like
+        ):
             steps = [randn_like(torch.empty(shape, dtype=torch.float64)) for _ in range(3)]
         assert (latents.dtype, labels.dtype, labels.shape) == (torch.float32, torch.int64, (len(batch),))
         for i, seed in enumerate(batch):
@@ -289,7 +328,9 @@ def test_draws_for_a_seed_are_like_x_and_not_rounded_from_another_type(dtype):
     x = torch.empty(2, *SHAPE, dtype=dtype)
     got = SeedNoise([4, 5])(x)
     assert (got.shape, got.dtype, got.device) == (x.shape, dtype, x.device)
-    expected = [torch.randn(SHAPE, dtype=dtype, generator=torch.Generator().manual_seed(seed)) for seed in (4, 5)]
+    expected = [
+        torch.randn(SHAPE, dtype=dtype, generator=torch.Generator().manual_seed(seed)) for seed in (4, 5)
+    ]
     assert torch.equal(got, torch.stack(expected))
 
 
@@ -315,5 +356,8 @@ def test_seeds_leave_the_global_generator_alone():
 
 
 def test_an_error_of_the_thread_that_draws_ahead_is_raised_where_the_draw_is_asked_for():
-    with closing(DrawnAhead(SeedNoise([0]), (2, *SHAPE))) as ahead, pytest.raises(ValueError, match="number of seeds, 1"):
+    with (
+        closing(DrawnAhead(SeedNoise([0]), (2, *SHAPE))) as ahead,
+        pytest.raises(ValueError, match="number of seeds, 1"),
+    ):
         ahead(torch.empty(2, *SHAPE))

@@ -14,8 +14,10 @@ import torch
 from goldens_util import load_golden
 from PIL import Image
 
-from guided_diffusion.grid import save_grid
-from guided_diffusion.sample_store import SampleStore, read_metrics, read_run, read_samples, to_uint8
+from guided_diffusion.files.grid import save_grid
+from guided_diffusion.files.pixels import to_uint8
+from guided_diffusion.files.run_folder import read_metrics, read_run, read_samples
+from guided_diffusion.runs.store import SampleStore
 
 SETTINGS = {"seed": 3, "softplus_beta": math.inf, "labels": "balanced", "sizes": (1, 2)}
 N, SHARD, H, W = 10, 4, 5, 6
@@ -27,7 +29,9 @@ def image(index):
 
 
 def batch(indices):
-    return torch.from_numpy(np.stack([image(i) for i in indices])), torch.tensor([7 * i % 10 for i in indices])
+    return torch.from_numpy(np.stack([image(i) for i in indices])), torch.tensor(
+        [7 * i % 10 for i in indices]
+    )
 
 
 def fill(store, ranges=None):
@@ -56,7 +60,10 @@ def test_to_uint8_is_adms_rule():
     assert np.array_equal(got.numpy(), expected)
 
 
-@pytest.mark.parametrize(("x", "level"), [(-1, 0), (1, 255), (0, 127), (-3, 0), (3, 255), (0.0079, 128), (0.0078, 128), (0.003, 127)])
+@pytest.mark.parametrize(
+    ("x", "level"),
+    [(-1, 0), (1, 255), (0, 127), (-3, 0), (3, 255), (0.0079, 128), (0.0078, 128), (0.003, 127)],
+)
 def test_to_uint8_clamps_and_truncates(x, level):
     assert (to_uint8(torch.full((2, 3, 2, 2), float(x))) == level).all()
 
@@ -78,11 +85,16 @@ def test_to_uint8_refuses_what_is_not_finite(fault):
 def test_to_uint8_is_edms_rule_on_the_golden_values():
     x = load_golden("E_tables")[1]["quantise/x"].astype(np.float64)
     expected = [min(max(math.floor(value * 127.5 + 128), 0), 255) for value in x.tolist()]
-    assert to_uint8(torch.from_numpy(x).reshape(1, 3, 1, -1), "edm").permute(0, 3, 1, 2).flatten().tolist() == expected
+    assert (
+        to_uint8(torch.from_numpy(x).reshape(1, 3, 1, -1), "edm").permute(0, 3, 1, 2).flatten().tolist()
+        == expected
+    )
     assert {0, 255} <= set(expected) and min(x) * 127.5 + 128 < 0 and max(x) * 127.5 + 128 > 256
 
 
-@pytest.mark.parametrize(("x", "adm", "edm"), [(-1, 0, 0), (-0.999, 0, 0), (0, 127, 128), (0.003, 127, 128), (1, 255, 255)])
+@pytest.mark.parametrize(
+    ("x", "adm", "edm"), [(-1, 0, 0), (-0.999, 0, 0), (0, 127, 128), (0.003, 127, 128), (1, 255, 255)]
+)
 def test_the_two_rules_differ_by_half_a_level(x, adm, edm):
     values = torch.full((1, 3, 1, 1), float(x))
     assert (to_uint8(values, "adm") == adm).all() and (to_uint8(values, "edm") == edm).all()
@@ -148,7 +160,9 @@ def test_finished_run_is_left_as_it_is(tmp_path):
     again = make(tmp_path)
     assert again.missing() == []
     assert again.finish() == final
-    assert {name: hashlib.sha256((tmp_path / name).read_bytes()).digest() for name in files(tmp_path)} == before
+    assert {
+        name: hashlib.sha256((tmp_path / name).read_bytes()).digest() for name in files(tmp_path)
+    } == before
 
 
 def test_finish_with_a_shard_missing_makes_no_npz(tmp_path):
@@ -200,7 +214,11 @@ def test_names_appear_by_renaming_a_whole_file(tmp_path, monkeypatch, write):
     store = fill(make(tmp_path / "run"), [range(0, 4), range(4, 8)] if write == "shard" else None)
     (tmp_path / "new").mkdir()
     before = files(tmp_path)
-    actions = {"shard": lambda: fill(store), "final": store.finish, "settings": lambda: make(tmp_path / "new")}
+    actions = {
+        "shard": lambda: fill(store),
+        "final": store.finish,
+        "settings": lambda: make(tmp_path / "new"),
+    }
 
     def fail(source, target):
         assert Path(source).parent == Path(target).parent
@@ -212,7 +230,9 @@ def test_names_appear_by_renaming_a_whole_file(tmp_path, monkeypatch, write):
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("broken", ["guided_diffusion.sample_store._stream", "guided_diffusion.sample_store.save_grid"])
+@pytest.mark.parametrize(
+    "broken", ["guided_diffusion.runs.store._stream", "guided_diffusion.runs.store.save_grid"]
+)
 def test_interrupted_finish_can_be_repeated(tmp_path, monkeypatch, broken):
     whole = fill(make(tmp_path / "whole")).finish()
     store = fill(make(tmp_path / "cut"))
@@ -320,7 +340,7 @@ def test_clear_removes_the_pngs_and_nothing_else(tmp_path, png_name, finished, m
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
     if not finished:
-        monkeypatch.setattr("guided_diffusion.sample_store.write_json", lambda *args: None)
+        monkeypatch.setattr("guided_diffusion.runs.store.write_json", lambda *args: None)
     store.finish()
     assert (tmp_path / "dataset.json").exists() == finished
     SampleStore.clear(tmp_path)
@@ -380,12 +400,16 @@ def test_another_runs_output_is_refused_with_the_keys_that_differ(tmp_path, fini
     with pytest.raises(ValueError, match=r"another run's output") as caught:
         make(tmp_path, seed=4, labels="random", extra="new")
     message = str(caught.value)
-    assert all(part in message for part in (str(tmp_path), "seed 3 -> 4", "labels 'balanced' -> 'random'", "extra"))
+    assert all(
+        part in message for part in (str(tmp_path), "seed 3 -> 4", "labels 'balanced' -> 'random'", "extra")
+    )
     assert "softplus_beta" not in message
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize(("changes", "key"), [({"num_samples": 11}, "num_samples"), ({"shard_size": 5}, "shard_size")])
+@pytest.mark.parametrize(
+    ("changes", "key"), [({"num_samples": 11}, "num_samples"), ({"shard_size": 5}, "shard_size")]
+)
 def test_other_number_of_samples_or_batch_size_is_another_run(tmp_path, changes, key):
     make(tmp_path)
     with pytest.raises(ValueError, match=key):

@@ -1,7 +1,9 @@
-"""The ancestral and the DDIM loop: what they call and when, what they add, and an analytic denoiser sent through them.
+"""The ancestral and the DDIM loop: what they call and when, what they add, and an analytic denoiser sent
+through them.
 
-If the data are N(mu, s^2) in every pixel, then, with a the cumulative alpha, x_t is N(sqrt(a) mu, a s^2 + 1 - a), and the best
-prediction of x_0 is mu + sqrt(a) s^2 / (a s^2 + 1 - a) (x_t - sqrt(a) mu), with the variance s^2 (1 - a) / (a s^2 + 1 - a).
+If the data are N(mu, s^2) in every pixel, then, with a the cumulative alpha, x_t is N(sqrt(a) mu, a s^2 + 1 -
+a), and the best prediction of x_0 is mu + sqrt(a) s^2 / (a s^2 + 1 - a) (x_t - sqrt(a) mu), with the variance
+s^2 (1 - a) / (a s^2 + 1 - a).
 """
 
 import math
@@ -10,7 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType, NonFiniteOutputError
+from guided_diffusion.gaussian_diffusion import (
+    GaussianDiffusion,
+    ModelMeanType,
+    ModelVarType,
+    NonFiniteOutputError,
+)
 from guided_diffusion.guidance import ClassifierGuidance
 from guided_diffusion.schedules import get_named_beta_schedule, space_timesteps
 
@@ -61,7 +68,9 @@ def linear(x):
 
 def run(loop, diffusion, model=tanh_model, noise=None, seed=5, **options):
     noise = draws(*SHAPE, seed=9, dtype=torch.float32) if noise is None else noise
-    return getattr(diffusion, loop)(model, tuple(noise.shape), noise=noise, randn_like=random_source(seed), **options)
+    return getattr(diffusion, loop)(
+        model, tuple(noise.shape), noise=noise, randn_like=random_source(seed), **options
+    )
 
 
 class Halt(Exception):
@@ -98,7 +107,9 @@ def test_guidance_shifts_the_last_step_too(loop):
 def test_half_precision_images_are_not_sampled_with_half_precision_tables():
     diffusion, x = make_diffusion(), draws(*SHAPE, dtype=torch.float32)
     t = torch.zeros(len(x), dtype=torch.int64)
-    torch.testing.assert_close(diffusion.q_sample(x.half(), t, x.half()), diffusion.q_sample(x.half().float(), t, x.half().float()))
+    torch.testing.assert_close(
+        diffusion.q_sample(x.half(), t, x.half()), diffusion.q_sample(x.half().float(), t, x.half().float())
+    )
 
 
 def test_a_network_that_answers_infinity_is_named_before_the_clamp_hides_it():
@@ -115,10 +126,14 @@ def test_a_network_that_answers_infinity_is_named_before_the_clamp_hides_it():
 # Noise
 
 
-@pytest.mark.parametrize(("loop", "options"), [("p_sample_loop", {}), ("ddim_sample_loop", {}), ("ddim_sample_loop", {"eta": 1.0})])
+@pytest.mark.parametrize(
+    ("loop", "options"), [("p_sample_loop", {}), ("ddim_sample_loop", {}), ("ddim_sample_loop", {"eta": 1.0})]
+)
 def test_one_draw_per_step_the_last_included(loop, options):
     source, x = random_source(), draws(*SHAPE, dtype=torch.float32)
-    steps = getattr(make_diffusion(steps=8), f"{loop}_progressive")(tanh_model, SHAPE, noise=x, randn_like=source, **options)
+    steps = getattr(make_diffusion(steps=8), f"{loop}_progressive")(
+        tanh_model, SHAPE, noise=x, randn_like=source, **options
+    )
     assert [source.calls for _ in steps] == list(range(1, 9))
 
 
@@ -211,7 +226,9 @@ def test_noise_of_another_shape_is_refused(loop):
 
 
 class OnMeta(torch.nn.Module):
-    """A network whose parameters are on another device than the CPU, as far as a test without one can tell."""
+    """A network whose parameters are on another device than the CPU, as far as a test without one can
+    tell.
+    """
 
     def __init__(self):
         super().__init__()
@@ -233,7 +250,9 @@ class OnMeta(torch.nn.Module):
         (OnMeta(), None, torch.device("cpu"), "cpu"),
     ],
 )
-def test_device_is_the_one_asked_for_else_the_noises_else_the_parameters_else_the_cpu(loop, model, noise, device, expected):
+def test_device_is_the_one_asked_for_else_the_noises_else_the_parameters_else_the_cpu(
+    loop, model, noise, device, expected
+):
     def randn_like(x):
         raise Halt(x.device.type)
 
@@ -282,16 +301,26 @@ def test_model_sees_no_gradients_but_cond_fn_can_take_them(loop):
             return torch.autograd.grad(linear(x)[:, 0].sum(), x)[0]
 
     with torch.enable_grad():
-        sample = run(loop, make_diffusion(), model, cond_fn=cond_fn, noise=draws(*SHAPE, dtype=torch.float32).requires_grad_())
+        sample = run(
+            loop,
+            make_diffusion(),
+            model,
+            cond_fn=cond_fn,
+            noise=draws(*SHAPE, dtype=torch.float32).requires_grad_(),
+        )
     assert modes == [False] * 8
     assert not sample.requires_grad
-    assert not torch.equal(sample, run(loop, make_diffusion(), model, noise=draws(*SHAPE, dtype=torch.float32)))
+    assert not torch.equal(
+        sample, run(loop, make_diffusion(), model, noise=draws(*SHAPE, dtype=torch.float32))
+    )
 
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("enabled", [True, False])
 def test_grad_mode_of_the_caller_is_its_own_between_steps(loop, enabled):
-    steps = getattr(make_diffusion(), f"{loop}_progressive")(tanh_model, SHAPE, model_kwargs={"y": Y}, guidance=ClassifierGuidance(linear))
+    steps = getattr(make_diffusion(), f"{loop}_progressive")(
+        tanh_model, SHAPE, model_kwargs={"y": Y}, guidance=ClassifierGuidance(linear)
+    )
     with torch.set_grad_enabled(enabled):
         assert [torch.is_grad_enabled() for _ in steps] == [enabled] * 8
 
@@ -323,7 +352,9 @@ def test_denoised_fn_comes_before_the_clamp(loop):
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("clip", [True, False])
 def test_clip_denoised(loop, clip):
-    predictions = [out["pred_xstart"] for out in run(f"{loop}_progressive", make_diffusion(steps=3), clip_denoised=clip)]
+    predictions = [
+        out["pred_xstart"] for out in run(f"{loop}_progressive", make_diffusion(steps=3), clip_denoised=clip)
+    ]
     assert (max(float(p.abs().max()) for p in predictions) <= 1) == clip
 
 
@@ -335,14 +366,18 @@ def test_guidance_without_labels(loop, model_kwargs):
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize(("variance", "channels"), [(LEARNED, 3), (SMALL, 6), (LARGE, 6), (LEARNED, 4), (SMALL, 1)])
+@pytest.mark.parametrize(
+    ("variance", "channels"), [(LEARNED, 3), (SMALL, 6), (LARGE, 6), (LEARNED, 4), (SMALL, 1)]
+)
 def test_wrong_number_of_channels_names_learn_sigma(loop, variance, channels):
     with pytest.raises(ValueError, match="learn_sigma") as caught:
         run(loop, make_diffusion(var=variance), lambda x, t: torch.zeros(len(x), channels, 8, 8))
     assert f"({N}, {channels}, 8, 8)" in str(caught.value)
 
 
-@pytest.mark.parametrize(("loop", "choice"), [("p_sample_loop", "batch"), ("ddim_sample_loop", "first_pixel")])
+@pytest.mark.parametrize(
+    ("loop", "choice"), [("p_sample_loop", "batch"), ("ddim_sample_loop", "first_pixel")]
+)
 def test_variance_max_that_the_loop_does_not_know(loop, choice):
     with pytest.raises(ValueError, match=rf"variance_max '{choice}'.*schedule"):
         run(loop, make_diffusion(), variance_max=choice)
@@ -370,7 +405,9 @@ def test_tables_follow_from_the_betas(schedule, steps):
 @pytest.mark.parametrize("t", [0, 1, 5, 7])
 def test_learned_variance_interpolates_in_log_space(fraction, t):
     diffusion, x = make_diffusion(var=LEARNED), draws(2, 3, 4, 4)
-    out = diffusion.p_mean_variance(lambda x, t: torch.cat([x, torch.full_like(x, fraction)], 1), x, torch.tensor([t, t]))
+    out = diffusion.p_mean_variance(
+        lambda x, t: torch.cat([x, torch.full_like(x, fraction)], 1), x, torch.tensor([t, t])
+    )
     low, high = math.log(diffusion.posterior_variance[max(t, 1)]), math.log(diffusion.betas[t])
     expected = high * (fraction + 1) / 2 + low * (1 - fraction) / 2
     torch.testing.assert_close(out["log_variance"], torch.full_like(x, expected), rtol=0, atol=1e-12)
@@ -386,7 +423,9 @@ def test_fixed_variances(variance, t):
     expected_log = clipped if variance is SMALL or t == 0 else diffusion.betas[t]
     expected = diffusion.posterior_variance[t] if variance is SMALL else expected_log
     torch.testing.assert_close(out["variance"], torch.full_like(x, expected), rtol=1e-12, atol=0)
-    torch.testing.assert_close(out["log_variance"], torch.full_like(x, math.log(expected_log)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        out["log_variance"], torch.full_like(x, math.log(expected_log)), rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("mean", [EPSILON, START_X])
@@ -394,7 +433,9 @@ def test_mean_is_the_posteriors_at_the_prediction(mean):
     diffusion, x = make_diffusion(mean=mean), draws(2, 3, 4, 4)
     t = torch.tensor([2, 6])
     out = diffusion.p_mean_variance(lambda x, t: 0.1 * x, x, t, clip_denoised=False)
-    a, previous, beta = (table[[2, 6]] for table in (diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev, diffusion.betas))
+    a, previous, beta = (
+        table[[2, 6]] for table in (diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev, diffusion.betas)
+    )
     a, previous, beta = (torch.tensor(v).view(2, 1, 1, 1) for v in (a, previous, beta))
     x_0 = 0.1 * x if mean is START_X else (x - (1 - a).sqrt() * 0.1 * x) / a.sqrt()
     torch.testing.assert_close(out["pred_xstart"], x_0, rtol=1e-12, atol=1e-12)
@@ -426,7 +467,9 @@ def test_ancestral_guidance_is_told_the_models_variance_and_the_schedules_maximu
     def model(x, t, y):
         return torch.cat([tanh_model(x, t), torch.full_like(x, 0.2)], 1)
 
-    outs = list(run("p_sample_loop_progressive", diffusion, model, guidance=recorder(seen), model_kwargs={"y": Y}))
+    outs = list(
+        run("p_sample_loop_progressive", diffusion, model, guidance=recorder(seen), model_kwargs={"y": Y})
+    )
     assert [step.index for _, _, step in seen] == list(range(7, -1, -1))
     for out, (x, y, step) in zip(outs, seen, strict=True):
         assert y is Y and step.num_steps == 8
@@ -453,7 +496,13 @@ def test_ddim_guidance_is_told_the_rule_for_eps_in_terms_of_x0():
 def test_running_maximum_of_the_published_schedule():
     seen = []
     diffusion = make_diffusion(steps=250, var=LEARNED)
-    run("p_sample_loop", diffusion, lambda x, t, y: torch.cat([x, x], 1), guidance=recorder(seen), model_kwargs={"y": Y})
+    run(
+        "p_sample_loop",
+        diffusion,
+        lambda x, t, y: torch.cat([x, x], 1),
+        guidance=recorder(seen),
+        model_kwargs={"y": Y},
+    )
     for _, _, step in seen:
         assert step.variance_max == pytest.approx(0.077519 if step.index >= 209 else 0.08072, abs=5e-7)
 
@@ -483,8 +532,14 @@ def test_only_first_pixel_depends_on_batch_mates(choice, depends):
     for neighbour in (0, 4):
         pair = torch.tensor([neighbour, 2])
         steps = iter(noises[:, :2])
-        options = {"noise": noises[-1, :2], "randn_like": lambda x, steps=steps: next(steps), "variance_max": choice}
-        sample = diffusion.p_sample_loop(first_pixel_model, (2, *SHAPE[1:]), model_kwargs={"y": pair}, guidance=guidance, **options)
+        options = {
+            "noise": noises[-1, :2],
+            "randn_like": lambda x, steps=steps: next(steps),
+            "variance_max": choice,
+        }
+        sample = diffusion.p_sample_loop(
+            first_pixel_model, (2, *SHAPE[1:]), model_kwargs={"y": pair}, guidance=guidance, **options
+        )
         results.append(sample[1])
     # The same numbers in float64, in which a difference of the maximum of 1e-3 would be seen.
     assert ((results[0] - results[1]).abs().max() > 1e-6) == depends
@@ -501,10 +556,18 @@ def test_one_ancestral_step_by_hand(variance, clip, index):
     t = torch.full((N,), index)
 
     def model(x, t, y):
-        return tanh_model(x, t, y) if variance is not LEARNED else torch.cat([tanh_model(x, t, y), torch.tanh(x)], 1)
+        return (
+            tanh_model(x, t, y)
+            if variance is not LEARNED
+            else torch.cat([tanh_model(x, t, y), torch.tanh(x)], 1)
+        )
 
-    guidance = ClassifierGuidance(linear, joint_temperature=1.5, marginal_temperature=0.5, classifier_scale=2.0, gamma_factor=0.3)
-    got = diffusion.p_sample(model, x, t, clip_denoised=clip, model_kwargs={"y": Y}, guidance=guidance, noise=z)["sample"]
+    guidance = ClassifierGuidance(
+        linear, joint_temperature=1.5, marginal_temperature=0.5, classifier_scale=2.0, gamma_factor=0.3
+    )
+    got = diffusion.p_sample(
+        model, x, t, clip_denoised=clip, model_kwargs={"y": Y}, guidance=guidance, noise=z
+    )["sample"]
 
     p = diffusion.p_mean_variance(model, x, t, clip_denoised=clip, model_kwargs={"y": Y})
     w = 0.1 * WEIGHT
@@ -537,7 +600,9 @@ def test_one_ddim_step_by_hand(clip, eta, index):
 
 def test_ddim_does_not_clamp_the_guided_prediction_again():
     guidance = ClassifierGuidance(linear, classifier_scale=100.0)
-    outs = run("ddim_sample_loop_progressive", make_diffusion(steps=3), guidance=guidance, model_kwargs={"y": Y})
+    outs = run(
+        "ddim_sample_loop_progressive", make_diffusion(steps=3), guidance=guidance, model_kwargs={"y": Y}
+    )
     assert next(outs)["pred_xstart"].abs().max() > 1
 
 
@@ -557,10 +622,16 @@ def test_cond_fn_moves_the_ancestral_mean_by_variance_times_gradient(index):
 def test_cond_fn_moves_the_eps_of_ddim(index):
     diffusion, x, t = make_diffusion(), draws(*SHAPE), torch.full((N,), index)
     gradient = draws(*SHAPE, seed=2, dtype=torch.float32)
-    got = diffusion.ddim_sample(tanh_model, x, t, clip_denoised=False, cond_fn=lambda x, t: gradient)["sample"]
+    got = diffusion.ddim_sample(tanh_model, x, t, clip_denoised=False, cond_fn=lambda x, t: gradient)[
+        "sample"
+    ]
     a, previous = diffusion.alphas_cumprod[index], diffusion.alphas_cumprod_prev[index]
-    eps = tanh_model(x, torch.full((N,), diffusion.timestep_map[index])) - math.sqrt(1 - a) * gradient.double()
-    expected = math.sqrt(previous) * (x - math.sqrt(1 - a) * eps) / math.sqrt(a) + math.sqrt(1 - previous) * eps
+    eps = (
+        tanh_model(x, torch.full((N,), diffusion.timestep_map[index])) - math.sqrt(1 - a) * gradient.double()
+    )
+    expected = (
+        math.sqrt(previous) * (x - math.sqrt(1 - a) * eps) / math.sqrt(a) + math.sqrt(1 - previous) * eps
+    )
     # x_0 is a quotient by sqrt(a) >= 0.006: 1e-16 times a few hundred times numbers below 1000.
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
@@ -571,7 +642,9 @@ MU, S = 0.4, 0.5
 
 
 def gaussian_model(diffusion, learned=False):
-    """The best eps for data N(MU, S^2), and, if learned, the true variance of x_{t-1} given x_t as a fraction of the range."""
+    """The best eps for data N(MU, S^2), and, if learned, the true variance of x_{t-1} given x_t as a fraction
+    of the range.
+    """
 
     def model(x, t):
         index = int((torch.as_tensor(diffusion.timestep_map) == t[0]).nonzero())
@@ -580,7 +653,9 @@ def gaussian_model(diffusion, learned=False):
         if not learned:
             return eps
         low, high = diffusion.posterior_log_variance_clipped[index], math.log(diffusion.betas[index])
-        true = diffusion.posterior_variance[index] + diffusion.posterior_mean_coef1[index] ** 2 * S**2 * (1 - a) / (a * S**2 + 1 - a)
+        true = diffusion.posterior_variance[index] + diffusion.posterior_mean_coef1[index] ** 2 * S**2 * (
+            1 - a
+        ) / (a * S**2 + 1 - a)
         fraction = 2 * (math.log(true) - low) / (high - low) - 1 if index else 0.0
         return torch.cat([eps, torch.full_like(x, fraction)], 1)
 
@@ -596,8 +671,9 @@ def assert_gaussian(samples, mean, std, slack_mean, slack_std):
 
 @pytest.mark.parametrize("steps", [10, 100])
 def test_ancestral_loop_with_the_true_variance_is_exact(steps):
-    # The chain is then exact for any number of steps, but for its ends. It starts from N(0, 1), not from x_T's marginal, whose mean
-    # is sqrt(a_T) MU: the error shrinks by at least sqrt(a_T) S on the way. It ends in the mean of x_0, without its variance at t = 0.
+    # The chain is then exact for any number of steps, but for its ends. It starts from N(0, 1), not from
+    # x_T's marginal, whose mean is sqrt(a_T) MU: the error shrinks by at least sqrt(a_T) S on the way. It
+    # ends in the mean of x_0, without its variance at t = 0.
     diffusion = make_diffusion(steps=steps, var=LEARNED)
     samples = diffusion.p_sample_loop(
         gaussian_model(diffusion, learned=True), (256, 1, 16, 16), clip_denoised=False,
@@ -613,11 +689,16 @@ def test_ancestral_loop_with_the_true_variance_is_exact(steps):
 def test_ancestral_loop_with_1000_steps_samples_the_gaussian(variance):
     diffusion = make_diffusion(steps=1000, var=variance)
     samples = diffusion.p_sample_loop(
-        gaussian_model(diffusion), (64, 1, 16, 16), clip_denoised=False, noise=draws(64, 1, 16, 16), randn_like=random_source(1)
+        gaussian_model(diffusion),
+        (64, 1, 16, 16),
+        clip_denoised=False,
+        noise=draws(64, 1, 16, 16),
+        randn_like=random_source(1),
     )
-    # The means are exact as above. Let M_t be the variance of x_t. A step of the exact chain gives M_{t-1} = c^2 M_t + v, so that what
-    # is wrong with v reaches the end times at most S^2 / M_{t-1}. v lies between the posterior's variance and beta, the two choices, so
-    # each is wrong by at most their difference, beta^2 a_{t-1} / (1 - a_t). At t = 0 a variance of at most 1 - a_0 is left out.
+    # The means are exact as above. Let M_t be the variance of x_t. A step of the exact chain gives M_{t-1} =
+    # c^2 M_t + v, so that what is wrong with v reaches the end times at most S^2 / M_{t-1}. v lies between
+    # the posterior's variance and beta, the two choices, so each is wrong by at most their difference, beta^2
+    # a_{t-1} / (1 - a_t). At t = 0 a variance of at most 1 - a_0 is left out.
     a, previous, beta = diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev, diffusion.betas
     wrong = beta**2 * previous / (1 - a) * S**2 / (previous * S**2 + 1 - previous)
     slack = (wrong[1:].sum() + 1 - a[0] + a[-1]) / S
@@ -627,11 +708,14 @@ def test_ancestral_loop_with_1000_steps_samples_the_gaussian(variance):
 
 @pytest.mark.parametrize(("steps", "bound"), [(250, 0.03), (1000, 0.008)])
 def test_ddim_follows_the_probability_flow(steps, bound):
-    # With sigma^2 = (1 - a) / a, the flow keeps (x / sqrt(a) - MU) / g, g = sqrt(sigma^2 + S^2). DDIM is Euler's rule in sigma: a step
-    # of h = sigma - sigma' multiplies by (g - h g'(sigma)) / g in place of g(sigma') / g. As g is convex, that is too little, by at most
-    # h^2 / 2 times the largest g'' = S^2 / g^3 on the way, which is the one at sigma'. The relative errors add up.
+    # With sigma^2 = (1 - a) / a, the flow keeps (x / sqrt(a) - MU) / g, g = sqrt(sigma^2 + S^2). DDIM is
+    # Euler's rule in sigma: a step of h = sigma - sigma' multiplies by (g - h g'(sigma)) / g in place of
+    # g(sigma') / g. As g is convex, that is too little, by at most h^2 / 2 times the largest g'' = S^2 / g^3
+    # on the way, which is the one at sigma'. The relative errors add up.
     diffusion, x = make_diffusion(steps=steps), draws(4, 1, 8, 8)
-    got = diffusion.ddim_sample_loop(gaussian_model(diffusion), tuple(x.shape), noise=x, clip_denoised=False, randn_like=torch.zeros_like)
+    got = diffusion.ddim_sample_loop(
+        gaussian_model(diffusion), tuple(x.shape), noise=x, clip_denoised=False, randn_like=torch.zeros_like
+    )
     sigma = np.append(0.0, np.sqrt(1 / diffusion.alphas_cumprod - 1))
     g = np.sqrt(sigma**2 + S**2)
     error = float(np.sum(np.diff(sigma) ** 2 / 2 * S**2 / g[:-1] ** 4))
@@ -643,7 +727,8 @@ def test_ddim_follows_the_probability_flow(steps, bound):
 
 
 def test_ddim_with_250_steps_samples_the_gaussian():
-    # The flow is within 3% of exact (above), and maps N(0, 1) to a mean that is off by at most sqrt(a_T) MU S / g(T) < 1e-4.
+    # The flow is within 3% of exact (above), and maps N(0, 1) to a mean that is off by at most sqrt(a_T) MU S
+    # / g(T) < 1e-4.
     diffusion = make_diffusion(steps=250)
     x = draws(64, 1, 16, 16)
     got = diffusion.ddim_sample_loop(gaussian_model(diffusion), tuple(x.shape), noise=x, clip_denoised=False)
@@ -651,7 +736,8 @@ def test_ddim_with_250_steps_samples_the_gaussian():
 
 
 def test_ddim_with_eta_one_is_the_ancestral_loop():
-    # Song et al., 2021, section 4.1: with eta = 1 the step is that of DDPM with the posterior's variance, noise included.
+    # Song et al., 2021, section 4.1: with eta = 1 the step is that of DDPM with the posterior's variance,
+    # noise included.
     diffusion, x = make_diffusion(steps=20), draws(4, 1, 8, 8)
     model = gaussian_model(diffusion)
     ancestral, ddim = (
@@ -672,12 +758,21 @@ def test_constant_gradient_moves_the_ancestral_gaussian_by_the_closed_form(gamma
         return unconditional(x, t)
 
     plain, guided = (
-        run("p_sample_loop", diffusion, model, noise=x, clip_denoised=False, model_kwargs={"y": Y}, guidance=g) for g in (None, guidance)
+        run(
+            "p_sample_loop", diffusion, model, noise=x, clip_denoised=False, model_kwargs={"y": Y}, guidance=g
+        )
+        for g in (None, guidance)
     )
     factor = 0.0
     for t in range(49, -1, -1):
         a = diffusion.alphas_cumprod[t]
         k = math.sqrt(a) * S**2 / (a * S**2 + 1 - a)
-        strength = diffusion.posterior_variance[t] + gamma * max(diffusion.posterior_variance[t:]) * math.sin(math.pi * t / 50)
-        factor = (diffusion.posterior_mean_coef1[t] * k + diffusion.posterior_mean_coef2[t]) * factor + strength
-    torch.testing.assert_close(guided - plain, factor * 0.1 * WEIGHT[Y].view(N, 3, 8, 8), rtol=1e-9, atol=1e-12)
+        strength = diffusion.posterior_variance[t] + gamma * max(diffusion.posterior_variance[t:]) * math.sin(
+            math.pi * t / 50
+        )
+        factor = (
+            diffusion.posterior_mean_coef1[t] * k + diffusion.posterior_mean_coef2[t]
+        ) * factor + strength
+    torch.testing.assert_close(
+        guided - plain, factor * 0.1 * WEIGHT[Y].view(N, 3, 8, 8), rtol=1e-9, atol=1e-12
+    )

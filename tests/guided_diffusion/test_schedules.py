@@ -32,7 +32,9 @@ def test_cosine_schedule():
 
 
 def test_betas_follow_alpha_bar_and_are_capped():
-    np.testing.assert_allclose(betas_for_alpha_bar(4, lambda u: 1 - 0.5 * u), [1 / 8, 1 / 7, 1 / 6, 1 / 5], rtol=1e-12)
+    np.testing.assert_allclose(
+        betas_for_alpha_bar(4, lambda u: 1 - 0.5 * u), [1 / 8, 1 / 7, 1 / 6, 1 / 5], rtol=1e-12
+    )
     assert betas_for_alpha_bar(2, lambda u: 1 - u, max_beta=0.7).tolist() == [0.5, 0.7]
 
 
@@ -70,7 +72,9 @@ def test_even_spacing_keeps_both_ends_and_the_count(count):
     assert set(np.diff(kept)) <= {math.floor(999 / max(count - 1, 1)), math.ceil(999 / max(count - 1, 1))}
 
 
-@pytest.mark.parametrize(("spacing", "message"), [("11", "10.*11"), ("6,4", "5.*6"), ("ddim7", "7.*integer"), ([20], "10.*20")])
+@pytest.mark.parametrize(
+    ("spacing", "message"), [("11", "10.*11"), ("6,4", "5.*6"), ("ddim7", "7.*integer"), ([20], "10.*20")]
+)
 def test_more_steps_than_there_are(spacing, message):
     with pytest.raises(ValueError, match=message):
         space_timesteps(10, spacing)
@@ -85,4 +89,6 @@ def test_spacing_that_is_not_understood(spacing):
 @pytest.mark.parametrize("betas", [[0.0, 0.1], [0.1, 1.1], [[0.1]], [-0.1], [math.nan]])
 def test_betas_outside_their_range(betas):
     with pytest.raises(ValueError, match="betas"):
-        GaussianDiffusion(betas=betas, model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.FIXED_SMALL)
+        GaussianDiffusion(
+            betas=betas, model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.FIXED_SMALL
+        )

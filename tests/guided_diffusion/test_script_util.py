@@ -53,7 +53,13 @@ CLASSIFIER = {
     "classifier_resblock_updown": True,
     "classifier_pool": "attention",
 }
-TINY = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,1", "attention_resolutions": "4"}
+TINY = {
+    "image_size": 8,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1,1",
+    "attention_resolutions": "4",
+}
 
 
 def create(**changes):
@@ -85,7 +91,12 @@ def test_the_usual_script_builds_a_network_and_a_diffusion():
     assert diffusion.num_timesteps == 5
     assert model.label_emb.num_embeddings == 1000
     with torch.no_grad():
-        assert model(torch.zeros(2, 3, 8, 8), torch.tensor([3, 4]), torch.tensor([0, 999])).shape == (2, 6, 8, 8)
+        assert model(torch.zeros(2, 3, 8, 8), torch.tensor([3, 4]), torch.tensor([0, 999])).shape == (
+            2,
+            6,
+            8,
+            8,
+        )
 
 
 # Builders
@@ -115,7 +126,9 @@ def test_number_of_classes_does_not_matter_to_an_unconditional_network(num_class
 def test_learn_sigma(learn_sigma, channels):
     model, diffusion = create(learn_sigma=learn_sigma)
     assert model(torch.zeros(1, 3, 8, 8), torch.tensor([0])).shape == (1, channels, 8, 8)
-    assert diffusion.model_var_type is (ModelVarType.LEARNED_RANGE if learn_sigma else ModelVarType.FIXED_LARGE)
+    assert diffusion.model_var_type is (
+        ModelVarType.LEARNED_RANGE if learn_sigma else ModelVarType.FIXED_LARGE
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,11 +162,18 @@ def test_cosine_schedule_is_chosen_by_name():
         create(noise_schedule="sqrt")
 
 
-@pytest.mark.parametrize(("size", "widths"), [(64, [32, 64, 96, 128]), (128, [32, 32, 64, 96, 128]), (256, [32, 32, 64, 64, 128, 128])])
+@pytest.mark.parametrize(
+    ("size", "widths"),
+    [(64, [32, 64, 96, 128]), (128, [32, 32, 64, 96, 128]), (256, [32, 32, 64, 64, 128, 128])],
+)
 def test_channel_multipliers_by_size(size, widths):
     with torch.device("meta"):
-        model, _ = create(image_size=size, channel_mult="", attention_resolutions=str(size // 4), num_channels=32)
-    found = [block[0].out_layers[3].out_channels for block in model.input_blocks if hasattr(block[0], "out_layers")]
+        model, _ = create(
+            image_size=size, channel_mult="", attention_resolutions=str(size // 4), num_channels=32
+        )
+    found = [
+        block[0].out_layers[3].out_channels for block in model.input_blocks if hasattr(block[0], "out_layers")
+    ]
     assert found == widths
 
 
@@ -198,7 +218,11 @@ def test_wrong_flags(flags, message):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"), [({"image_size": 100}, "image_size 100"), ({"classifier_pool": "max"}, "pool 'max'.*attention.*adaptive")]
+    ("flags", "message"),
+    [
+        ({"image_size": 100}, "image_size 100"),
+        ({"classifier_pool": "max"}, "pool 'max'.*attention.*adaptive"),
+    ],
 )
 def test_wrong_classifier_flags(flags, message):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,6 @@
-"""What is noted of guidance: the figures of each step by hand, what is added up, and that nothing is counted twice."""
+"""What is noted of guidance: the figures of each step by hand, what is added up, and that nothing is counted
+twice.
+"""
 
 import json
 import math
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from guided_diffusion.guidance import Observation
-from guided_diffusion.tally import Tally
+from guided_diffusion.runs.tally import Tally
 
 CPU = torch.device("cpu")
 
@@ -65,7 +67,9 @@ def test_clipped_is_the_share_of_values_at_the_ends_of_the_range_or_beyond():
 
 def test_half_precision_does_not_overflow_in_the_norm():
     gradient = torch.full((2, 3, 8, 8), 1000, dtype=torch.float16)
-    assert line_of(observation(gradient=gradient))["gradient_norm"] == pytest.approx(1000 * math.sqrt(192), rel=1e-6)
+    assert line_of(observation(gradient=gradient))["gradient_norm"] == pytest.approx(
+        1000 * math.sqrt(192), rel=1e-6
+    )
 
 
 def test_skipped_images_are_counted_in_the_line_and_in_the_batch():
@@ -78,7 +82,9 @@ def test_skipped_images_are_counted_in_the_line_and_in_the_batch():
 
 
 def test_a_classifier_that_answers_nan_leaves_a_line_of_standard_json():
-    """--on_nonfinite skip drops such an image and goes on; what it leaves in metrics.jsonl must stay readable."""
+    """--on_nonfinite skip drops such an image and goes on; what it leaves in metrics.jsonl must stay
+    readable.
+    """
     logits = torch.zeros(2, 4)
     logits[0] = math.nan
     line = line_of(observation(logits=logits, skipped=(0,)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from guided_diffusion.presets import PRESETS
+from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.script_util import create_from_flags
 from guided_diffusion.unet import _attention
 
@@ -13,7 +13,9 @@ from guided_diffusion.unet import _attention
 def test_bfloat16_attention_is_that_of_float32_up_to_rounding(new_order):
     qkv = torch.randn(2, 64, 3 * 32, generator=torch.Generator().manual_seed(0))
     exact = _attention(qkv, 4, new_order)
-    torch.testing.assert_close(_attention(qkv.bfloat16(), 4, new_order).float(), exact, rtol=0, atol=0.02 * exact.abs().max().item())
+    torch.testing.assert_close(
+        _attention(qkv.bfloat16(), 4, new_order).float(), exact, rtol=0, atol=0.02 * exact.abs().max().item()
+    )
 
 
 def test_float32_attention_uses_the_fused_kernel():

@@ -1,4 +1,6 @@
-"""What the tests of the command line share: calling a script in this process, tiny checkpoints, folders of samples."""
+"""What the tests of the command line share: calling a script in this process, tiny checkpoints, folders of
+samples.
+"""
 
 import contextlib
 import importlib.util
@@ -13,8 +15,8 @@ import numpy as np
 import torch
 
 from guided_diffusion import logger
-from guided_diffusion.cli import run_main
-from guided_diffusion.presets import PRESETS
+from guided_diffusion.flags.parser import run_main
+from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.script_util import (
     classifier_defaults,
     create_classifier,
@@ -24,11 +26,25 @@ from guided_diffusion.script_util import (
 
 ROOT = Path(__file__).resolve().parents[2]
 # The flags of the digits preset that describe the network and the diffusion, without guidance.
-DIGITS_NETWORK = {key: PRESETS["digits"][key] for key in model_and_diffusion_defaults() if key in PRESETS["digits"]}
-# Networks small enough to be drawn at random. A noisy classifier has no channel_mult flag: 64 is its smallest size.
-TINY = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,1", "attention_resolutions": "8"}
+DIGITS_NETWORK = {
+    key: PRESETS["digits"][key] for key in model_and_diffusion_defaults() if key in PRESETS["digits"]
+}
+# Networks small enough to be drawn at random. A noisy classifier has no channel_mult flag: 64 is its smallest
+# size.
+TINY = {
+    "image_size": 16,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1,1",
+    "attention_resolutions": "8",
+}
 TINY_64 = {**TINY, "image_size": 64, "channel_mult": "1,1,1,1"}
-TINY_NOISY = {"image_size": 64, "classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "8"}
+TINY_NOISY = {
+    "image_size": 64,
+    "classifier_width": 32,
+    "classifier_depth": 1,
+    "classifier_attention_resolutions": "8",
+}
 
 _LOG_DIR = tempfile.TemporaryDirectory()
 
@@ -51,7 +67,9 @@ class Result:
 
 
 def call(main, flags):
-    """Run a script's main here, on one thread. An exception that would end the script with a traceback goes through."""
+    """Run a script's main here, on one thread. An exception that would end the script with a traceback goes
+    through.
+    """
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv, threads = sys.argv, torch.get_num_threads()
     sys.argv = ["script.py", *map(str, flags)]
@@ -72,8 +90,16 @@ def call(main, flags):
 
 def environment():
     """For child processes: this checkout, one thread each, no accelerator, no settings from outside."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("OPENAI_LOGDIR", "RANK", "WORLD_SIZE")}
-    return {**kept, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    kept = {
+        key: value for key, value in os.environ.items() if key not in ("OPENAI_LOGDIR", "RANK", "WORLD_SIZE")
+    }
+    return {
+        **kept,
+        "PYTHONPATH": str(ROOT),
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 def flags_of(settings):
@@ -98,16 +124,24 @@ def load_samples(folder):
 
 def contents(folder, but=None):
     """Every file below a folder with its bytes, without those of one name."""
-    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file() and path.name != but}
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in Path(folder).rglob("*")
+        if path.is_file() and path.name != but
+    }
 
 
 def make_unet(settings, num_classes=1000):
     """(U-Net, diffusion) for these flags over guided-diffusion's defaults."""
-    return create_model_and_diffusion(**{**model_and_diffusion_defaults(), **settings}, num_classes=num_classes)
+    return create_model_and_diffusion(
+        **{**model_and_diffusion_defaults(), **settings}, num_classes=num_classes
+    )
 
 
 def save_unet(path, settings, num_classes=1000):
-    """Write a U-Net with random weights, also where an untrained one has zeros, so that its output depends on its whole input."""
+    """Write a U-Net with random weights, also where an untrained one has zeros, so that its output depends on
+    its whole input.
+    """
     return save_random(path, make_unet(settings, num_classes)[0])
 
 
@@ -117,5 +151,8 @@ def make_noisy_classifier(settings=TINY_NOISY, num_classes=1000):
 
 def save_random(path, module):
     generator = torch.Generator().manual_seed(0)
-    torch.save({name: 0.05 * torch.randn(t.shape, generator=generator) for name, t in module.state_dict().items()}, path)
+    torch.save(
+        {name: 0.05 * torch.randn(t.shape, generator=generator) for name, t in module.state_dict().items()},
+        path,
+    )
     return path

@@ -1,4 +1,6 @@
-"""Bad input to scripts/classifier_sample.py: one line that says what was wrong and what to do, an exit code, and nothing lost."""
+"""Bad input to scripts/classifier_sample.py: one line that says what was wrong and what to do, an exit code,
+and nothing lost.
+"""
 
 import json
 import os
@@ -26,9 +28,9 @@ from helpers import (
     save_unet,
 )
 
-from guided_diffusion.checkpoints import PRETRAINED_DIR, load_state_dict
-from guided_diffusion.presets import PRESETS
-from guided_diffusion.run_lock import locked
+from guided_diffusion.files.checkpoints import PRETRAINED_DIR, load_state_dict
+from guided_diffusion.flags.presets import PRESETS
+from guided_diffusion.runs.lock import locked
 
 script = load_script("classifier_sample")
 DIGITS_UNET = PRETRAINED_DIR / "digits/unet.safetensors"
@@ -60,7 +62,9 @@ def refused(flags, *fragments, code=1, at_once=False):
 
 
 def refused_at_once(finished, flags, *fragments, code=1, base=QUICK):
-    """The same for an error that is found before sampling, with a finished folder as output, which must stay as it is."""
+    """The same for an error that is found before sampling, with a finished folder as output, which must stay
+    as it is.
+    """
     before = contents(finished, but="log.txt")
     last = refused([*base, "--out", finished, *flags], *fragments, code=code, at_once=True)
     assert ("another run's output" in last) == ("another run's output" in fragments)
@@ -73,15 +77,24 @@ def refused_at_once(finished, flags, *fragments, code=1, base=QUICK):
 
 @pytest.mark.parametrize("flag", ["--model_path", "--classifier_path"])
 def test_missing_checkpoint(finished, tmp_path, flag):
-    refused_at_once(finished, [flag, tmp_path / "absent.pt"], f"no checkpoint at {tmp_path / 'absent.pt'}", "scripts/download.py")
+    refused_at_once(
+        finished,
+        [flag, tmp_path / "absent.pt"],
+        f"no checkpoint at {tmp_path / 'absent.pt'}",
+        "scripts/download.py",
+    )
 
 
 def test_missing_checkpoint_of_a_preset(finished, tmp_path, monkeypatch):
     single = ("--preset", "imagenet128-resnet50", "--use_fp16", "False", "--classifier_use_fp16", "False")
     monkeypatch.setitem(
-        PRESETS, "imagenet128-resnet50", {**PRESETS["imagenet128-resnet50"], "model_path": str(tmp_path / "128x128_diffusion.pt")}
+        PRESETS,
+        "imagenet128-resnet50",
+        {**PRESETS["imagenet128-resnet50"], "model_path": str(tmp_path / "128x128_diffusion.pt")},
     )
-    refused_at_once(finished, [], "no checkpoint at", "128x128_diffusion.pt", "scripts/download.py", base=single)
+    refused_at_once(
+        finished, [], "no checkpoint at", "128x128_diffusion.pt", "scripts/download.py", base=single
+    )
 
 
 @pytest.mark.parametrize("flag", ["--model_path", "--classifier_path"])
@@ -112,7 +125,9 @@ def test_truncated_checkpoint_of_the_older_format(finished, tmp_path):
 def test_a_folder_another_ending_and_another_content_are_no_checkpoints(finished, tmp_path):
     refused_at_once(finished, ["--model_path", tmp_path], tmp_path, "no checkpoint")
     (tmp_path / "weights.bin").write_bytes(b"weights")
-    refused_at_once(finished, ["--model_path", tmp_path / "weights.bin"], tmp_path / "weights.bin", ".pt", ".safetensors")
+    refused_at_once(
+        finished, ["--model_path", tmp_path / "weights.bin"], tmp_path / "weights.bin", ".pt", ".safetensors"
+    )
     torch.save([1, 2], tmp_path / "list.pt")
     refused_at_once(finished, ["--model_path", tmp_path / "list.pt"], tmp_path / "list.pt", "state dict")
 
@@ -143,13 +158,24 @@ def test_architecture_flags_that_do_not_fit_the_checkpoint(finished, flags, key,
     flags = [str(flag).format(judge=PRETRAINED_DIR / "digits/judge.safetensors") for flag in flags]
     last = refused_at_once(finished, flags, "does not fit", key)
     if in_file:
-        assert re.search(rf"{re.escape(key)} .*{re.escape(in_file)} in the file .*{re.escape(in_network)} in the network", last)
+        assert re.search(
+            rf"{re.escape(key)} .*{re.escape(in_file)} in the file .*{re.escape(in_network)} in the network",
+            last,
+        )
 
 
 def test_classifier_flags_that_do_not_fit_its_checkpoint(finished, tmp_path):
     unet = save_unet(tmp_path / "unet.pt", TINY_64)
     noisy = save_random(tmp_path / "noisy.pt", make_noisy_classifier())
-    flags = ["--model_path", unet, "--classifier_path", noisy, *flags_of({**TINY_64, **TINY_NOISY}), "--classifier_width", 64]
+    flags = [
+        "--model_path",
+        unet,
+        "--classifier_path",
+        noisy,
+        *flags_of({**TINY_64, **TINY_NOISY}),
+        "--classifier_width",
+        64,
+    ]
     refused_at_once(finished, flags, noisy, "time_embed.0.weight", "[128, 32]", "[256, 64]", base=())
 
 
@@ -189,7 +215,17 @@ def labels_files(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["words.txt", "empty.txt", "empty.npy", "binary.txt", "fractions.npy", "objects.npy", "cut.npy", "absent.txt"]
+    "name",
+    [
+        "words.txt",
+        "empty.txt",
+        "empty.npy",
+        "binary.txt",
+        "fractions.npy",
+        "objects.npy",
+        "cut.npy",
+        "absent.txt",
+    ],
 )
 def test_labels_file_without_classes(finished, tmp_path, name):
     labels_files(tmp_path)
@@ -206,7 +242,12 @@ def test_malformed_labels(finished, text):
 
 @pytest.mark.parametrize(
     ("name", "flags"),
-    [("vit_b_16", ["--softplus_beta", "inf"]), ("vit_b_16", []), ("alexnet", []), ("convnext_tiny", ["--softplus_beta", "inf"])],
+    [
+        ("vit_b_16", ["--softplus_beta", "inf"]),
+        ("vit_b_16", []),
+        ("alexnet", []),
+        ("convnext_tiny", ["--softplus_beta", "inf"]),
+    ],
 )
 def test_image_size_that_the_classifier_cannot_take(finished, name, flags):
     flags = ["--classifier_type", name, "--classifier_path", "random", *flags]
@@ -228,15 +269,26 @@ def test_image_size_that_the_unet_cannot_take(finished, flags, fragments):
 
 
 def test_image_size_that_a_noisy_classifier_cannot_take(finished, tmp_path):
-    unet, noisy = save_unet(tmp_path / "unet.pt", TINY), save_random(tmp_path / "noisy.pt", make_noisy_classifier())
-    refused_at_once(finished, ["--model_path", unet, "--classifier_path", noisy, *flags_of({**TINY_NOISY, **TINY})], "16", "64", base=())
+    unet, noisy = (
+        save_unet(tmp_path / "unet.pt", TINY),
+        save_random(tmp_path / "noisy.pt", make_noisy_classifier()),
+    )
+    refused_at_once(
+        finished,
+        ["--model_path", unet, "--classifier_path", noisy, *flags_of({**TINY_NOISY, **TINY})],
+        "16",
+        "64",
+        base=(),
+    )
 
 
 # Non-finite numbers
 
 
 def write_faulty_classifier(folder, at_call=None, position=0, value="nan"):
-    """A linear classifier whose gradient is not finite at one pixel, of one image, in one guided call (counted from 1)."""
+    """A linear classifier whose gradient is not finite at one pixel, of one image, in one guided call
+    (counted from 1).
+    """
     (folder / "own.py").write_text(f"""
 import torch
 
@@ -266,11 +318,17 @@ builder = Linear
 # Five steps, 4 to 0, for samples 0 and 1, then for samples 2 and 3.
 @pytest.mark.parametrize("use_ddim", [False, True])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-@pytest.mark.parametrize(("call_number", "position", "step", "index"), [(1, 0, 4, 0), (5, 1, 0, 1), (7, 1, 3, 3)])
-def test_nonfinite_gradient_stops_and_names_step_and_sample(tmp_path, use_ddim, value, call_number, position, step, index):
+@pytest.mark.parametrize(
+    ("call_number", "position", "step", "index"), [(1, 0, 4, 0), (5, 1, 0, 1), (7, 1, 3, 3)]
+)
+def test_nonfinite_gradient_stops_and_names_step_and_sample(
+    tmp_path, use_ddim, value, call_number, position, step, index
+):
     faulty = write_faulty_classifier(tmp_path, call_number, position, value)
     folder = tmp_path / "out"
-    last = refused([*QUICK, *faulty, "--use_ddim", use_ddim, "--out", folder], "gradient", "--on_nonfinite skip")
+    last = refused(
+        [*QUICK, *faulty, "--use_ddim", use_ddim, "--out", folder], "gradient", "--on_nonfinite skip"
+    )
     assert re.search(rf"step {step}\b.*sample {index}\b", last)
     assert list(folder.glob("samples_*.npz")) == []
     assert len(list(folder.glob("shards/*.npz"))) == (call_number > 5)
@@ -297,7 +355,13 @@ def test_nonfinite_gradient_of_a_noisy_classifier_stops_and_names_step_and_sampl
     state = load_state_dict(save_random(tmp_path / "sound.pt", classifier))
     state["out.2.c_proj.bias"][3] = float("nan")
     torch.save(state, tmp_path / "noisy.pt")
-    flags = ["--model_path", unet, "--classifier_path", tmp_path / "noisy.pt", *flags_of({**TINY_64, **TINY_NOISY})]
+    flags = [
+        "--model_path",
+        unet,
+        "--classifier_path",
+        tmp_path / "noisy.pt",
+        *flags_of({**TINY_64, **TINY_NOISY}),
+    ]
     flags += ["--num_samples", 1, "--timestep_respacing", 5, "--use_ddim", use_ddim]
     last = refused([*flags, "--out", tmp_path / "out"], "non-finite")
     # Such a classifier is asked at the original timesteps.
@@ -310,7 +374,12 @@ def test_an_infinity_of_the_network_does_not_become_a_black_image(tmp_path):
     state = load_state_dict(DIGITS_UNET)
     state["out.2.bias"][0] = float("inf")
     torch.save(state, tmp_path / "unet.pt")
-    refused([*QUICK, "--model_path", tmp_path / "unet.pt", "--out", tmp_path / "out"], "the network answered", "step 4", "sample 0, 1")
+    refused(
+        [*QUICK, "--model_path", tmp_path / "unet.pt", "--out", tmp_path / "out"],
+        "the network answered",
+        "step 4",
+        "sample 0, 1",
+    )
     assert list((tmp_path / "out").glob("samples_*.npz")) == []
 
 
@@ -319,8 +388,23 @@ def test_skipped_guidance_of_a_noisy_classifier_is_counted(tmp_path):
     state = load_state_dict(save_random(tmp_path / "sound.pt", classifier))
     state["out.2.c_proj.bias"][3] = float("nan")
     torch.save(state, tmp_path / "noisy.pt")
-    flags = ["--model_path", unet, "--classifier_path", tmp_path / "noisy.pt", *flags_of({**TINY_64, **TINY_NOISY})]
-    flags += ["--num_samples", 2, "--timestep_respacing", 2, "--on_nonfinite", "skip", "--out", tmp_path / "out"]
+    flags = [
+        "--model_path",
+        unet,
+        "--classifier_path",
+        tmp_path / "noisy.pt",
+        *flags_of({**TINY_64, **TINY_NOISY}),
+    ]
+    flags += [
+        "--num_samples",
+        2,
+        "--timestep_respacing",
+        2,
+        "--on_nonfinite",
+        "skip",
+        "--out",
+        tmp_path / "out",
+    ]
     assert call(script.main, flags).code == 0
     assert json.loads((tmp_path / "out/run.json").read_text())["totals"]["skipped_guidance"] == 2 * 2
 
@@ -330,8 +414,23 @@ def test_nonfinite_network_stops_and_names_the_samples(tmp_path):
     # The embedding of one class: with one sample of each, only one is spoilt.
     state["label_emb.weight"][7] = float("nan")
     torch.save(state, tmp_path / "unet.pt")
-    flags = [*QUICK, "--model_path", tmp_path / "unet.pt", "--classifier_scale", 0, "--fix_class", "True", "--fix_class_index", 7]
-    refused([*flags, "--num_samples", 1, "--out", tmp_path / "out"], "the network answered NaN or infinity", "step 4", "sample 0")
+    flags = [
+        *QUICK,
+        "--model_path",
+        tmp_path / "unet.pt",
+        "--classifier_scale",
+        0,
+        "--fix_class",
+        "True",
+        "--fix_class_index",
+        7,
+    ]
+    refused(
+        [*flags, "--num_samples", 1, "--out", tmp_path / "out"],
+        "the network answered NaN or infinity",
+        "step 4",
+        "sample 0",
+    )
     assert list((tmp_path / "out").glob("samples_*.npz")) == []
 
 
@@ -362,7 +461,15 @@ def test_unwritable_output_folder(tmp_path, flag, place):
     ],
 )
 def test_a_folder_that_holds_another_runs_output(finished, flags, fragments):
-    last = refused_at_once(finished, flags, finished, "another run's output", "choose another --out", "--overwrite True", *fragments)
+    last = refused_at_once(
+        finished,
+        flags,
+        finished,
+        "another run's output",
+        "choose another --out",
+        "--overwrite True",
+        *fragments,
+    )
     assert "use_ddim" not in last
 
 
@@ -380,7 +487,12 @@ def test_a_folder_with_a_manifest_of_something_else(tmp_path, content):
 
 
 def test_overwrite_removes_nothing_before_the_input_is_known_to_be_good(finished, tmp_path):
-    for flags in (["--model_path", tmp_path / "absent.pt"], ["--labels", "10"], ["--num_channels", 64], ["--classifier_type", "resnet"]):
+    for flags in (
+        ["--model_path", tmp_path / "absent.pt"],
+        ["--labels", "10"],
+        ["--num_channels", 64],
+        ["--classifier_type", "resnet"],
+    ):
         refused_at_once(finished, ["--overwrite", "True", *flags])
 
 
@@ -394,7 +506,13 @@ def test_unknown_preset_lists_the_choices(finished):
 @pytest.mark.parametrize("name", ["resnet", "ResNet50", "digits"])
 def test_unknown_classifier_lists_the_choices(finished, name):
     refused_at_once(
-        finished, ["--classifier_type", name], f"unknown classifier '{name}'", "digits_guide", "resnet50", "vit_b_16", "FILE.py:builder"
+        finished,
+        ["--classifier_type", name],
+        f"unknown classifier '{name}'",
+        "digits_guide",
+        "resnet50",
+        "vit_b_16",
+        "FILE.py:builder",
     )
 
 
@@ -472,7 +590,9 @@ def test_values_that_mean_nothing(finished, flags, fragments):
     refused_at_once(finished, flags, *fragments)
 
 
-@pytest.mark.parametrize("flag", ["classifier_scale", "joint_temperature", "margin_temperature_discount", "gamma_factor"])
+@pytest.mark.parametrize(
+    "flag", ["classifier_scale", "joint_temperature", "margin_temperature_discount", "gamma_factor"]
+)
 def test_infinity(finished, flag):
     refused_at_once(finished, [f"--{flag}", "inf"], f"--{flag} must be finite, got inf")
 
@@ -487,7 +607,9 @@ def test_a_folder_that_another_run_is_writing_into(finished):
         refused_at_once(finished, [], f"another run is writing into {finished}", "--out")
 
 
-@pytest.mark.parametrize("flag", ["classifier_scale", "joint_temperature", "margin_temperature_discount", "gamma_factor"])
+@pytest.mark.parametrize(
+    "flag", ["classifier_scale", "joint_temperature", "margin_temperature_discount", "gamma_factor"]
+)
 def test_not_a_number(finished, tmp_path, flag):
     last = refused([*QUICK, f"--{flag}", "nan", "--out", tmp_path], flag, "nan", at_once=True)
     assert "another run" not in last
@@ -505,10 +627,14 @@ def test_cuda_that_is_not_there(finished, device):
 
 def test_softplus_needs_a_relu(finished, tmp_path):
     linear = write_faulty_classifier(tmp_path)
-    refused_at_once(finished, [*linear, "--softplus_beta", 3], "own.py:builder", "no ReLU", "softplus_beta inf")
+    refused_at_once(
+        finished, [*linear, "--softplus_beta", 3], "own.py:builder", "no ReLU", "softplus_beta inf"
+    )
 
 
-@pytest.mark.parametrize(("name", "activation"), [("mobilenet_v2", "ReLU6"), ("mobilenet_v3_small", "Hardswish")])
+@pytest.mark.parametrize(
+    ("name", "activation"), [("mobilenet_v2", "ReLU6"), ("mobilenet_v3_small", "Hardswish")]
+)
 def test_softplus_refuses_other_kinks_by_name(finished, name, activation):
     flags = ["--classifier_type", name, "--classifier_path", "random", "--softplus_beta", 3]
     refused_at_once(finished, flags, activation, "softplus_beta inf")
@@ -537,7 +663,9 @@ def test_weights_of_another_number_of_classes(finished, tmp_path):
 
 def test_classifier_weights_that_are_not_there(finished):
     refused_at_once(finished, ["--classifier_type", "resnet34"], "resnet34-", "give its path")
-    refused_at_once(finished, ["--classifier_type", "resnet18", "--classifier_path", "IMAGENET1K_V7"], "IMAGENET1K_V7")
+    refused_at_once(
+        finished, ["--classifier_type", "resnet18", "--classifier_path", "IMAGENET1K_V7"], "IMAGENET1K_V7"
+    )
 
 
 # Contradictions
@@ -547,7 +675,10 @@ def test_classifier_weights_that_are_not_there(finished):
     ("flags", "fragments"),
     [
         (["--softplus_beta", 3], ["--softplus_beta", "--classifier_type"]),
-        (["--gamma_factor", 0.3, "--joint_temperature", 1], ["--gamma_factor", "--joint_temperature", "--classifier_type"]),
+        (
+            ["--gamma_factor", 0.3, "--joint_temperature", 1],
+            ["--gamma_factor", "--joint_temperature", "--classifier_type"],
+        ),
         (["--margin_temperature_discount", 0.5], ["--margin_temperature_discount", "--classifier_type"]),
         (["--guidance_interval", "0,1"], ["--guidance_interval", "--classifier_type"]),
         (["--classifier_input", "paper"], ["--classifier_input", "--classifier_type"]),
@@ -563,7 +694,9 @@ def test_classifier_weights_that_are_not_there(finished):
     ],
 )
 def test_contradictions(finished, tmp_path, flags, fragments):
-    flags, fragments = ([str(word).format(other=tmp_path / "other") for word in words] for words in (flags, fragments))
+    flags, fragments = (
+        [str(word).format(other=tmp_path / "other") for word in words] for words in (flags, fragments)
+    )
     refused_at_once(finished, flags, *fragments, base=NETWORK)
     assert not (tmp_path / "other").exists()
 
@@ -571,7 +704,10 @@ def test_contradictions(finished, tmp_path, flags, fragments):
 @pytest.mark.parametrize(
     ("flags", "fragments"),
     [
-        (["--use_ddim", "True", "--variance_max", "first_pixel"], ["--variance_max first_pixel", "--use_ddim"]),
+        (
+            ["--use_ddim", "True", "--variance_max", "first_pixel"],
+            ["--variance_max first_pixel", "--use_ddim"],
+        ),
         (["--classifier_input", "imagenet"], ["digits_guide", "paper"]),
         (["--model_path", ""], ["--model_path", "--preset", "digits"]),
     ],

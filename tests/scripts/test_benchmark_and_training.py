@@ -8,10 +8,10 @@ import torch
 from helpers import call, environment, load_script
 
 from classifiers import load_classifier
-from guided_diffusion import machine
-from guided_diffusion.checkpoints import load_into, load_state_dict, sha256
 from guided_diffusion.edm import load_edm_network
-from guided_diffusion.presets import PRESETS
+from guided_diffusion.files.checkpoints import load_into, load_state_dict, sha256
+from guided_diffusion.flags.presets import PRESETS
+from guided_diffusion.runs import machine
 from guided_diffusion.script_util import create_from_flags
 
 
@@ -50,7 +50,16 @@ def test_the_benchmark_refuses_flags_that_mean_nothing(flags, message):
 def evaluation_benchmark(monkeypatch):
     """The script with sizes that take seconds; its child processes find this checkout."""
     script = load_script("benchmark_evaluation")
-    sizes = {"DIMENSION": 64, "FEW": 20, "REFERENCE": 400, "SAMPLES": 600, "PICTURES": 4, "FURTHER": 400, "REAL_BATCHES": 10, "REPEATS": 1}
+    sizes = {
+        "DIMENSION": 64,
+        "FEW": 20,
+        "REFERENCE": 400,
+        "SAMPLES": 600,
+        "PICTURES": 4,
+        "FURTHER": 400,
+        "REAL_BATCHES": 10,
+        "REPEATS": 1,
+    }
     for name, size in sizes.items():
         monkeypatch.setattr(script, name, size)
     for name, value in environment().items():
@@ -63,11 +72,15 @@ def test_the_evaluation_benchmark_prints_its_four_figures(evaluation_benchmark):
     assert result.code == 0, result.err
     machine, frechet, manifolds, extraction, memory = result.out.splitlines()
     assert machine.startswith("machine: ")
-    difference = re.search(r"[\d.]+% of the [\d.]+ s of scipy.linalg.sqrtm .* relative difference (\S+);", frechet)[1]
+    difference = re.search(
+        r"[\d.]+% of the [\d.]+ s of scipy.linalg.sqrtm .* relative difference (\S+);", frechet
+    )[1]
     assert float(difference) < 1e-6
     assert float(re.search(r"20 images each, singular covariances: (\S+) in", frechet)[1]) > 0
     assert re.search(r"\d+% of the [\d.]+ GFLOP/s of a plain matrix product", manifolds), manifolds
-    assert re.search(r"[\d.]+ images/s, \d+% of the bare Inception network's [\d.]+ images/s", extraction), extraction
+    assert re.search(r"[\d.]+ images/s, \d+% of the bare Inception network's [\d.]+ images/s", extraction), (
+        extraction
+    )
     for line in (manifolds, memory):
         assert 0.1 < float(re.search(r"peak resident memory of the process (\S+) GB", line)[1]) < 2.5
     assert re.search(r"-?[\d.]+ KB for each of the last 400 images", memory), memory
@@ -88,14 +101,17 @@ def test_the_peak_memory_of_a_process_is_its_own(evaluation_benchmark):
 def test_training_writes_networks_that_load_and_a_record(tmp_path):
     torch.manual_seed(0)
     result = call(
-        load_script("train_digits").main, ["--out", str(tmp_path), *(f"--{kind}iterations=3" for kind in ("", "edm_", "classifier_"))]
+        load_script("train_digits").main,
+        ["--out", str(tmp_path), *(f"--{kind}iterations=3" for kind in ("", "edm_", "classifier_"))],
     )
     assert result.code == 0, result.err
     record = json.loads((tmp_path / "training.json").read_text())
     assert set(record) == {"unet", "edm", "guide", "judge", "features"} and record["unet"]["iterations"] == 3
     assert load_edm_network(tmp_path / "edm.safetensors").label_dim == 10
     recorded = json.loads((tmp_path / "hashes.json").read_text())
-    assert recorded["edm.safetensors"]["sha256"] == sha256(tmp_path / "edm.safetensors") and len(recorded) == 7
+    assert (
+        recorded["edm.safetensors"]["sha256"] == sha256(tmp_path / "edm.safetensors") and len(recorded) == 7
+    )
     model, _ = create_from_flags(PRESETS["digits"])
     load_into(model, load_state_dict(tmp_path / "unet.safetensors"), "unet")
     for name in ("guide", "judge"):

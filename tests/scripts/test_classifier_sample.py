@@ -1,4 +1,6 @@
-"""scripts/classifier_sample.py: what it writes, what its flags do, that runs repeat, and that interrupted ones go on."""
+"""scripts/classifier_sample.py: what it writes, what its flags do, that runs repeat, and that interrupted
+ones go on.
+"""
 
 import json
 import os
@@ -33,18 +35,25 @@ from helpers import (
 )
 from PIL import Image
 
-import guided_diffusion.job
-import guided_diffusion.sample_store
-from guided_diffusion.checkpoints import PRETRAINED_DIR, load_state_dict, sha256
-from guided_diffusion.cli import parse_flags
-from guided_diffusion.presets import PRESETS
-from guided_diffusion.random_state import SampleNoise
+import guided_diffusion.runs.job
+import guided_diffusion.runs.store
+from guided_diffusion.files.checkpoints import PRETRAINED_DIR, load_state_dict, sha256
+from guided_diffusion.flags.parser import parse_flags
+from guided_diffusion.flags.presets import PRESETS
+from guided_diffusion.runs.noise import SampleNoise
 from guided_diffusion.script_util import classifier_defaults
 
 script = load_script("classifier_sample")
 QUICK = ("--preset", "digits", "--num_samples", 4, "--timestep_respacing", 5)
 UNGUIDED = (
-    *flags_of({**DIGITS_NETWORK, "num_classes": 10, "null_class": True, "model_path": PRETRAINED_DIR / "digits/unet.safetensors"}),
+    *flags_of(
+        {
+            **DIGITS_NETWORK,
+            "num_classes": 10,
+            "null_class": True,
+            "model_path": PRETRAINED_DIR / "digits/unet.safetensors",
+        }
+    ),
     *("--labels", "balanced", "--num_samples", 4, "--timestep_respacing", 5),
 )
 LINEAR_CLASSIFIER = """
@@ -86,7 +95,12 @@ def unguided(tmp_path_factory):
 
 def test_a_finished_folder_holds_samples_grid_manifest_and_log_only(tmp_path):
     result = sample(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "log.txt", "run.json", "samples_4x16x16x3.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "grid.png",
+        "log.txt",
+        "run.json",
+        "samples_4x16x16x3.npz",
+    ]
     assert result.out.strip() == str(tmp_path / "samples_4x16x16x3.npz")
     with np.load(samples_file(tmp_path), allow_pickle=False) as file:
         assert sorted(file.files) == ["arr_0", "arr_1"]
@@ -170,7 +184,9 @@ def test_the_batch_size_changes_no_label_no_noise_and_hardly_a_pixel(tmp_path):
             scale = () if guidance == "guided" else ("--classifier_scale", 0)
             sample(tmp_path / f"{guidance}{size}", "--num_samples", 100, "--batch_size", size, *scale)
     for guidance in ("unguided", "guided"):
-        np.testing.assert_array_equal(load_samples(tmp_path / f"{guidance}1")[1], load_samples(tmp_path / f"{guidance}16")[1])
+        np.testing.assert_array_equal(
+            load_samples(tmp_path / f"{guidance}1")[1], load_samples(tmp_path / f"{guidance}16")[1]
+        )
     assert levels_apart(tmp_path / "unguided1", tmp_path / "unguided16").max() <= 1
     # A tie in a max-pooling layer can send one image astray.
     assert (levels_apart(tmp_path / "guided1", tmp_path / "guided16") <= 1).mean() >= 0.99
@@ -193,9 +209,9 @@ def interrupted_while_sampling(patch):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return guided_diffusion.sample_store.to_uint8(*args)
+        return guided_diffusion.files.pixels.to_uint8(*args)
 
-    patch.setattr(guided_diffusion.job, "to_uint8", third_fails)
+    patch.setattr(guided_diffusion.runs.job, "to_uint8", third_fails)
 
 
 def interrupted_before_the_final_name(patch):
@@ -213,12 +229,16 @@ def interrupted_while_clearing_up(patch):
     def fails(*args, **kwargs):
         raise KeyboardInterrupt
 
-    patch.setattr(guided_diffusion.sample_store, "_remove_shards", fails)
+    patch.setattr(guided_diffusion.runs.store, "_remove_shards", fails)
 
 
 @pytest.mark.parametrize(
     ("interrupt", "finished", "drawn_later"),
-    [(interrupted_while_sampling, False, 2), (interrupted_before_the_final_name, False, 0), (interrupted_while_clearing_up, True, 0)],
+    [
+        (interrupted_while_sampling, False, 2),
+        (interrupted_before_the_final_name, False, 0),
+        (interrupted_while_clearing_up, True, 0),
+    ],
 )
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path, interrupt, finished, drawn_later):
     flags = ("--num_samples", 7, "--batch_size", 2)
@@ -232,17 +252,25 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path, inter
     assert len(list((tmp_path / "cut").glob("samples_*.npz"))) == finished
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guided_diffusion.job, "to_uint8", lambda *args: drawn.append(args) or guided_diffusion.sample_store.to_uint8(*args))
+        patch.setattr(
+            guided_diffusion.runs.job,
+            "to_uint8",
+            lambda *args: drawn.append(args) or guided_diffusion.files.pixels.to_uint8(*args),
+        )
         sample(tmp_path / "cut", *flags)
     assert len(drawn) == drawn_later
     assert samples_bytes(tmp_path / "cut") == samples_bytes(tmp_path / "whole")
-    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
 
 
 def test_ctrl_c_in_a_shell_ends_with_130_and_keeps_what_is_finished(tmp_path):
     flags = [*QUICK, "--num_samples", 8, "--batch_size", 1, "--timestep_respacing", 25]
     command = [sys.executable, ROOT / "scripts/classifier_sample.py", *map(str, flags), "--out", tmp_path]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         deadline = time.monotonic() + 120
         while not (first := list(tmp_path.glob("shards/*.npz"))):
             assert process.poll() is None and time.monotonic() < deadline
@@ -250,10 +278,12 @@ def test_ctrl_c_in_a_shell_ends_with_130_and_keeps_what_is_finished(tmp_path):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
     assert process.returncode == 130
-    assert out == "" and "Traceback" not in err and err.rstrip().endswith("the same command goes on from there")
+    assert (
+        out == "" and "Traceback" not in err and err.rstrip().endswith("the same command goes on from there")
+    )
     before = first[0].read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guided_diffusion.sample_store, "_remove_shards", lambda folder: None)
+        patch.setattr(guided_diffusion.runs.store, "_remove_shards", lambda folder: None)
         sample(tmp_path, base=flags)
     assert first[0].read_bytes() == before
     assert load_samples(tmp_path)[0].shape == (8, 16, 16, 3)
@@ -273,7 +303,13 @@ def test_overwrite_removes_the_other_run_and_nothing_else(tmp_path, guided):
     sample(tmp_path, "--num_samples", 2, "--seed", 5)
     (tmp_path / "notes.txt").write_text("mine")
     sample(tmp_path, "--overwrite", True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "log.txt", "notes.txt", "run.json", "samples_4x16x16x3.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "grid.png",
+        "log.txt",
+        "notes.txt",
+        "run.json",
+        "samples_4x16x16x3.npz",
+    ]
     assert samples_bytes(tmp_path) == samples_bytes(guided)
 
 
@@ -283,11 +319,21 @@ def test_two_ranks_write_what_one_process_writes(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, ROOT / "scripts/classifier_sample.py", *map(str, flags), "--out", tmp_path / "two"]
+    command = [
+        sys.executable,
+        ROOT / "scripts/classifier_sample.py",
+        *map(str, flags),
+        "--out",
+        tmp_path / "two",
+    ]
     group = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         subprocess.Popen(
-            command, env={**group, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            env={**group, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in "01"
     ]
@@ -342,20 +388,37 @@ def test_labels_are_shuffled_by_the_seed_and_random_ones_depend_on_the_index_alo
     assert set(many) <= set(range(10)) and len(set(many)) > 5
 
 
-@pytest.mark.parametrize(("unconditional", "scale", "label_matters"), [(True, 0, False), (True, 4, True), (False, 0, True)])
-def test_unconditional_hides_the_label_from_the_network_but_not_from_guidance(tmp_path, unconditional, scale, label_matters):
+@pytest.mark.parametrize(
+    ("unconditional", "scale", "label_matters"), [(True, 0, False), (True, 4, True), (False, 0, True)]
+)
+def test_unconditional_hides_the_label_from_the_network_but_not_from_guidance(
+    tmp_path, unconditional, scale, label_matters
+):
     for label in (3, 8):
-        sample(tmp_path / str(label), "--unconditional", unconditional, "--classifier_scale", scale, "--labels", label)
+        sample(
+            tmp_path / str(label),
+            "--unconditional",
+            unconditional,
+            "--classifier_scale",
+            scale,
+            "--labels",
+            label,
+        )
     assert (levels_apart(tmp_path / "3", tmp_path / "8").max() > 0) == label_matters
 
 
 # Samplers and classifiers
 
 
-@pytest.mark.parametrize(("interval", "like"), [("100000,200000", "unguided"), ("0,100000", "guided"), ("0.5,20", None)])
+@pytest.mark.parametrize(
+    ("interval", "like"), [("100000,200000", "unguided"), ("0,100000", "guided"), ("0.5,20", None)]
+)
 def test_the_guidance_interval(tmp_path, guided, unguided, interval, like):
     sample(tmp_path, "--guidance_interval", interval)
-    same = {name: samples_bytes(tmp_path) == samples_bytes(folder) for name, folder in {"guided": guided, "unguided": unguided}.items()}
+    same = {
+        name: samples_bytes(tmp_path) == samples_bytes(folder)
+        for name, folder in {"guided": guided, "unguided": unguided}.items()
+    }
     assert same == {"guided": like == "guided", "unguided": like == "unguided"}
 
 
@@ -367,7 +430,9 @@ def reference(settings, checkpoint, loop, num_classes=1000, labels=None, cond_fn
     shape = (2, 3, settings["image_size"], settings["image_size"])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    x = getattr(diffusion, loop)(model.eval(), shape, randn_like=SampleNoise(0, range(2)), cond_fn=cond_fn, **kwargs)
+    x = getattr(diffusion, loop)(
+        model.eval(), shape, randn_like=SampleNoise(0, range(2)), cond_fn=cond_fn, **kwargs
+    )
     torch.set_num_threads(threads)
     return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
@@ -375,11 +440,15 @@ def reference(settings, checkpoint, loop, num_classes=1000, labels=None, cond_fn
 @pytest.mark.parametrize("respacing", ["5", "ddim5", "2,3"])
 @pytest.mark.parametrize("use_ddim", [False, True])
 def test_without_guidance_the_loop_is_the_public_one(tmp_path, respacing, use_ddim):
-    sample(tmp_path, "--num_samples", 2, "--use_ddim", use_ddim, "--timestep_respacing", respacing, base=UNGUIDED)
+    sample(
+        tmp_path, "--num_samples", 2, "--use_ddim", use_ddim, "--timestep_respacing", respacing, base=UNGUIDED
+    )
     images, labels = load_samples(tmp_path)
     settings = {**DIGITS_NETWORK, "timestep_respacing": respacing}
     loop = "ddim_sample_loop" if use_ddim else "p_sample_loop"
-    expected = reference(settings, PRETRAINED_DIR / "digits/unet.safetensors", loop, 11, torch.from_numpy(labels))
+    expected = reference(
+        settings, PRETRAINED_DIR / "digits/unet.safetensors", loop, 11, torch.from_numpy(labels)
+    )
     np.testing.assert_array_equal(images, expected)
 
 
@@ -394,7 +463,15 @@ def test_classifier_path_alone_is_a_noisy_classifier(tmp_path, use_ddim):
     unet = save_unet(tmp_path / "unet.pt", TINY_64)
     classifier = make_noisy_classifier(num_classes=10)
     noisy = save_random(tmp_path / "noisy.pt", classifier)
-    flags = [*flags_of({**TINY_64, **TINY_NOISY}), "--num_classes", 10, "--num_samples", 2, "--timestep_respacing", 5]
+    flags = [
+        *flags_of({**TINY_64, **TINY_NOISY}),
+        "--num_classes",
+        10,
+        "--num_samples",
+        2,
+        "--timestep_respacing",
+        5,
+    ]
     flags += ["--model_path", unet, "--use_ddim", use_ddim]
     guided = [*flags, "--classifier_path", noisy, "--classifier_scale", 100_000]
     sample(tmp_path / "unguided", base=flags)
@@ -425,7 +502,14 @@ def test_classifier_type_with_a_path_reads_that_classifiers_weights(tmp_path, gu
 
 @pytest.mark.parametrize("classifier_input", ["paper", "imagenet"])
 def test_a_torchvision_network_with_random_weights(tmp_path, unguided, classifier_input):
-    flags = ("--classifier_type", "resnet18", "--classifier_path", "random", "--classifier_input", classifier_input)
+    flags = (
+        "--classifier_type",
+        "resnet18",
+        "--classifier_path",
+        "random",
+        "--classifier_input",
+        classifier_input,
+    )
     sample(tmp_path, "--classifier_scale", 1000, "--timestep_respacing", 5, "--batch_size", 4, *flags)
     assert levels_apart(tmp_path, unguided).min() > 0
 
@@ -530,17 +614,76 @@ ELUCD_VALUES = {
     "classifier_use_fp16": True,
 }
 DEFAULTS = {
-    **{"image_size": 64, "num_channels": 128, "num_res_blocks": 2, "num_heads": 4, "num_heads_upsample": -1, "num_head_channels": -1},
-    **{"attention_resolutions": "16,8", "channel_mult": "", "dropout": 0.0, "class_cond": False, "use_checkpoint": False},
-    **{"use_scale_shift_norm": True, "resblock_updown": False, "use_fp16": False, "use_new_attention_order": False},
-    **{"learn_sigma": False, "diffusion_steps": 1000, "noise_schedule": "linear", "timestep_respacing": "", "use_kl": False},
+    **{
+        "image_size": 64,
+        "num_channels": 128,
+        "num_res_blocks": 2,
+        "num_heads": 4,
+        "num_heads_upsample": -1,
+        "num_head_channels": -1,
+    },
+    **{
+        "attention_resolutions": "16,8",
+        "channel_mult": "",
+        "dropout": 0.0,
+        "class_cond": False,
+        "use_checkpoint": False,
+    },
+    **{
+        "use_scale_shift_norm": True,
+        "resblock_updown": False,
+        "use_fp16": False,
+        "use_new_attention_order": False,
+    },
+    **{
+        "learn_sigma": False,
+        "diffusion_steps": 1000,
+        "noise_schedule": "linear",
+        "timestep_respacing": "",
+        "use_kl": False,
+    },
     **{"predict_xstart": False, "rescale_timesteps": False, "rescale_learned_sigmas": False},
-    **{"classifier_use_fp16": False, "classifier_width": 128, "classifier_depth": 2, "classifier_attention_resolutions": "32,16,8"},
-    **{"classifier_use_scale_shift_norm": True, "classifier_resblock_updown": True, "classifier_pool": "attention"},
-    **{"clip_denoised": True, "num_samples": 10000, "batch_size": 16, "use_ddim": False, "model_path": "", "classifier_path": ""},
-    **{"classifier_scale": 1.0, "log_dir": "", "fix_class": False, "fix_class_index": 0, "classifier_type": ""},
-    **{"softplus_beta": float("inf"), "joint_temperature": 1.0, "margin_temperature_discount": 1.0, "gamma_factor": 0.0},
-    **{"seed": 0, "labels": "random", "out": "", "classifier_input": "paper", "guidance_interval": "", "preset": "", "device": ""},
+    **{
+        "classifier_use_fp16": False,
+        "classifier_width": 128,
+        "classifier_depth": 2,
+        "classifier_attention_resolutions": "32,16,8",
+    },
+    **{
+        "classifier_use_scale_shift_norm": True,
+        "classifier_resblock_updown": True,
+        "classifier_pool": "attention",
+    },
+    **{
+        "clip_denoised": True,
+        "num_samples": 10000,
+        "batch_size": 16,
+        "use_ddim": False,
+        "model_path": "",
+        "classifier_path": "",
+    },
+    **{
+        "classifier_scale": 1.0,
+        "log_dir": "",
+        "fix_class": False,
+        "fix_class_index": 0,
+        "classifier_type": "",
+    },
+    **{
+        "softplus_beta": float("inf"),
+        "joint_temperature": 1.0,
+        "margin_temperature_discount": 1.0,
+        "gamma_factor": 0.0,
+    },
+    **{
+        "seed": 0,
+        "labels": "random",
+        "out": "",
+        "classifier_input": "paper",
+        "guidance_interval": "",
+        "preset": "",
+        "device": "",
+    },
     **{"on_nonfinite": "stop"},
 }
 
@@ -557,7 +700,11 @@ def test_every_flag_exists_with_its_default():
 
 @pytest.mark.parametrize(
     ("line", "values"),
-    [(ADM_LINE, ADM_VALUES), (ELUCD_LINE, ELUCD_VALUES), (f"{ADM_LINE} {ELUCD_LINE}", {**ADM_VALUES, **ELUCD_VALUES})],
+    [
+        (ADM_LINE, ADM_VALUES),
+        (ELUCD_LINE, ELUCD_VALUES),
+        (f"{ADM_LINE} {ELUCD_LINE}", {**ADM_VALUES, **ELUCD_VALUES}),
+    ],
     ids=["adm", "elucd", "both"],
 )
 def test_the_published_lines_parse(line, values):
@@ -586,12 +733,23 @@ def test_flags_that_are_written_win_over_the_preset():
 def test_the_published_classifier_line_runs_with_another_network(tmp_path):
     network = {**TINY, "image_size": 128, "channel_mult": "1,1,1,1,1"}
     checkpoint = save_unet(tmp_path / "unet.pt", network)
-    flags = [*ELUCD_LINE.split(), *flags_of(network), "--model_path", checkpoint, "--classifier_path", "random"]
-    result = sample(tmp_path / "out", base=[*flags, "--num_samples", 1, "--timestep_respacing", 1, "--device", "cpu"])
+    flags = [
+        *ELUCD_LINE.split(),
+        *flags_of(network),
+        "--model_path",
+        checkpoint,
+        "--classifier_path",
+        "random",
+    ]
+    result = sample(
+        tmp_path / "out", base=[*flags, "--num_samples", 1, "--timestep_respacing", 1, "--device", "cpu"]
+    )
     assert load_samples(tmp_path / "out")[0].shape == (1, 128, 128, 3)
     (line,) = [line for line in result.err.splitlines() if "without effect" in line]
     named = {word.strip(",") for word in line.split() if word.startswith("--")}
-    assert named == {f"--{name}" for name in classifier_defaults() if name not in ("image_size", "classifier_use_fp16")}
+    assert named == {
+        f"--{name}" for name in classifier_defaults() if name not in ("image_size", "classifier_use_fp16")
+    }
 
 
 @pytest.mark.parametrize(
@@ -599,7 +757,10 @@ def test_the_published_classifier_line_runs_with_another_network(tmp_path):
     [
         ([], None),
         (["--use_kl", "False", "--dropout", "0.1"], "--use_kl, --dropout"),
-        (["--classifier_width", "64", "--rescale_learned_sigmas", "True"], "--rescale_learned_sigmas, --classifier_width"),
+        (
+            ["--classifier_width", "64", "--rescale_learned_sigmas", "True"],
+            "--rescale_learned_sigmas, --classifier_width",
+        ),
         (["--use_checkpoint", "True"], "--use_checkpoint"),
     ],
 )

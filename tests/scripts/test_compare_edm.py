@@ -1,4 +1,6 @@
-"""scripts/compare_edm.py: which runs it starts, with which flags, from which noise, and what it makes of them."""
+"""scripts/compare_edm.py: which runs it starts, with which flags, from which noise, and what it makes of
+them.
+"""
 
 import contextlib
 import importlib.util
@@ -17,7 +19,7 @@ from PIL import Image
 
 from classifiers.registry import load_classifier
 from evaluation.comparison import HELD_OUT, DigitsQuality
-from guided_diffusion.checkpoints import PRETRAINED_DIR
+from guided_diffusion.files.checkpoints import PRETRAINED_DIR
 
 compare = load_script("compare_edm")
 edm_sample = load_script("edm_sample")
@@ -112,8 +114,18 @@ def test_every_network_form_and_number_of_steps_is_sampled_for_every_seed(sweep)
     asked = [(seed, *row) for seed in range(3) for row in ROWS]
     assert [Path(child.flags["--out"]) for child in sweep.children] == [sweep.out(*run) for run in asked]
     for child, (seed, network, form, n) in zip(sweep.children, asked, strict=True):
-        own = {"--preset": "digits-edm", "--unconditional": NETWORKS[network], "--steps": str(n), "--solver": "heun", "--format": "npz"}
-        images = {"--seeds": ("0-5", "6-11", "12-17")[seed], "--batch": "4", "--out": str(sweep.out(seed, network, form, n))}
+        own = {
+            "--preset": "digits-edm",
+            "--unconditional": NETWORKS[network],
+            "--steps": str(n),
+            "--solver": "heun",
+            "--format": "npz",
+        }
+        images = {
+            "--seeds": ("0-5", "6-11", "12-17")[seed],
+            "--batch": "4",
+            "--out": str(sweep.out(seed, network, form, n)),
+        }
         assert child.flags == own | FORMS[form] | images
 
 
@@ -144,22 +156,34 @@ def test_the_rows_differ_in_their_images(sweep):
 
 
 def test_the_json_holds_what_judge_and_features_say_of_each_run_and_of_held_out_digits(sweep):
-    assert [(row["network"], row["guidance"], row["steps"]) for row in sweep.rows] == [*ROWS, ("real", "", None)]
+    assert [(row["network"], row["guidance"], row["steps"]) for row in sweep.rows] == [
+        *ROWS,
+        ("real", "", None),
+    ]
     classifier, quality = load_classifier("digits_judge", num_classes=10), DigitsQuality()
     for row in sweep.rows:
         for cell in (value for value in row.values() if isinstance(value, dict)):
             assert len(cell["runs"]) == 3
-            assert (cell["mean"], cell["std"]) == pytest.approx((np.mean(cell["runs"]), np.std(cell["runs"], ddof=1)))
+            assert (cell["mean"], cell["std"]) == pytest.approx(
+                (np.mean(cell["runs"]), np.std(cell["runs"], ddof=1))
+            )
         assert row["images"]["runs"] == [6, 6, 6]
     for row, key in ((sweep.rows[3], ROWS[3]), (sweep.rows[-2], ROWS[-1])):
         outs = [sweep.out(seed, *key) for seed in range(3)]
         images, labels = zip(*map(load_samples, outs), strict=True)
-        answers = [classifier(torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1).argmax(dim=1).numpy() for x in images]
-        assert row["hit"]["runs"] == pytest.approx([np.mean(a == y) for a, y in zip(answers, labels, strict=True)])
+        answers = [
+            classifier(torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1).argmax(dim=1).numpy()
+            for x in images
+        ]
+        assert row["hit"]["runs"] == pytest.approx(
+            [np.mean(a == y) for a, y in zip(answers, labels, strict=True)]
+        )
         assert row["fd_digits"]["runs"] == [quality(out)["fd_digits"] for out in outs]
     real = sweep.rows[-1]
     assert "hit" not in real and "log_prob" not in real
-    assert real["recall"]["runs"] == [quality(sweep.folder / f"seed{seed}" / "held_out.npz")["recall"] for seed in range(3)]
+    assert real["recall"]["runs"] == [
+        quality(sweep.folder / f"seed{seed}" / "held_out.npz")["recall"] for seed in range(3)
+    ]
 
 
 def test_the_real_digits_are_held_out_ones_as_many_as_samples_and_others_for_each_seed(sweep):
@@ -175,13 +199,31 @@ def test_the_real_digits_are_held_out_ones_as_many_as_samples_and_others_for_eac
 
 def test_the_table_prints_them_in_columns_the_real_digits_last(sweep):
     head, *lines, about, curves = sweep.result.out.splitlines()
-    assert head.split() == ["network", "guidance", "steps", "evaluations", "wanted", "class", "FD(digits)", "precision", "recall"]
+    assert head.split() == [
+        "network",
+        "guidance",
+        "steps",
+        "evaluations",
+        "wanted",
+        "class",
+        "FD(digits)",
+        "precision",
+        "recall",
+    ]
     assert about == "6 images in each run, 3 runs each; ± is their standard deviation"
     assert curves == f"curves: {sweep.folder / 'comparison.png'}"
     for line, row in zip(lines, sweep.rows, strict=True):
-        name = [row["network"]] if row["network"] == "real" else [row["network"], row["guidance"], str(row["steps"])]
+        name = (
+            [row["network"]]
+            if row["network"] == "real"
+            else [row["network"], row["guidance"], str(row["steps"])]
+        )
         evaluations = {2: ["3"], 3: ["5"], None: []}[row["steps"]]  # 2 N - 1
-        cells = [f"{row[key]['mean']:{form}} ± {row[key]['std']:{form}}" for key, form in COLUMNS.items() if key in row]
+        cells = [
+            f"{row[key]['mean']:{form}} ± {row[key]['std']:{form}}"
+            for key, form in COLUMNS.items()
+            if key in row
+        ]
         assert line.split() == [*name, *evaluations, *" ".join(cells).split()]
         assert len(line) == len(head)  # the columns stand below their names
 
@@ -214,7 +256,10 @@ def test_each_panel_has_a_curve_for_each_network_and_form_over_the_evaluations(s
     for axes, key in zip(figure.axes, COLUMNS, strict=True):
         lines, labels = axes.get_legend_handles_labels()
         expected = {
-            f"{n}, {form}": [row[key]["mean"] for row in sweep.rows if row["network"] == n and row["guidance"] == form] for n, form in MODES
+            f"{n}, {form}": [
+                row[key]["mean"] for row in sweep.rows if row["network"] == n and row["guidance"] == form
+            ]
+            for n, form in MODES
         }
         curves = dict(zip(labels, lines, strict=True))
         real = curves.pop("real digits, unseen", None)
@@ -225,7 +270,11 @@ def test_each_panel_has_a_curve_for_each_network_and_form_over_the_evaluations(s
 
 def test_without_matplotlib_one_line_says_so_and_the_table_stands(tmp_path, children, monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find_spec(name, *rest))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "matplotlib" else find_spec(name, *rest),
+    )
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it fails
     result = call(compare.main, [*QUICK, "--out", tmp_path])
     assert result.code == 0, result.err
@@ -261,11 +310,18 @@ OF_ALL = {"--S_churn": "5", "--device": "cpu"}
 
 
 def test_the_flags_of_a_form_go_to_its_rows_those_of_both_to_both_and_the_others_to_all(tmp_path, children):
-    written = [word for flags in (*OF_FORM.values(), OF_BOTH, OF_ALL) for pair in flags.items() for word in pair]
+    written = [
+        word for flags in (*OF_FORM.values(), OF_BOTH, OF_ALL) for pair in flags.items() for word in pair
+    ]
     result = call(compare.main, [*QUICK, *written, "--out", tmp_path])
     assert result.code == 0, result.err
     for child, (network, form) in zip(children, MODES, strict=True):
-        own = {"--preset": "digits-edm", "--unconditional": NETWORKS[network], "--steps": "1", "--solver": "heun"}
+        own = {
+            "--preset": "digits-edm",
+            "--unconditional": NETWORKS[network],
+            "--steps": "1",
+            "--solver": "heun",
+        }
         own |= {"--format": "npz", "--seeds": "0-5"}
         shared = {} if form == "unguided" else OF_BOTH
         out = tmp_path / "seed0" / f"{network}-{form}-1"
@@ -278,11 +334,17 @@ def test_the_flags_of_a_form_go_to_its_rows_those_of_both_to_both_and_the_others
 
 
 def test_the_strength_of_one_form_changes_its_rows_alone(tmp_path, sweep, children):
-    result = call(compare.main, ["--steps", "2", "--num_samples", "6", "--batch", "4", "--max_guidance", "0.2", "--out", tmp_path])
+    result = call(
+        compare.main,
+        ["--steps", "2", "--num_samples", "6", "--batch", "4", "--max_guidance", "0.2", "--out", tmp_path],
+    )
     assert result.code == 0, result.err
     for network, form in MODES:
         name = f"{network}-{form}-2"
-        images, before = load_samples(tmp_path / "seed0" / name)[0], load_samples(sweep.folder / "seed0" / name)[0]
+        images, before = (
+            load_samples(tmp_path / "seed0" / name)[0],
+            load_samples(sweep.folder / "seed0" / name)[0],
+        )
         assert np.array_equal(images, before) == (form != "released"), name
 
 
@@ -317,7 +379,15 @@ def test_a_folder_with_runs_of_another_strength_is_refused(tmp_path, sweep, chil
 # What is refused
 
 
-OWN_FLAGS = ("unconditional=True", "use_classifier=1", "guidance_form=score", "outdir=x", "format=png", "subdirs", "dry_run=1")
+OWN_FLAGS = (
+    "unconditional=True",
+    "use_classifier=1",
+    "guidance_form=score",
+    "outdir=x",
+    "format=png",
+    "subdirs",
+    "dry_run=1",
+)
 TWICE = "names a number twice; each gives one run"
 
 
@@ -326,12 +396,21 @@ TWICE = "names a number twice; each gives one run"
     [
         (["--steps", "5,10,5"], f"--steps 5,10,5 {TWICE}"),
         (["--seeds", "2,1-3"], f"--seeds 2,1-3 {TWICE}"),
-        (["--steps", "5-"], "--steps '5-' is not understood at '5-'; write numbers and ranges such as 1,2,5-10"),
+        (
+            ["--steps", "5-"],
+            "--steps '5-' is not understood at '5-'; write numbers and ranges such as 1,2,5-10",
+        ),
         (["--seeds", ""], "--seeds '' is not understood at ''; write numbers and ranges such as 1,2,5-10"),
         (["--seeds", "-1"], "--seeds must be from 0 on, got -1"),
         (["--num_samples", "5"], "--num_samples must be at least 6, got 5"),
-        *((["--" + flag], f"--{flag.partition('=')[0]} is this script's own to give to each row: drop it") for flag in OWN_FLAGS),
-        (["--judge", "digits_guide"], "--judge digits_guide is the guide itself; choose another classifier, of another architecture"),
+        *(
+            (["--" + flag], f"--{flag.partition('=')[0]} is this script's own to give to each row: drop it")
+            for flag in OWN_FLAGS
+        ),
+        (
+            ["--judge", "digits_guide"],
+            "--judge digits_guide is the guide itself; choose another classifier, of another architecture",
+        ),
         (
             ["--classifier_type", "digits_judge"],
             "--judge digits_judge is the guide itself; choose another classifier, of another architecture",
@@ -342,7 +421,9 @@ TWICE = "names a number twice; each gives one run"
         ),
     ],
 )
-def test_what_cannot_be_compared_is_refused_in_one_line_before_anything_is_sampled(tmp_path, children, flags, message):
+def test_what_cannot_be_compared_is_refused_in_one_line_before_anything_is_sampled(
+    tmp_path, children, flags, message
+):
     result = call(compare.main, [*QUICK, "--out", tmp_path / "out", *flags])
     assert (result.code, result.out) == (1, "")
     assert result.err == f"error: {message}\n"
@@ -359,7 +440,11 @@ def test_the_guide_of_the_preset_may_judge_where_another_guides(tmp_path, childr
     swapped = ["--judge", "digits_guide", "--classifier_type", "digits_judge"]
     result = call(compare.main, [*QUICK, *swapped, "--out", tmp_path])
     assert result.code == 0, result.err
-    assert [child.flags.get("--classifier_type") for child in children] == [None, "digits_judge", "digits_judge"] * 2
+    assert [child.flags.get("--classifier_type") for child in children] == [
+        None,
+        "digits_judge",
+        "digits_judge",
+    ] * 2
 
 
 @pytest.mark.parametrize(
@@ -381,7 +466,11 @@ def test_the_first_child_that_fails_ends_it_with_its_exit_code(tmp_path, childre
 
 
 @pytest.mark.parametrize(
-    ("code", "message"), [(130, None), (-9, "error: edm_sample.py was ended by signal 9; the same command goes on from what is finished")]
+    ("code", "message"),
+    [
+        (130, None),
+        (-9, "error: edm_sample.py was ended by signal 9; the same command goes on from what is finished"),
+    ],
 )
 def test_a_child_that_is_stopped_stops_it(tmp_path, monkeypatch, code, message):
     monkeypatch.setattr(subprocess, "call", lambda command, stdout: code)
@@ -397,11 +486,25 @@ def test_the_released_form_makes_the_unconditional_network_draw_the_wanted_class
     shares = {}
     for form in ("unguided", "released"):
         written = [word for pair in FORMS[form].items() for word in pair]
-        flags = ["--preset", "digits-edm", "--unconditional", "True", "--steps", "36", "--seeds", "0-59", "--batch", "60", *written]
+        flags = [
+            "--preset",
+            "digits-edm",
+            "--unconditional",
+            "True",
+            "--steps",
+            "36",
+            "--seeds",
+            "0-59",
+            "--batch",
+            "60",
+            *written,
+        ]
         result = call(edm_sample.main, [*flags, "--out", tmp_path / form])
         assert result.code == 0, result.err
         images, labels = load_samples(tmp_path / form)
-        answers = load_classifier("digits_judge", num_classes=10)(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1)
+        answers = load_classifier("digits_judge", num_classes=10)(
+            torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+        )
         shares[form] = float((answers.argmax(dim=1).numpy() == labels).mean())
     assert shares["released"] >= 0.85
     assert shares["unguided"] < 0.3

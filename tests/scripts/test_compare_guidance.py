@@ -1,4 +1,6 @@
-"""scripts/compare_guidance.py and guided_sample.sh: which runs they start, with which flags, and what they make of them."""
+"""scripts/compare_guidance.py and guided_sample.sh: which runs they start, with which flags, and what they
+make of them.
+"""
 
 import json
 import os
@@ -11,7 +13,7 @@ import pytest
 from helpers import ROOT, call, contents, environment, load_samples, load_script
 from PIL import Image
 
-from guided_diffusion.presets import EDM_PRESETS, PRESETS, script_of
+from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS, script_of
 
 compare = load_script("compare_guidance")
 classifier_sample = load_script("classifier_sample")
@@ -57,11 +59,17 @@ def test_two_seeds_make_four_rows(tmp_path, children):
             assert row[key]["std"] == pytest.approx(np.std(runs, ddof=1))
         assert all(10 * hit == pytest.approx(round(10 * hit)) and 0 <= hit <= 1 for hit in row["hit"]["runs"])
         assert max(row["log_prob"]["runs"]) < 0 < min(row["seconds_per_image"]["runs"])
-        assert row["guidance_share"]["mean"] < 0.05 if row["guidance"] == "unguided" else 0.05 < row["guidance_share"]["mean"] < 1
+        assert (
+            row["guidance_share"]["mean"] < 0.05
+            if row["guidance"] == "unguided"
+            else 0.05 < row["guidance_share"]["mean"] < 1
+        )
 
     first, second = result.out.split("FD(digits)")
     table = [line.split() for line in first.splitlines()]
-    assert [tuple(words[:2]) for words in table if words and words[0] in ("class-conditional", "unconditional")] == ROWS
+    assert [
+        tuple(words[:2]) for words in table if words and words[0] in ("class-conditional", "unconditional")
+    ] == ROWS
     assert first.count("±") == 8
     assert_features_table(tables["features"], second)
     assert f"{rows[0]['hit']['mean']:.1%} ± {rows[0]['hit']['std']:.1%}" in result.out
@@ -95,10 +103,17 @@ def test_the_rows_start_from_the_same_noise_and_labels_and_the_flags_go_on(tmp_p
     assert "±" not in first
     assert second.count("±") == 6  # of one run, only the distance has a spread
     assert "± is the standard deviation over resamples of the images" in second
-    runs = [json.loads((tmp_path / "seed0" / f"{n}-{m}" / "run.json").read_text())["settings"] for n, m in ROWS]
+    runs = [
+        json.loads((tmp_path / "seed0" / f"{n}-{m}" / "run.json").read_text())["settings"] for n, m in ROWS
+    ]
     varied = {key for key in runs[0] if len({str(run[key]) for run in runs}) > 1}
     assert varied == {"unconditional", "classifier_scale"}
-    assert [(run["unconditional"], run["classifier_scale"]) for run in runs] == [(False, 0), (False, 2), (True, 0), (True, 2)]
+    assert [(run["unconditional"], run["classifier_scale"]) for run in runs] == [
+        (False, 0),
+        (False, 2),
+        (True, 0),
+        (True, 2),
+    ]
     assert (runs[0]["gamma_factor"], runs[0]["num_samples"], runs[0]["seed"]) == (0.1, 10, 0)
     labels = [load_samples(tmp_path / "seed0" / f"{n}-{m}")[1].tolist() for n, m in ROWS]
     assert labels == [labels[0]] * 4 and set(labels[0]) == {2, 7}
@@ -115,7 +130,10 @@ def test_the_same_command_again_samples_nothing(tmp_path, children):
 def test_the_guides_share_of_hits_is_counted_by_the_judge(tmp_path, children):
     result = call(compare.main, ["--num_samples", "40", "--timestep_respacing", "10", "--out", tmp_path])
     assert result.code == 0, result.err
-    hit = {(row["network"], row["guidance"]): row["hit"]["mean"] for row in json.loads((tmp_path / "comparison.json").read_text())["judge"]}
+    hit = {
+        (row["network"], row["guidance"]): row["hit"]["mean"]
+        for row in json.loads((tmp_path / "comparison.json").read_text())["judge"]
+    }
     assert hit["unconditional", "unguided"] < 0.35
     assert hit["unconditional", "guided"] > hit["unconditional", "unguided"] + 0.3
 
@@ -129,9 +147,17 @@ def test_the_guides_share_of_hits_is_counted_by_the_judge(tmp_path, children):
         (["--preset", "imagenet128-resnet50"], 1, f"error: --preset imagenet128-resnet50 {NO_NULL_CLASS}"),
         (["--seed", "3"], 1, "error: --seed would give every run the same seed: use --seeds"),
         (["--seed=3"], 1, "error: --seed would give every run the same seed: use --seeds"),
-        (["--seeds", "3-"], 1, "error: --seeds '3-' is not understood at '3-'; write numbers and ranges such as 1,2,5-10"),
+        (
+            ["--seeds", "3-"],
+            1,
+            "error: --seeds '3-' is not understood at '3-'; write numbers and ranges such as 1,2,5-10",
+        ),
         (["--seeds", "2,1-3"], 1, "error: --seeds 2,1-3 names a seed twice; each gives one run"),
-        (["--seeds", ""], 1, "error: --seeds '' is not understood at ''; write numbers and ranges such as 1,2,5-10"),
+        (
+            ["--seeds", ""],
+            1,
+            "error: --seeds '' is not understood at ''; write numbers and ranges such as 1,2,5-10",
+        ),
     ],
 )
 def test_the_first_failure_ends_it(tmp_path, children, flags, code, message):
@@ -143,7 +169,9 @@ def test_the_first_failure_ends_it(tmp_path, children, flags, code, message):
     assert not (tmp_path / "comparison.json").exists()
 
 
-@pytest.mark.parametrize("flags", [["--unconditional", "True"], ["--unconditional", "False"], ["--unconditional=True"]])
+@pytest.mark.parametrize(
+    "flags", [["--unconditional", "True"], ["--unconditional", "False"], ["--unconditional=True"]]
+)
 def test_the_flags_that_tell_the_rows_apart_cannot_be_overridden(tmp_path, children, flags):
     result = call(compare.main, [*FLAGS, "--out", tmp_path, *flags])
     assert result.code == 1
@@ -175,14 +203,22 @@ def shell(tmp_path):
     copy = shutil.copy(ROOT / "guided_sample.sh", tmp_path)
 
     def run(*words):
-        return subprocess.run([copy, *words], env={**os.environ, "PYTHON": "echo"}, capture_output=True, text=True)
+        return subprocess.run(
+            [copy, *words], env={**os.environ, "PYTHON": "echo"}, capture_output=True, text=True
+        )
 
     return run
 
 
 def test_the_default_is_digits_while_the_imagenet_files_are_absent(tmp_path, shell):
     result = shell("--seeds", "0-2")
-    assert result.stdout.split() == [str(tmp_path / "scripts/compare_guidance.py"), "--preset", "digits", "--seeds", "0-2"]
+    assert result.stdout.split() == [
+        str(tmp_path / "scripts/compare_guidance.py"),
+        "--preset",
+        "digits",
+        "--seeds",
+        "0-2",
+    ]
     assert "preset: digits" in result.stderr and "scripts/download.py imagenet128-resnet101" in result.stderr
 
 
@@ -193,7 +229,11 @@ def test_the_default_is_imagenet_when_its_files_are_there(tmp_path, shell, class
     assert "preset: digits" in shell().stderr  # the classifier is not
     (tmp_path / "pretrained_models" / classifier).touch()
     result = shell()
-    assert result.stdout.split() == [str(tmp_path / "scripts/classifier_sample.py"), "--preset", "imagenet128-resnet101"]
+    assert result.stdout.split() == [
+        str(tmp_path / "scripts/classifier_sample.py"),
+        "--preset",
+        "imagenet128-resnet101",
+    ]
     assert "preset: imagenet128-resnet101" in result.stderr
 
 
@@ -219,21 +259,27 @@ SCRIPT_OF = {
 @pytest.mark.parametrize(("preset", "name"), SCRIPT_OF.items())
 def test_a_preset_by_name_and_every_other_flag_goes_on(tmp_path, shell, preset, name):
     result = shell(preset, "--out", "with a blank", "--seed", "1")
-    assert result.stdout.strip() == f"{tmp_path}/scripts/{name}.py --preset {preset} --out with a blank --seed 1"
+    assert (
+        result.stdout.strip() == f"{tmp_path}/scripts/{name}.py --preset {preset} --out with a blank --seed 1"
+    )
     assert result.stderr == ""
 
 
 def test_every_preset_is_among_them_and_goes_where_its_script_is():
     assert {*PRESETS, *EDM_PRESETS} == set(SCRIPT_OF)
     sampled = {preset: name for preset, name in SCRIPT_OF.items() if not name.startswith("compare_")}
-    assert {preset: script_of(preset) for preset in sampled} == {preset: f"{name}.py" for preset, name in sampled.items()}
+    assert {preset: script_of(preset) for preset in sampled} == {
+        preset: f"{name}.py" for preset, name in sampled.items()
+    }
 
 
 def run_shell(folder, *words):
     """Run the real thing from a folder without ImageNet files."""
     for name in ("guided_sample.sh", "scripts"):
         (folder / name).symlink_to(ROOT / name)
-    return subprocess.run([folder / "guided_sample.sh", *words], cwd=folder, env=environment(), capture_output=True, text=True)
+    return subprocess.run(
+        [folder / "guided_sample.sh", *words], cwd=folder, env=environment(), capture_output=True, text=True
+    )
 
 
 def test_guided_sample_ends_with_a_table_and_a_picture(tmp_path):
@@ -241,16 +287,27 @@ def test_guided_sample_ends_with_a_table_and_a_picture(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stderr.startswith("preset: digits (the ImageNet files are not in pretrained_models")
     assert "\r" not in result.stderr  # no bar where no terminal is
-    tables = [line.split()[:2] for line in result.stdout.splitlines() if line.startswith(("class", "uncond", "real"))]
+    tables = [
+        line.split()[:2]
+        for line in result.stdout.splitlines()
+        if line.startswith(("class", "uncond", "real"))
+    ]
     assert tables == [*map(list, ROWS), *map(list, ROWS), ["real", "10"]]
     assert result.stdout.splitlines()[-1].endswith("results/digits/comparison.png")
-    assert sorted(path.name for path in (tmp_path / "results/digits").iterdir()) == ["comparison.json", "comparison.png", "seed0"]
+    assert sorted(path.name for path in (tmp_path / "results/digits").iterdir()) == [
+        "comparison.json",
+        "comparison.png",
+        "seed0",
+    ]
 
 
 def test_guided_sample_passes_on_what_a_child_of_digits_edm_says_and_its_code(tmp_path):
     result = run_shell(tmp_path, "digits-edm", "--steps", "1", "--num_samples", "6", "--class", "10")
     assert (result.returncode, result.stdout) == (1, "")
-    told = ["class-conditional, unguided, 1 steps, seed 0", "error: --class 10 is out of range, the classes are 0 to 9"]
+    told = [
+        "class-conditional, unguided, 1 steps, seed 0",
+        "error: --class 10 is out of range, the classes are 0 to 9",
+    ]
     assert result.stderr.splitlines() == told
 
 

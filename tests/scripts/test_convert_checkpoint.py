@@ -13,9 +13,9 @@ from edm_pickles import Call, dumps, module_state, network, persistent, tiny_sna
 from helpers import ROOT, call, environment, load_script
 from safetensors import safe_open
 
-from guided_diffusion import edm_pickle
-from guided_diffusion.checkpoints import load_edm_checkpoint, load_into, load_state_dict
 from guided_diffusion.edm import load_edm_network
+from guided_diffusion.files import edm_pickle
+from guided_diffusion.files.checkpoints import load_edm_checkpoint, load_into, load_state_dict
 
 main = load_script("convert_checkpoint").main
 MiB = 1 << 20
@@ -33,10 +33,20 @@ def test_the_same_network(tmp_path, kind):
     assert result.code == 0, result.err
     assert f"{type(net).__name__}, {len(net.state_dict())} tensors" in result.out
     pickled, converted = (load_edm_checkpoint(tmp_path / name) for name in ("in.pkl", "out.safetensors"))
-    assert (pickled.class_name, pickled.arguments) == (converted.class_name, converted.arguments) == (type(net).__name__, arguments)
-    assert load_state_dict(tmp_path / "out.safetensors").keys() == pickled.state_dict.keys() == net.state_dict().keys()
+    assert (
+        (pickled.class_name, pickled.arguments)
+        == (converted.class_name, converted.arguments)
+        == (type(net).__name__, arguments)
+    )
+    assert (
+        load_state_dict(tmp_path / "out.safetensors").keys()
+        == pickled.state_dict.keys()
+        == net.state_dict().keys()
+    )
     for name, tensor in pickled.state_dict.items():
-        assert tensor.dtype == converted.state_dict[name].dtype and torch.equal(tensor, converted.state_dict[name])
+        assert tensor.dtype == converted.state_dict[name].dtype and torch.equal(
+            tensor, converted.state_dict[name]
+        )
     x = torch.randn(2, 3, 8, 8)
     for name in ("in.pkl", "out.safetensors"):
         load_into(type(net)(**arguments), load_state_dict(tmp_path / name), name)  # strictly
@@ -58,7 +68,11 @@ def test_every_type_and_size(tmp_path):
     dtypes = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
     dtypes += (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     tensors = {f"w{i}": torch.tensor([[1, 0, 1]]).to(dtype) for i, dtype in enumerate(dtypes)}
-    tensors |= {"none": torch.ones(0, 2), "scalar": torch.tensor(2.5), "turned": torch.arange(6.0).view(2, 3).T}
+    tensors |= {
+        "none": torch.ones(0, 2),
+        "scalar": torch.tensor(2.5),
+        "turned": torch.arange(6.0).view(2, 3).T,
+    }
     assert convert(tmp_path, dumps(network(tensors))).code == 0
     read = load_state_dict(tmp_path / "out.safetensors")
     assert read.keys() == tensors.keys()
@@ -116,7 +130,9 @@ def test_safetensors_of_something_else(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"w": torch.ones(1)}, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"w\.safetensors does not say which EDM network.*convert_checkpoint"):
+    with pytest.raises(
+        ValueError, match=r"w\.safetensors does not say which EDM network.*convert_checkpoint"
+    ):
         load_edm_checkpoint(tmp_path / "w.safetensors")
     torch.save({"w": torch.ones(1)}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=r"w\.pt is no EDM network.*\.pkl"):
@@ -127,7 +143,13 @@ def peak(tmp_path, megabytes):
     """Bytes that a process needs to convert that much, in tensors of 4 MiB."""
     tensors = {f"w{i}": torch.rand(MiB) for i in range(megabytes // 4)}
     (tmp_path / "in.pkl").write_bytes(dumps({"ema": persistent("EDMPrecond", module_state(tensors))}))
-    command = [sys.executable, "scripts/convert_checkpoint.py", tmp_path / "in.pkl", tmp_path / "out.safetensors", "--overwrite"]
+    command = [
+        sys.executable,
+        "scripts/convert_checkpoint.py",
+        tmp_path / "in.pkl",
+        tmp_path / "out.safetensors",
+        "--overwrite",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.safetensors").stat().st_size > megabytes * MiB

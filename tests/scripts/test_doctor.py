@@ -1,4 +1,6 @@
-"""scripts/doctor.py and --dry_run: what they say of a preset's run, and that they leave no trace. The checks: test_preflight.py."""
+"""scripts/doctor.py and --dry_run: what they say of a preset's run, and that they leave no trace. The checks:
+test_preflight.py.
+"""
 
 import re
 import subprocess
@@ -8,10 +10,10 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, call, contents, environment, load_script
 
-import guided_diffusion.job
-from guided_diffusion import machine
-from guided_diffusion.checkpoints import PRETRAINED_DIR, sha256
-from guided_diffusion.presets import EDM_PRESETS, PRESETS
+import guided_diffusion.runs.job
+from guided_diffusion.files.checkpoints import PRETRAINED_DIR, sha256
+from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS
+from guided_diffusion.runs import machine
 
 doctor = load_script("doctor")
 script = load_script("classifier_sample")
@@ -30,13 +32,17 @@ def problems(*flags):
 
 def test_in_a_shell_the_digits_are_ready_and_no_trace_is_left(tmp_path):
     command = [sys.executable, ROOT / "scripts/doctor.py", "digits", *QUICK, "--dry_run", "False"]
-    result = subprocess.run(list(map(str, command)), env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        list(map(str, command)), env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert (result.returncode, result.stderr) == (0, "")
     said = result.stdout.splitlines()
     assert said[-1] == "ready"
     for flag, name in (("model_path", "unet"), ("classifier_path", "guide")):
         path = DIGITS / f"{name}.safetensors"
-        (line,) = (line for line in said if line.startswith(f"--{flag}: {path}, {path.stat().st_size:,} bytes"))
+        (line,) = (
+            line for line in said if line.startswith(f"--{flag}: {path}, {path.stat().st_size:,} bytes")
+        )
         assert sha256(path)[:16] in line
     (folder,) = (line for line in said if line.startswith("folder: "))
     assert folder.startswith("folder: results/digits, 0 of 4 samples are there")
@@ -57,7 +63,9 @@ def test_a_preset_is_examined_by_the_script_that_samples_it(tmp_path):
     flags = ["--steps", 3, "--seeds", "5-8", "--outdir", tmp_path / "out"]
     result = call(doctor.main, ["digits-edm", *flags])
     assert (result.code, result.err) == (0, "") and result.out.endswith("ready\n")
-    assert f"--network: {DIGITS / 'edm.safetensors'}, " in result.out and "for 4 images of 3 steps" in result.out
+    assert (
+        f"--network: {DIGITS / 'edm.safetensors'}, " in result.out and "for 4 images of 3 steps" in result.out
+    )
     assert not (tmp_path / "out").exists()
     assert "--class 10 is out of range" in problems("digits-edm", *flags, "--class", 10)["networks"]
 
@@ -76,12 +84,18 @@ def test_weights_that_do_not_fit_the_flags(tmp_path, flags, fragment):
 
 
 def test_files_that_are_missing_are_all_named_with_the_command_that_fetches_them(tmp_path, monkeypatch):
-    changed = {"model_path": str(tmp_path / "128x128_diffusion.pt"), "classifier_path": str(tmp_path / "128x128_classifier.pt")}
+    changed = {
+        "model_path": str(tmp_path / "128x128_diffusion.pt"),
+        "classifier_path": str(tmp_path / "128x128_classifier.pt"),
+    }
     monkeypatch.setitem(PRESETS, "imagenet128-finetuned", {**PRESETS["imagenet128-finetuned"], **changed})
     found = problems("imagenet128-finetuned", "--out", tmp_path / "out")
     assert list(found) == ["--model_path", "--classifier_path"]
     for flag, path in changed.items():
-        assert f"no checkpoint at {path}; fetch it with `python scripts/download.py {Path(path).name}`" == found[f"--{flag}"]
+        assert (
+            f"no checkpoint at {path}; fetch it with `python scripts/download.py {Path(path).name}`"
+            == found[f"--{flag}"]
+        )
 
 
 def test_too_little_memory_is_told_before_the_run(tmp_path, monkeypatch):
@@ -100,10 +114,10 @@ def test_a_run_that_is_half_done_stays_so_and_goes_on_afterwards(tmp_path, monke
         rounded.append(args)
         if len(rounded) == 2:
             raise KeyboardInterrupt
-        return guided_diffusion.sample_store.to_uint8(*args)
+        return guided_diffusion.runs.store.to_uint8(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(guided_diffusion.job, "to_uint8", second_fails)
+        patch.setattr(guided_diffusion.runs.job, "to_uint8", second_fails)
         assert call(script.main, ["--preset", "digits", *flags]).code == 130
     before = contents(folder)
     result = call(doctor.main, ["digits", *flags])

@@ -82,16 +82,28 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.etag, self.kind = CONTENT, '"one"', "application/octet-stream"
         self.with_ranges, self.with_length, self.claimed, self.shift = True, True, None, 0
-        self.cuts, self.statuses = [], []  # bytes after which to close, statuses to answer with: used up one by one
+        self.cuts, self.statuses = (
+            [],
+            [],
+        )  # bytes after which to close, statuses to answer with: used up one by one
         self.ranges, self.served = [], 0
         self.halfway = lambda: None
 
     def handle_error(self, request, client_address):
-        """Say nothing when a client hangs up, as it does where it refuses a file: stderr is what the tests look at."""
+        """Say nothing when a client hangs up, as it does where it refuses a file: stderr is what the tests
+        look at.
+        """
 
     def table(self, name=NAME, **fields):
         url = f"http://127.0.0.1:{self.server_port}/{name}"
-        row = {"url": url, "sha256": None, "bytes": None, "licence": "MIT", "also_named": [], "what": "a test"}
+        row = {
+            "url": url,
+            "sha256": None,
+            "bytes": None,
+            "licence": "MIT",
+            "also_named": [],
+            "what": "a test",
+        }
         return {"files": {name: row | fields}, "presets": {"small": [name], "none": []}}
 
 
@@ -126,7 +138,8 @@ def refused(argv, table, capsys):
     return err
 
 
-# What is fetched -----------------------------------------------------------------------------------------------------
+# What is fetched
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_fresh_download_is_recorded_and_tells_the_licence(server, tmp_path, capsys):
@@ -166,7 +179,10 @@ def test_next_command_goes_on_where_the_last_one_gave_up(server, tmp_path, capsy
     server.cuts, server.statuses = [100_000], []
     server.halfway = lambda: server.statuses.extend([503] * 3)
     assert fetch(tmp_path, server.table()) == 1
-    assert f"HTTP 503 Service Unavailable; fetch {server.table()['files'][NAME]['url']}" in capsys.readouterr().err
+    assert (
+        f"HTTP 503 Service Unavailable; fetch {server.table()['files'][NAME]['url']}"
+        in capsys.readouterr().err
+    )
     assert (tmp_path / f"{NAME}.part").read_bytes() == CONTENT[:100_000] and not (tmp_path / NAME).exists()
     server.statuses, server.halfway = [], lambda: None
     assert fetch(tmp_path, server.table()) == 0
@@ -201,7 +217,9 @@ def test_complete_part_of_known_size_needs_no_network(tmp_path, closed_port):
     assert fetch(tmp_path, table) == 0
 
 
-@pytest.mark.parametrize("shift, kept", [(0, CONTENT + b"more"), (7, CONTENT[:1000])], ids=["too long", "wrong range"])
+@pytest.mark.parametrize(
+    "shift, kept", [(0, CONTENT + b"more"), (7, CONTENT[:1000])], ids=["too long", "wrong range"]
+)
 def test_part_that_does_not_fit_is_fetched_anew(server, tmp_path, shift, kept):
     server.shift = shift
     (tmp_path / f"{NAME}.part").write_bytes(kept)
@@ -242,14 +260,17 @@ def test_interrupt_keeps_the_part(server, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     go_on.set()
-    assert process.returncode == 130 and "the same command goes on from there" in err and "Traceback" not in err
+    assert (
+        process.returncode == 130 and "the same command goes on from there" in err and "Traceback" not in err
+    )
     kept = part.stat().st_size
     assert 0 < kept < len(CONTENT)
     assert fetch(tmp_path, server.table()) == 0
     assert server.ranges[1] == f"bytes={kept}-" and (tmp_path / NAME).read_bytes() == CONTENT
 
 
-# What is verified ----------------------------------------------------------------------------------------------------
+# What is verified
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -328,7 +349,8 @@ def test_broken_records_stop_before_the_download(server, tmp_path, capsys, text)
     assert "hashes.json is not a table" in err and err.count("\n") == 1 and server.ranges == []
 
 
-# What goes wrong -----------------------------------------------------------------------------------------------------
+# What goes wrong
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -363,7 +385,9 @@ def test_one_missing_file_does_not_keep_the_others_back(server, closed_port, tmp
     table["files"] |= Server.table(closed_port, name="far.pt")["files"]
     table["presets"]["both"] = ["far.pt", NAME]
     assert fetch(tmp_path, table, name="both") == 1
-    assert (tmp_path / NAME).read_bytes() == CONTENT and "far.pt: cannot be reached" in capsys.readouterr().err
+    assert (
+        tmp_path / NAME
+    ).read_bytes() == CONTENT and "far.pt: cannot be reached" in capsys.readouterr().err
 
 
 def test_not_found_is_one_line(server, tmp_path, capsys):
@@ -408,7 +432,8 @@ def test_second_download_into_the_folder_is_refused(server, tmp_path, capsys):
     assert fetch(tmp_path, server.table()) == 0
 
 
-# Command line --------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_unknown_name_lists_the_choices(server, tmp_path, capsys):
@@ -441,7 +466,11 @@ def run_script(*argv, cwd):
 
 def test_digits_needs_no_download_from_any_folder(tmp_path):
     done = run_script("digits", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "") and "nothing to fetch" in done.stdout and names_in(tmp_path) == []
+    assert (
+        (done.returncode, done.stderr) == (0, "")
+        and "nothing to fetch" in done.stdout
+        and names_in(tmp_path) == []
+    )
 
 
 def test_list_names_all_presets_and_files_with_licences(tmp_path):
@@ -455,7 +484,8 @@ def test_script_needs_no_torch():
     assert not re.search(r"^\s*(import|from) (torch|requests)", SCRIPT.read_text(), re.MULTILINE)
 
 
-# The table -----------------------------------------------------------------------------------------------------------
+# The table
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_table_is_well_formed():
@@ -470,7 +500,9 @@ def test_table_is_well_formed():
         assert "sha256_prefix" not in row or re.fullmatch("[0-9a-f]{8}", row["sha256_prefix"])
         assert row["bytes"] is None or (isinstance(row["bytes"], int) and row["bytes"] > 0)
         assert row["licence"] and row["what"] and "\n" not in row["licence"] + row["what"]
-        if row["url"].startswith("https://download.pytorch.org/"):  # its file names carry the beginning of the hash
+        if row["url"].startswith(
+            "https://download.pytorch.org/"
+        ):  # its file names carry the beginning of the hash
             assert name.endswith(f"-{row['sha256_prefix']}.pth")
 
 

@@ -1,4 +1,6 @@
-"""scripts/edm_sample.py: that image i is that of seed i, what is written, what its flags do, how runs go on, and what is refused."""
+"""scripts/edm_sample.py: that image i is that of seed i, what is written, what its flags do, how runs go on,
+and what is refused.
+"""
 
 import json
 import os
@@ -12,19 +14,28 @@ from edm_pickles import TINY, Call, dumps, network, random_net, snapshot
 from helpers import ROOT, call, contents, environment, load_samples, load_script, samples_bytes
 from PIL import Image
 
-import guided_diffusion.job
-import guided_diffusion.sample_store
+import guided_diffusion.runs.job
+import guided_diffusion.runs.store
 from classifiers import load_classifier
-from guided_diffusion.checkpoints import PRETRAINED_DIR, sha256
-from guided_diffusion.cli import parse_flags, parse_numbers
 from guided_diffusion.edm import EDMPrecond, edm_sampler, load_edm_network
+from guided_diffusion.files.checkpoints import PRETRAINED_DIR, sha256
+from guided_diffusion.flags.parser import parse_flags, parse_numbers
+from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS, script_of
 from guided_diffusion.guidance import ClassifierGuidance, GuidedDenoiser, released_edm_guidance
-from guided_diffusion.presets import EDM_PRESETS, PRESETS, script_of
 
 script = load_script("edm_sample")
 DIGITS = PRETRAINED_DIR / "digits"
 QUICK = ("--preset", "digits-edm", "--steps", 2, "--seeds", "0-4", "--batch", 2)
-PLAIN = ("--network", DIGITS / "edm.safetensors", "--steps", 2, "--seeds", "0-4", "--batch", 2)  # no guidance, PNGs
+PLAIN = (
+    "--network",
+    DIGITS / "edm.safetensors",
+    "--steps",
+    2,
+    "--seeds",
+    "0-4",
+    "--batch",
+    2,
+)  # no guidance, PNGs
 FORMS = {
     "unguided": ("--use_classifier", 0),
     "released": ("--guidance_form", "released"),
@@ -70,7 +81,19 @@ MIXED = "7,3,11,0-2,99,12-98,4-6,8-10"
 
 
 def case_flags(form, churn, seeds, batch):
-    return ["--preset", "digits-edm", "--steps", 4, "--S_churn", churn, *FORMS[form], "--seeds", seeds, "--batch", batch]
+    return [
+        "--preset",
+        "digits-edm",
+        "--steps",
+        4,
+        "--S_churn",
+        churn,
+        *FORMS[form],
+        "--seeds",
+        seeds,
+        "--batch",
+        batch,
+    ]
 
 
 @pytest.mark.parametrize(("form", "churn"), CASES)
@@ -105,9 +128,25 @@ leave()
 def test_several_processes_write_the_bytes_of_one(tmp_path, processes, churn):
     lines = {form: case_flags(form, churn, "7,3,11,0-2,4-6", 2) for form in FORMS}
     (driver := tmp_path / "driver.py").write_text(DRIVER)
-    commands = [[str(ROOT / "scripts/edm_sample.py"), *map(str, line), f"--outdir={tmp_path / form}"] for form, line in lines.items()]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run([*launcher, driver, json.dumps(commands)], env=environment(), capture_output=True, text=True, timeout=300)
+    commands = [
+        [str(ROOT / "scripts/edm_sample.py"), *map(str, line), f"--outdir={tmp_path / form}"]
+        for form, line in lines.items()
+    ]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+    ]
+    done = subprocess.run(
+        [*launcher, driver, json.dumps(commands)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     for form, line in lines.items():
         sample(tmp_path / f"{form} alone", base=line)
@@ -128,10 +167,26 @@ class Published:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_it_is_the_public_sampler_with_the_published_noise(tmp_path, form):
-    flags = ("--S_churn", 3, "--S_noise", 1.003, "--solver", "euler", "--disc", "ve", "--schedule", "vp", "--scaling", "vp")
+    flags = (
+        "--S_churn",
+        3,
+        "--S_noise",
+        1.003,
+        "--solver",
+        "euler",
+        "--disc",
+        "ve",
+        "--schedule",
+        "vp",
+        "--scaling",
+        "vp",
+    )
     sample(tmp_path, *flags, *FORMS[form], "--seeds", "9,4,70000", "--batch", 3)
     net, noise = load_edm_network(DIGITS / "edm.safetensors"), Published([9, 4, 70000])
-    y, classifier = noise.labels, load_classifier("digits_guide", num_classes=10, softplus_beta=5.0, image_size=16)
+    y, classifier = (
+        noise.labels,
+        load_classifier("digits_guide", num_classes=10, softplus_beta=5.0, image_size=16),
+    )
     temperatures = {"joint_temperature": 1.0, "marginal_temperature": 0.0}
     score = ClassifierGuidance(classifier, classifier_scale=0.5, gamma_factor=0.3, **temperatures)
     released = released_edm_guidance(classifier, max_guidance=0.03, add_factor=0.3, **temperatures)
@@ -155,9 +210,19 @@ def test_it_is_the_public_sampler_with_the_published_noise(tmp_path, form):
 
 
 def test_npz(guided):
-    assert sorted(path.name for path in guided.iterdir()) == ["grid.png", "log.txt", "run.json", "samples_5x16x16x3.npz"]
+    assert sorted(path.name for path in guided.iterdir()) == [
+        "grid.png",
+        "log.txt",
+        "run.json",
+        "samples_5x16x16x3.npz",
+    ]
     images, labels = load_samples(guided)
-    assert (images.dtype, images.shape, labels.dtype, labels.shape) == (np.uint8, (5, 16, 16, 3), np.int64, (5,))
+    assert (images.dtype, images.shape, labels.dtype, labels.shape) == (
+        np.uint8,
+        (5, 16, 16, 3),
+        np.int64,
+        (5,),
+    )
     assert all(image.std() > 0 for image in images)
 
 
@@ -183,7 +248,10 @@ def test_subdirs_hold_a_thousand_seeds_each(tmp_path, plain):
 
 def test_the_manifest(guided):
     run = json.loads((guided / "run.json").read_text())
-    files = {"network": sha256(DIGITS / "edm.safetensors"), "classifier_path": sha256(DIGITS / "guide.safetensors")}
+    files = {
+        "network": sha256(DIGITS / "edm.safetensors"),
+        "classifier_path": sha256(DIGITS / "guide.safetensors"),
+    }
     assert run["settings"]["sha256"] == files
     assert (run["settings"]["steps"], run["settings"]["seeds"]) == (2, "0-4")
     assert run["not_compared"]["S_max"] == "inf"  # without churn it decides nothing
@@ -195,32 +263,73 @@ def test_the_manifest(guided):
 
 
 def test_edms_own_spelling(tmp_path):
-    line = (
-        f"--network={DIGITS / 'edm.safetensors'} --outdir={tmp_path / 'edm'} --seeds=0-3,7 --batch=2 --steps=3 --S_churn=1 --S_noise=1.003"
-    )
+    line = f"--network={DIGITS / 'edm.safetensors'} --outdir={tmp_path / 'edm'} --seeds=0-3,7 --batch=2 --steps=3 --S_churn=1 --S_noise=1.003"
     result = call(script.main, line.split())
     assert result.code == 0, result.err
     assert list(labels_of(tmp_path / "edm")) == [f"{seed:06d}.png" for seed in (0, 1, 2, 3, 7)]
-    long = ("--seeds", "0-3,7", "--batch_size", 2, "--steps", 3, "--S_churn", 1, "--S_noise", 1.003, "--out", tmp_path / "ours")
+    long = (
+        "--seeds",
+        "0-3,7",
+        "--batch_size",
+        2,
+        "--steps",
+        3,
+        "--S_churn",
+        1,
+        "--S_noise",
+        1.003,
+        "--out",
+        tmp_path / "ours",
+    )
     assert call(script.main, ["--network", DIGITS / "edm.safetensors", *long]).code == 0
-    assert contents(tmp_path / "edm", but="log.txt").keys() == contents(tmp_path / "ours", but="log.txt").keys()
+    assert (
+        contents(tmp_path / "edm", but="log.txt").keys() == contents(tmp_path / "ours", but="log.txt").keys()
+    )
     assert (tmp_path / "edm/000007.png").read_bytes() == (tmp_path / "ours/000007.png").read_bytes()
 
 
 def test_flags_of_elucd_are_those_of_the_preset(tmp_path, guided):
     line = "--use_classifier 1 --classifier_type digits_guide --softplus_beta 5.0 --joint_temperature 1.0 --uncond_temperature 0.0"
-    sample(tmp_path, *line.split(), "--max_guidance", 0.03, "--add_factor", 0.3, "--format", "npz", base=PLAIN)
+    sample(
+        tmp_path, *line.split(), "--max_guidance", 0.03, "--add_factor", 0.3, "--format", "npz", base=PLAIN
+    )
     assert samples_bytes(tmp_path) == samples_bytes(guided)
 
 
 def test_the_preset_of_the_paper_is_the_published_line():
     args = vars(parse_flags(script.create_argparser(), ["--preset", "imagenet64-edm-resnet101"], EDM_PRESETS))
-    published = {"classifier_type": "resnet101", "softplus_beta": 5.0, "joint_temperature": 1.0, "uncond_temperature": 0.0}
-    published |= {"max_guidance": 0.004, "add_factor": 0.3, "steps": 10, "S_churn": 0.0, "seeds": "0-49999", "guidance_form": "released"}
+    published = {
+        "classifier_type": "resnet101",
+        "softplus_beta": 5.0,
+        "joint_temperature": 1.0,
+        "uncond_temperature": 0.0,
+    }
+    published |= {
+        "max_guidance": 0.004,
+        "add_factor": 0.3,
+        "steps": 10,
+        "S_churn": 0.0,
+        "seeds": "0-49999",
+        "guidance_form": "released",
+    }
     assert {key: args[key] for key in published} == published
     defaults = vars(parse_flags(script.create_argparser(), [], EDM_PRESETS))
-    expected = {"steps": 18, "rho": 7.0, "S_churn": 0.0, "S_min": 0.0, "S_max": float("inf"), "S_noise": 1.0, "batch_size": 64}
-    expected |= {"use_classifier": False, "softplus_beta": 5.0, "uncond_temperature": 1.0, "max_guidance": 0.001, "add_factor": 0.0}
+    expected = {
+        "steps": 18,
+        "rho": 7.0,
+        "S_churn": 0.0,
+        "S_min": 0.0,
+        "S_max": float("inf"),
+        "S_noise": 1.0,
+        "batch_size": 64,
+    }
+    expected |= {
+        "use_classifier": False,
+        "softplus_beta": 5.0,
+        "uncond_temperature": 1.0,
+        "max_guidance": 0.001,
+        "add_factor": 0.0,
+    }
     assert {key: defaults[key] for key in expected} == expected
 
 
@@ -228,13 +337,16 @@ def test_one_class_for_all(tmp_path, plain):
     sample(tmp_path, "--class", 3, base=PLAIN)
     assert set(labels_of(tmp_path).values()) == {3}
     assert any(label != 3 for label in labels_of(plain).values())
-    # Seed 6 draws a 3 by itself. The label is drawn all the same, so that the noise of the steps stays the seed's.
+    # Seed 6 draws a 3 by itself. The label is drawn all the same, so that the noise of the steps stays the
+    # seed's.
     for folder, flags in (("drawn", ()), ("given", ("--class", 3))):
         sample(tmp_path / folder, "--seeds", 6, "--S_churn", 2, *flags, base=PLAIN)
     assert (tmp_path / "drawn/000006.png").read_bytes() == (tmp_path / "given/000006.png").read_bytes()
 
 
-@pytest.mark.parametrize(("form", "label_matters"), [("unguided", False), ("released", True), ("score", True)])
+@pytest.mark.parametrize(
+    ("form", "label_matters"), [("unguided", False), ("released", True), ("score", True)]
+)
 def test_unconditional_hides_the_label_from_the_network_but_not_from_guidance(tmp_path, form, label_matters):
     for label in (3, 8):
         sample(tmp_path / str(label), "--unconditional", 1, "--class", label, *FORMS[form])
@@ -275,7 +387,14 @@ def test_an_unconditional_network_is_guided_by_labels_of_the_classifier(tmp_path
     "flags",
     [
         *(["--S_churn", 3], ["--sigma_min", 0.1], ["--sigma_max", 40], ["--solver", "euler"]),
-        *(["--disc", "vp"], ["--disc", "ve"], ["--disc", "iddpm"], ["--schedule", "vp"], ["--schedule", "ve"], ["--scaling", "vp"]),
+        *(
+            ["--disc", "vp"],
+            ["--disc", "ve"],
+            ["--disc", "iddpm"],
+            ["--schedule", "vp"],
+            ["--schedule", "ve"],
+            ["--scaling", "vp"],
+        ),
         *(
             ["--softplus_beta", "inf"],
             ["--uncond_temperature", 1],
@@ -295,7 +414,10 @@ def test_every_flag_that_is_accepted_is_used(tmp_path, guided, flags):
     ("base", "flags"),
     [
         *[(["--S_churn", 3], flags) for flags in (["--S_min", 1], ["--S_max", 1], ["--S_noise", 1.1])],
-        *[(FORMS["score"], flags) for flags in (["--joint_temperature", 3], ["--classifier_scale", 2], ["--gamma_factor", 1])],
+        *[
+            (FORMS["score"], flags)
+            for flags in (["--joint_temperature", 3], ["--classifier_scale", 2], ["--gamma_factor", 1])
+        ],
         (["--steps", 3], ["--rho", 5]),
     ],
     ids=lambda flags: str(flags[0]),
@@ -306,7 +428,9 @@ def test_flags_are_used_that_count_beside_another(tmp_path, base, flags):
     assert samples_bytes(tmp_path / "without") != samples_bytes(tmp_path / "with")
 
 
-@pytest.mark.parametrize("flags", [("--max_guidance", 0), ("--guidance_form", "score", "--classifier_scale", 0)])
+@pytest.mark.parametrize(
+    "flags", [("--max_guidance", 0), ("--guidance_form", "score", "--classifier_scale", 0)]
+)
 def test_strength_0_has_the_bytes_of_an_unguided_run(tmp_path, flags):
     sample(tmp_path / "off", *flags)
     sample(tmp_path / "unguided", "--use_classifier", 0)
@@ -317,14 +441,20 @@ def test_strength_0_has_the_bytes_of_an_unguided_run(tmp_path, flags):
 def test_guidance_is_logged_at_every_call(tmp_path, form, calls):
     sample(tmp_path, "--log_guidance", 1, "--guidance_form", form)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["samples"] for line in lines] == [pair for pair in ([0, 2], [2, 4], [4, 5]) for _ in range(calls)]
+    assert [line["samples"] for line in lines] == [
+        pair for pair in ([0, 2], [2, 4], [4, 5]) for _ in range(calls)
+    ]
     assert [line["sigma"] for line in lines[:calls]] == pytest.approx([80, 0.002, 0.002][:calls], rel=1e-6)
 
 
 # Going on
 
 
-@pytest.mark.parametrize(("base", "last"), [(QUICK, "samples_5x16x16x3.npz"), ((*PLAIN, "--subdirs"), "000003.png")], ids=["npz", "png"])
+@pytest.mark.parametrize(
+    ("base", "last"),
+    [(QUICK, "samples_5x16x16x3.npz"), ((*PLAIN, "--subdirs"), "000003.png")],
+    ids=["npz", "png"],
+)
 @pytest.mark.parametrize("cut", ["while sampling", "while writing the result"])
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch, base, last, cut):
     sample(tmp_path / "whole", base=base)
@@ -334,7 +464,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monke
         rounded.append(args)
         if len(rounded) == 3:
             raise KeyboardInterrupt
-        return guided_diffusion.sample_store.to_uint8(*args)
+        return guided_diffusion.files.pixels.to_uint8(*args)
 
     def fails(source, target):
         if str(target).endswith(last):
@@ -342,13 +472,23 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monke
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((guided_diffusion.job, "to_uint8", to_uint8) if cut == "while sampling" else (os, "replace", fails)))
+        patch.setattr(
+            *(
+                (guided_diffusion.runs.job, "to_uint8", to_uint8)
+                if cut == "while sampling"
+                else (os, "replace", fails)
+            )
+        )
         result = call(script.main, [*base, "--outdir", tmp_path / "cut"])
     assert result.code == 130 and result.err.rstrip().endswith("the same command goes on from there")
     assert not (tmp_path / "cut/dataset.json").exists() and not list((tmp_path / "cut").glob("*.npz"))
     drawn = []
     with monkeypatch.context() as patch:
-        patch.setattr(guided_diffusion.job, "to_uint8", lambda *args: drawn.append(args) or guided_diffusion.sample_store.to_uint8(*args))
+        patch.setattr(
+            guided_diffusion.runs.job,
+            "to_uint8",
+            lambda *args: drawn.append(args) or guided_diffusion.files.pixels.to_uint8(*args),
+        )
         sample(tmp_path / "cut", base=base)
     assert len(drawn) == (1 if cut == "while sampling" else 0)
     whole, cut = (contents(tmp_path / name) for name in ("whole", "cut"))
@@ -362,12 +502,25 @@ def test_a_complete_run_is_left_alone_and_another_flag_refused_until_overwrite(t
     before = contents(tmp_path, but="log.txt")
     again = sample(tmp_path, base=base)
     assert "complete, nothing to do" in again.err
-    refused(tmp_path, ["--S_churn", 1], "another run's output", "S_churn 0.0 -> 1.0", "--overwrite True", base=base)
+    refused(
+        tmp_path,
+        ["--S_churn", 1],
+        "another run's output",
+        "S_churn 0.0 -> 1.0",
+        "--overwrite True",
+        base=base,
+    )
     assert contents(tmp_path, but="log.txt") == before
     (tmp_path / "notes.txt").write_text("mine")
     sample(tmp_path, "--seeds", "5-6", "--overwrite", 1, base=base)
-    files = ["000005.png", "000006.png", "dataset.json"] if base is PLAIN else ["grid.png", "samples_2x16x16x3.npz"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*files, "log.txt", "notes.txt", "run.json"])
+    files = (
+        ["000005.png", "000006.png", "dataset.json"]
+        if base is PLAIN
+        else ["grid.png", "samples_2x16x16x3.npz"]
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*files, "log.txt", "notes.txt", "run.json"]
+    )
 
 
 def test_flags_without_effect_do_not_make_another_run(tmp_path):
@@ -408,7 +561,10 @@ UNGUIDED = ("--use_classifier", 0)
     [
         (["--network", ""], ["--network is missing", "--preset digits-edm"]),
         (["--network", "absent.pkl"], ["no checkpoint at absent.pkl", "scripts/download.py"]),
-        (["--network", "edm-imagenet-64x64-cond-adm.pkl"], ["python scripts/download.py edm-imagenet-64x64-cond-adm.pkl"]),
+        (
+            ["--network", "edm-imagenet-64x64-cond-adm.pkl"],
+            ["python scripts/download.py edm-imagenet-64x64-cond-adm.pkl"],
+        ),
         (["--network", DIGITS / "unet.safetensors"], ["unet.safetensors", "scripts/convert_checkpoint.py"]),
         (["--network", DIGITS / "reference.npz"], ["reference.npz is no EDM network", ".pkl"]),
         ([*UNGUIDED, "--max_guidance", 0.1], ["--max_guidance", "--use_classifier 1"]),
@@ -478,7 +634,15 @@ def test_a_network_of_other_channels_is_told_before_sampling(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--solver", "rk4"], ["--disc", "ddim"], ["--scaling", "ve"], ["--format", "jpg"], ["--step", 3], ["--preset", "digits"]]
+    "flags",
+    [
+        ["--solver", "rk4"],
+        ["--disc", "ddim"],
+        ["--scaling", "ve"],
+        ["--format", "jpg"],
+        ["--step", 3],
+        ["--preset", "digits"],
+    ],
 )
 def test_unknown_words(guided, flags):
     refused(guided, flags, flags[0 if flags[0] == "--step" else 1], code=2)
@@ -487,13 +651,29 @@ def test_unknown_words(guided, flags):
 def test_a_classifier_of_another_number_of_classes(guided, tmp_path):
     source = "import torch\ndef builder(n):\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 7))\n"
     (tmp_path / "own.py").write_text(source)
-    refused(guided, ["--classifier_type", f"{tmp_path / 'own.py'}:builder", "--softplus_beta", "inf"], "own.py:builder", "10", "7")
+    refused(
+        guided,
+        ["--classifier_type", f"{tmp_path / 'own.py'}:builder", "--softplus_beta", "inf"],
+        "own.py:builder",
+        "10",
+        "7",
+    )
 
 
 def test_a_missing_network_of_the_preset_names_the_command_that_fetches_it(guided, tmp_path, monkeypatch):
     absent = str(tmp_path / "edm-imagenet-64x64-cond-adm.pkl")
-    monkeypatch.setitem(EDM_PRESETS, "imagenet64-edm-resnet101", {**EDM_PRESETS["imagenet64-edm-resnet101"], "network": absent})
-    refused(guided, [], absent, "python scripts/download.py", base=("--preset", "imagenet64-edm-resnet101", "--classifier_path", "random"))
+    monkeypatch.setitem(
+        EDM_PRESETS,
+        "imagenet64-edm-resnet101",
+        {**EDM_PRESETS["imagenet64-edm-resnet101"], "network": absent},
+    )
+    refused(
+        guided,
+        [],
+        absent,
+        "python scripts/download.py",
+        base=("--preset", "imagenet64-edm-resnet101", "--classifier_path", "random"),
+    )
 
 
 # Pickles
@@ -512,7 +692,9 @@ def test_a_hostile_pickle_is_refused_by_name_with_nothing_executed(guided, tmp_p
 def test_a_float16_pickle_samples_directly(tmp_path, half):
     path, arguments = tmp_path / "edm.pkl", {**TINY, "img_resolution": 16, "label_dim": 10, "use_fp16": True}
     net = random_net(EDMPrecond, arguments)
-    path.write_bytes(dumps(snapshot(net.half() if half else net, arguments, source="raise SystemExit('executed')")))
+    path.write_bytes(
+        dumps(snapshot(net.half() if half else net, arguments, source="raise SystemExit('executed')"))
+    )
     result = sample(tmp_path / "out", "--network", path, "--device", "cpu")
     assert "on a CPU that is bfloat16" in result.err
     images, labels = load_samples(tmp_path / "out")
@@ -531,7 +713,9 @@ def test_script_of_every_preset():
         script_of("edm")
 
 
-@pytest.mark.parametrize("flags", [(), ("--guidance_form", "score"), ("--use_classifier", 0, "--format", "png")])
+@pytest.mark.parametrize(
+    "flags", [(), ("--guidance_form", "score"), ("--use_classifier", 0, "--format", "png")]
+)
 def test_doctor_says_ready(tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
     result = call(load_script("doctor").main, ["digits-edm", *flags])

@@ -1,4 +1,6 @@
-"""scripts/evaluate.py: one command from files to numbers, the same for every kind of file, and one line for each bad input."""
+"""scripts/evaluate.py: one command from files to numbers, the same for every kind of file, and one line for
+each bad input.
+"""
 
 import json
 import zipfile
@@ -16,7 +18,9 @@ from evaluation.digits_features import DigitsFeatures, DigitsNetwork
 evaluate = load_script("evaluate")
 RANDOM = np.random.RandomState(6)
 REAL = RANDOM.randint(0, 256, (130, 16, 16, 3), dtype=np.uint8)
-FAKE = (0.9 * REAL[RANDOM.randint(0, 40, 120)] + RANDOM.randint(0, 20, (120, 16, 16, 1))).astype(np.uint8)  # of few of the real ones
+FAKE = (0.9 * REAL[RANDOM.randint(0, 40, 120)] + RANDOM.randint(0, 20, (120, 16, 16, 1))).astype(
+    np.uint8
+)  # of few of the real ones
 NUMBERS = ["fd_digits", "sfd_digits", "is_digits", "precision", "recall", "density", "coverage", "kd_digits"]
 
 
@@ -66,10 +70,20 @@ def test_a_table_to_stdout_and_the_rest_to_stderr(tmp_path, run):
     result = run("real.npz", "--json", "out.json", "fake.npz", "other.npz")
     assert result.code == 0, result.err
     lines = result.out.splitlines()
-    assert lines[0].startswith("protocol digits") and "real.npz: 130 images, statistics of the images (130), sha256 " in lines[1]
-    assert [line.split()[:2] for line in lines[3:6]] == [["set", "images"], ["fake.npz", "120"], ["other.npz", "110"]]
+    assert (
+        lines[0].startswith("protocol digits")
+        and "real.npz: 130 images, statistics of the images (130), sha256 " in lines[1]
+    )
+    assert [line.split()[:2] for line in lines[3:6]] == [
+        ["set", "images"],
+        ["fake.npz", "120"],
+        ["other.npz", "110"],
+    ]
     assert "FID" not in lines[3] and "image/s" in result.err and "image/s" not in result.out
-    assert [measured["name"] for measured in json.loads((tmp_path / "out.json").read_text())["results"]] == ["fake.npz", "other.npz"]
+    assert [measured["name"] for measured in json.loads((tmp_path / "out.json").read_text())["results"]] == [
+        "fake.npz",
+        "other.npz",
+    ]
 
 
 def test_json_to_stdout_sends_the_table_to_stderr(run):
@@ -91,7 +105,9 @@ def forms(tmp_path):
         (tmp_path / f"{name}-run" / "run.json").write_text(json.dumps({"settings": {"num_samples": 500}}))
         for start in range(0, len(images), 50):
             part = images[start : start + 50]
-            np.savez(tmp_path / f"{name}-run" / "shards" / f"{start:06d}-{start + len(part):06d}.npz", arr_0=part)
+            np.savez(
+                tmp_path / f"{name}-run" / "shards" / f"{start:06d}-{start + len(part):06d}.npz", arr_0=part
+            )
         return [f"{name}.npz", f"{name}-folder", f"{name}.zip", f"{name}-run"]
 
     return write
@@ -107,7 +123,9 @@ def test_npz_folder_zip_and_shards_give_the_same_numbers(run, forms):
 
 
 def test_swapping_reference_and_samples_swaps_precision_and_recall(run):
-    one, other = (numbers(run(*pair, "--json", "-")) for pair in (("real.npz", "fake.npz"), ("fake.npz", "real.npz")))
+    one, other = (
+        numbers(run(*pair, "--json", "-")) for pair in (("real.npz", "fake.npz"), ("fake.npz", "real.npz"))
+    )
     assert (one["precision"], one["recall"]) == (other["recall"], other["precision"])
     assert one["precision"] > one["recall"] > 0
     assert one["fd_digits"] == pytest.approx(other["fd_digits"], rel=1e-9)
@@ -118,7 +136,10 @@ def test_a_collapsed_generator_is_precise_and_a_scattered_one_has_recall(run):
     shades = np.linspace(0, 255, 100)[:, None, None, None] * np.ones((1, 16, 16, 3))
     np.savez("narrow.npz", arr_0=narrow)
     np.savez("wide.npz", arr_0=shades.astype(np.uint8))
-    collapsed, scattered = (numbers(run(*pair, "--json", "-")) for pair in (("wide.npz", "narrow.npz"), ("narrow.npz", "wide.npz")))
+    collapsed, scattered = (
+        numbers(run(*pair, "--json", "-"))
+        for pair in (("wide.npz", "narrow.npz"), ("narrow.npz", "wide.npz"))
+    )
     assert collapsed["precision"] > 0.9 and collapsed["recall"] < 0.1
     assert scattered["precision"] < 0.1 and scattered["recall"] > 0.9
 
@@ -136,13 +157,21 @@ def test_a_second_run_from_the_cache_extracts_nothing(run, monkeypatch):
         raise AssertionError("an image was extracted")
 
     monkeypatch.setattr(DigitsFeatures, "__call__", refuse)
-    second = run("real.npz", "fake.npz", "--json", "-", "--cache", "kept", "--precision_recall_dtype", "float16")
+    second = run(
+        "real.npz", "fake.npz", "--json", "-", "--cache", "kept", "--precision_recall_dtype", "float16"
+    )
     assert numbers(second)["fd_digits"] == numbers(first)["fd_digits"]
-    assert row(second)["provenance"]["precision_recall_dtype"] == "float16" != row(first)["provenance"]["precision_recall_dtype"]
+    assert (
+        row(second)["provenance"]["precision_recall_dtype"]
+        == "float16"
+        != row(first)["provenance"]["precision_recall_dtype"]
+    )
 
 
 def test_bootstrap_and_infinity(run):
-    measured = row(run("real.npz", "fake.npz", "--json", "-", "--bootstrap", 5, "--fid_infinity", "--seed", 2))
+    measured = row(
+        run("real.npz", "fake.npz", "--json", "-", "--bootstrap", 5, "--fid_infinity", "--seed", 2)
+    )
     again = row(run("real.npz", "fake.npz", "--json", "-", "--bootstrap", 5, "--seed", 3))
     assert measured["fd_digits_bootstrap"]["value"] == measured["fd_digits"] == again["fd_digits"]
     assert measured["fd_digits_bootstrap"]["std"] != again["fd_digits_bootstrap"]["std"] > 0
@@ -164,7 +193,9 @@ def test_compare_says_in_words_whether_two_sets_differ(run):
     rows = content["results"]
     assert [measured["name"] for measured in rows] == ["left.npz", "fake.npz"]
     # Measured on as many images of each, so not quite the difference of the two rows.
-    assert content["comparison"]["difference"]["value"] == pytest.approx(rows[0]["fd_digits"] - rows[1]["fd_digits"], rel=0.1)
+    assert content["comparison"]["difference"]["value"] == pytest.approx(
+        rows[0]["fd_digits"] - rows[1]["fd_digits"], rel=0.1
+    )
     assert "resamples, 65 images of each" in verdict or "resamples, 60 images of each" in verdict
     assert "the sets differ in their number of images" in result.out
     swapped = run("real.npz", "left.npz", "fake.npz", "--compare", "fake.npz", "left.npz", "--bootstrap", 20)
@@ -173,7 +204,9 @@ def test_compare_says_in_words_whether_two_sets_differ(run):
         and "fake.npz minus that of left.npz" in swapped.out
     )
     alike = run("real.npz", "--compare", "left.npz", "right.npz")
-    assert "left.npz and right.npz do not differ beyond the noise" in alike.out and "200 resamples" in alike.out
+    assert (
+        "left.npz and right.npz do not differ beyond the noise" in alike.out and "200 resamples" in alike.out
+    )
 
 
 def test_a_report_has_a_grid_of_every_set(tmp_path, run):
@@ -190,7 +223,11 @@ def test_sets_of_one_name_are_told_apart(tmp_path, run):
         (tmp_path / seed).mkdir()
         np.savez(tmp_path / seed / "samples.npz", arr_0=FAKE[:90])
     result = run("real.npz", "seed0/samples.npz", "seed1/samples.npz", "fake.npz")
-    assert [line.split()[0] for line in result.out.splitlines()[4:7]] == ["seed0/samples.npz", "seed1/samples.npz", "fake.npz"]
+    assert [line.split()[0] for line in result.out.splitlines()[4:7]] == [
+        "seed0/samples.npz",
+        "seed1/samples.npz",
+        "fake.npz",
+    ]
 
 
 # Bad input
@@ -203,7 +240,11 @@ def test_notes_about_what_was_read(tmp_path, run):
     Image.fromarray(FAKE[2]).save(folder / "0002.jpg")
     result = run("real.npz", "mixed")
     assert result.code == 0, result.err
-    for note in ("1 of 121 images: grey, converted", "1 of 121 images: palette, converted", "1 of 121 images: JPEG, whose compression"):
+    for note in (
+        "1 of 121 images: grey, converted",
+        "1 of 121 images: palette, converted",
+        "1 of 121 images: JPEG, whose compression",
+    ):
         assert f"note: mixed: {note}" in result.out
 
 
@@ -211,7 +252,9 @@ def test_images_not_more_than_features_are_warned_of(run):
     np.savez("few.npz", arr_0=FAKE[:64])
     result = run("real.npz", "few.npz")
     assert (result.code, result.out.count("singular covariance")) == (0, 2)
-    assert "note: few.npz: 64 images are not more than the 64 pooled features: singular covariance" in result.out
+    assert (
+        "note: few.npz: 64 images are not more than the 64 pooled features: singular covariance" in result.out
+    )
 
 
 def test_an_unreadable_picture_is_named_or_counted(tmp_path, run):
@@ -239,10 +282,16 @@ def test_another_resolution_is_refused_unless_allowed(run, monkeypatch):
         "error: the reference real.npz is 16x16 and large.npz is 32x16 (HxW): resize one, or pass --allow_resolution\n",
     )
     call_network = DigitsFeatures.__call__
-    monkeypatch.setattr(DigitsFeatures, "__call__", lambda self, images: call_network(self, images[:, :: len(images[0]) // 16]))
+    monkeypatch.setattr(
+        DigitsFeatures,
+        "__call__",
+        lambda self, images: call_network(self, images[:, :: len(images[0]) // 16]),
+    )
     allowed = run("real.npz", "large.npz", "--allow_resolution", "--json", "-")
     assert numbers(allowed) == pytest.approx(numbers(run("real.npz", "fake.npz", "--json", "-")))
-    assert any("resolution (32, 16) against (16, 16) of the reference" in note for note in row(allowed)["notes"])
+    assert any(
+        "resolution (32, 16) against (16, 16) of the reference" in note for note in row(allowed)["notes"]
+    )
 
 
 def stats(mu=None, sigma=None, **more):
@@ -259,8 +308,14 @@ def object_array():
     ("arrays", "message"),
     [
         ({"arr_0": FAKE[:0]}, "bad.npz holds 0 images"),
-        ({"arr_0": FAKE[:1]}, "bad.npz holds 1 image; the metrics look at 5 neighbours of each: give 6 or more"),
-        ({"arr_0": FAKE[:5]}, "bad.npz holds 5 images; the metrics look at 5 neighbours of each: give 6 or more"),
+        (
+            {"arr_0": FAKE[:1]},
+            "bad.npz holds 1 image; the metrics look at 5 neighbours of each: give 6 or more",
+        ),
+        (
+            {"arr_0": FAKE[:5]},
+            "bad.npz holds 5 images; the metrics look at 5 neighbours of each: give 6 or more",
+        ),
         ({"arr_0": object_array()}, "bad.npz: arr_0 holds Python objects, which are refused"),
         ({"arr_0": FAKE.astype(np.float32)}, "bad.npz: arr_0 is float32 (120, 16, 16, 3)"),
         ({"images": FAKE}, "bad.npz has no arr_0, which holds the images in an npz; it holds images"),
@@ -271,8 +326,14 @@ def object_array():
         (stats(sigma=np.eye(63)), "mu has shape (64,) and sigma (63, 63)"),
         (stats(mu=np.zeros(10), sigma=np.eye(10)), "these are of different networks"),
         (stats(mu_s=np.zeros(112), protocol="digits"), "bad.npz has no sigma_s"),
-        (stats(protocol="adm"), "bad.npz holds statistics of the protocol adm, not digits, and no images (arr_0)"),
-        (stats(mu_s=np.zeros(112), sigma_s=np.eye(112)), "bad.npz holds statistics of the protocol adm, not digits, and no images (arr_0)"),
+        (
+            stats(protocol="adm"),
+            "bad.npz holds statistics of the protocol adm, not digits, and no images (arr_0)",
+        ),
+        (
+            stats(mu_s=np.zeros(112), sigma_s=np.eye(112)),
+            "bad.npz holds statistics of the protocol adm, not digits, and no images (arr_0)",
+        ),
         ({"mu": np.zeros(64)}, "bad.npz has no sigma"),
     ],
 )
@@ -289,7 +350,10 @@ def test_statistics_cannot_be_compared_and_that_is_said_first(run, monkeypatch):
     monkeypatch.setattr(evaluate, "measure", None)  # an extraction would fail
     result = run("real.npz", "--compare", "fake.npz", "stats.npz")
     assert result.code == 1
-    assert result.err == "error: a comparison resamples images; stats.npz holds statistics, give its images instead\n"
+    assert (
+        result.err
+        == "error: a comparison resamples images; stats.npz holds statistics, give its images instead\n"
+    )
 
 
 def test_a_truncated_npz_and_a_file_that_is_none(run):
@@ -306,7 +370,10 @@ def test_a_truncated_npz_and_a_file_that_is_none(run):
 
 
 def picture(mode):
-    return {"alpha": Image.fromarray(FAKE[0]).convert("RGBA"), "16 bits": Image.fromarray(np.zeros((16, 16), np.uint16))}[mode]
+    return {
+        "alpha": Image.fromarray(FAKE[0]).convert("RGBA"),
+        "16 bits": Image.fromarray(np.zeros((16, 16), np.uint16)),
+    }[mode]
 
 
 @pytest.mark.parametrize("mode", ["alpha", "16 bits"])
@@ -322,7 +389,9 @@ def test_pictures_of_two_sizes_are_refused_by_their_names(tmp_path, run):
     Image.fromarray(FAKE[0][:8]).save(folder / "0007.png")
     result = run("real.npz", "pictures")
     assert result.code == 1
-    assert result.err.splitlines()[-1].endswith("images of different sizes: 0000.png is 16x16, 0007.png is 8x16 (HxW)")
+    assert result.err.splitlines()[-1].endswith(
+        "images of different sizes: 0000.png is 16x16, 0007.png is 8x16 (HxW)"
+    )
 
 
 def test_an_empty_folder_and_nothing_at_all(tmp_path, run):
@@ -367,13 +436,27 @@ def test_a_report_without_matplotlib_fails_before_anything_is_extracted(tmp_path
 
 def test_inception_weights_that_are_not_there(run, tmp_path):
     result = call(evaluate.main, ["real.npz", "fake.npz", "--weights", "none.pth"])
-    assert result.code == 1 and result.err.startswith("error: no Inception weights at none.pth; the published file pt_inception-2015")
+    assert result.code == 1 and result.err.startswith(
+        "error: no Inception weights at none.pth; the published file pt_inception-2015"
+    )
 
 
 # --selfcheck
 
-TENSORFLOW = {"inception_score": 141.4767, "fid": 2.973289, "sfid": 5.094564, "precision": 0.78138, "recall": 0.5929}
-PYTORCH_PORT = {"inception_score": 141.4781, "fid": 2.973283, "sfid": 5.093504, "precision": 0.78042, "recall": 0.5906}
+TENSORFLOW = {
+    "inception_score": 141.4767,
+    "fid": 2.973289,
+    "sfid": 5.094564,
+    "precision": 0.78138,
+    "recall": 0.5929,
+}
+PYTORCH_PORT = {
+    "inception_score": 141.4781,
+    "fid": 2.973283,
+    "sfid": 5.093504,
+    "precision": 0.78042,
+    "recall": 0.5906,
+}
 
 
 def test_both_published_implementations_pass_the_selfcheck():
@@ -392,7 +475,9 @@ def test_a_figure_one_percent_off_fails_the_selfcheck(metric, wrong):
 
 @pytest.fixture
 def no_downloads(tmp_path, monkeypatch):
-    """An empty folder in the place of pretrained_models, and the names that were asked of scripts/download.py, which finds no network."""
+    """An empty folder in the place of pretrained_models, and the names that were asked of
+    scripts/download.py, which finds no network.
+    """
     asked = []
     monkeypatch.setattr(evaluate, "PRETRAINED_DIR", tmp_path)
     monkeypatch.setattr(evaluate.subprocess, "call", lambda command: asked.extend(command[2:]))
@@ -403,7 +488,9 @@ REFERENCE, SAMPLES = "VIRTUAL_imagenet128_labeled.npz", "admnet_guided_imagenet1
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
 
-def test_the_selfcheck_fetches_what_is_missing_and_says_in_one_line_what_it_could_not_have(tmp_path, no_downloads):
+def test_the_selfcheck_fetches_what_is_missing_and_says_in_one_line_what_it_could_not_have(
+    tmp_path, no_downloads
+):
     result = call(evaluate.main, ["--selfcheck"])
     assert no_downloads == [REFERENCE, SAMPLES, INCEPTION]
     line = f"--selfcheck needs files that are not in {tmp_path}: `python scripts/download.py {REFERENCE} {SAMPLES} {INCEPTION}`"
@@ -413,7 +500,9 @@ def test_the_selfcheck_fetches_what_is_missing_and_says_in_one_line_what_it_coul
 def test_the_selfcheck_fetches_nothing_that_is_there(tmp_path, no_downloads):
     (tmp_path / REFERENCE).touch()
     missing = call(evaluate.main, ["--selfcheck", "--weights", tmp_path / "given.pth"])
-    assert no_downloads == [] and missing.code == 1 and "given.pth" in missing.err  # before gigabytes are fetched
+    assert (
+        no_downloads == [] and missing.code == 1 and "given.pth" in missing.err
+    )  # before gigabytes are fetched
     (tmp_path / "given.pth").touch()
     result = call(evaluate.main, ["--selfcheck", "--weights", tmp_path / "given.pth"])
     assert no_downloads == [SAMPLES]
@@ -427,10 +516,20 @@ def test_the_selfchecks_files_are_known_to_the_download_script():
 
 def test_the_selfcheck_evaluates_the_pair_and_its_exit_code_says_whether_it_agrees(run, weights, monkeypatch):
     measured = numbers(run("real.npz", "fake.npz", "--json", "-"))
-    names = {"inception_score": "is_digits", "fid": "fd_digits", "sfid": "sfd_digits", "precision": "precision", "recall": "recall"}
+    names = {
+        "inception_score": "is_digits",
+        "fid": "fd_digits",
+        "sfid": "sfd_digits",
+        "precision": "precision",
+        "recall": "recall",
+    }
     figures = {metric: (measured[name], 1e-6) for metric, name in names.items()}
-    monkeypatch.setattr(evaluate, "find_published", lambda given: [Path("real.npz"), Path("fake.npz"), weights])
-    monkeypatch.setattr(evaluate, "feature_network", lambda weights, device: DigitsFeatures(weights, device))  # in Inception's place
+    monkeypatch.setattr(
+        evaluate, "find_published", lambda given: [Path("real.npz"), Path("fake.npz"), weights]
+    )
+    monkeypatch.setattr(
+        evaluate, "feature_network", lambda weights, device: DigitsFeatures(weights, device)
+    )  # in Inception's place
     monkeypatch.setattr(evaluate, "PUBLISHED_FIGURES", figures)
     result = call(evaluate.main, ["--selfcheck"])
     assert result.code == 0 and result.out.count("agrees") == 5, result.err

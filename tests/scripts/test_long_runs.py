@@ -1,4 +1,6 @@
-"""Runs that are shared, stopped, killed and squeezed: what is left, what is said, and that the same command ends with the same images."""
+"""Runs that are shared, stopped, killed and squeezed: what is left, what is said, and that the same command
+ends with the same images.
+"""
 
 import os
 import re
@@ -15,8 +17,8 @@ import pytest
 import torch
 from helpers import ROOT, call, environment, load_script
 
-import guided_diffusion.run_lock as run_lock
-from guided_diffusion.sample_store import SampleStore
+import guided_diffusion.runs.lock as run_lock
+from guided_diffusion.runs.store import SampleStore
 
 script = load_script("classifier_sample")
 FLAGS = ["--preset", "digits", "--timestep_respacing", "5", "--num_samples", "20", "--batch_size", "2"]
@@ -29,7 +31,9 @@ def several(processes):
 
 def start(launcher, *flags):
     command = [*launcher, str(ROOT / "scripts/classifier_sample.py"), *map(str, flags)]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(launcher, *flags):
@@ -62,7 +66,17 @@ def test_one_two_and_three_processes_write_the_same_bytes(tmp_path, use_ddim):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_batch_and_the_same_command_goes_on(tmp_path, signum, code):
-    flags = [*FLAGS, "--num_samples", "300", "--batch_size", "10", "--timestep_respacing", "25", "--out", tmp_path]
+    flags = [
+        *FLAGS,
+        "--num_samples",
+        "300",
+        "--batch_size",
+        "10",
+        "--timestep_respacing",
+        "25",
+        "--out",
+        tmp_path,
+    ]
     with start(ONE, *flags) as process:
         wait_for_a_shard(process, tmp_path)
         process.send_signal(signum)
@@ -100,7 +114,12 @@ def test_a_killed_writer_leaves_a_lock_that_the_next_run_takes_over(tmp_path):
     result = call(script.main, flags)
     assert result.code == 0 and before < 20
     assert f"goes on after process {process.pid} on " in result.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "log.txt", "run.json", "samples_40x16x16x3.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "grid.png",
+        "log.txt",
+        "run.json",
+        "samples_40x16x16x3.npz",
+    ]
 
 
 def test_torchrun_restarts_the_others_after_one_was_killed(tmp_path):
@@ -123,7 +142,10 @@ def test_two_processes_on_one_folder(tmp_path):
         process.communicate()
     assert result.code == 1
     owner = f"process {process.pid} on "
-    assert result.err.startswith(f"error: another run is writing into {tmp_path}: {owner}") and result.err.count("\n") == 1
+    assert (
+        result.err.startswith(f"error: another run is writing into {tmp_path}: {owner}")
+        and result.err.count("\n") == 1
+    )
 
 
 def test_too_little_space_is_noticed_before_the_first_image(tmp_path, monkeypatch):
@@ -153,18 +175,29 @@ def small_disk(tmp_path):
 
 def test_a_read_only_folder_is_refused_before_the_networks_are_loaded(tmp_path):
     with mounted(tmp_path / "disk", "ro") as folder:
-        result = call(script.main, [*FLAGS, "--classifier_path", tmp_path / "absent.pt", "--out", folder / "out"])
+        result = call(
+            script.main, [*FLAGS, "--classifier_path", tmp_path / "absent.pt", "--out", folder / "out"]
+        )
         again = call(script.main, [*FLAGS, "--out", folder])
     assert result.code == again.code == 1
-    assert result.err == f"error: cannot write to the output folder {folder / 'out'} (Read-only file system); choose another --out\n"
-    assert again.err == f"error: cannot write to the output folder {folder} (Read-only file system); choose another --out\n"
+    assert (
+        result.err
+        == f"error: cannot write to the output folder {folder / 'out'} (Read-only file system); choose another --out\n"
+    )
+    assert (
+        again.err
+        == f"error: cannot write to the output folder {folder} (Read-only file system); choose another --out\n"
+    )
 
 
 def test_a_disk_that_fills_up_stops_the_run_and_keeps_what_is_complete(small_disk):
     images, labels = np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, np.int64)
     store = SampleStore(small_disk / "out", {}, 100, 4)
     written = 0
-    with pytest.raises(OSError, match=r"no space left in .*/out: some 12,288 bytes are to be written, and [\d,]+ are free; make room"):
+    with pytest.raises(
+        OSError,
+        match=r"no space left in .*/out: some 12,288 bytes are to be written, and [\d,]+ are free; make room",
+    ):
         for indices in store.missing():
             store.write(indices, torch.from_numpy(images), torch.from_numpy(labels), {})
             written += 1
@@ -187,9 +220,24 @@ def test_a_stale_lock_is_told_from_a_held_one(tmp_path):
 
 
 def test_chaos_in_short(tmp_path):
-    command = [sys.executable, ROOT / "scripts/chaos.py", "--kills", "2", "--longest", "5", "--num_samples", "80", "--out", tmp_path]
+    command = [
+        sys.executable,
+        ROOT / "scripts/chaos.py",
+        "--kills",
+        "2",
+        "--longest",
+        "5",
+        "--num_samples",
+        "80",
+        "--out",
+        tmp_path,
+    ]
     done = subprocess.run(
-        [*map(str, command), "--processes", "1-2", "--seed", "3"], env=environment(), capture_output=True, text=True, timeout=300
+        [*map(str, command), "--processes", "1-2", "--seed", "3"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"2 kills, 80 samples: the same bytes as those of an undisturbed run\n", done.stdout)
@@ -199,14 +247,24 @@ def test_chaos_in_short(tmp_path):
 def slurm(tmp_path):
     """Runs the Slurm example with stand-ins for Slurm's commands, which write down how they were called."""
     calls = tmp_path / "calls"
-    for name, answer in (("srun", 'sleep "${NAP:-0}" & trap "kill $!; exit 143" TERM; wait $!'), ("scontrol", "echo node1; echo node2")):
+    for name, answer in (
+        ("srun", 'sleep "${NAP:-0}" & trap "kill $!; exit 143" TERM; wait $!'),
+        ("scontrol", "echo node1; echo node2"),
+    ):
         (tmp_path / name).write_text(f'#!/usr/bin/env bash\necho {name} "$@" >> {calls}\n{answer}\n')
         (tmp_path / name).chmod(0o755)
-    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7"}
+    job = {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "7",
+    }
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
     def submit(*words, **more):
-        return subprocess.Popen(["bash", ROOT / "scripts/sample.sbatch", *words], env={**environment(), **job, **path, **more})
+        return subprocess.Popen(
+            ["bash", ROOT / "scripts/sample.sbatch", *words], env={**environment(), **job, **path, **more}
+        )
 
     return submit, lambda: calls.read_text().splitlines() if calls.exists() else []
 
@@ -216,7 +274,10 @@ def test_the_slurm_example_starts_torchrun_on_every_node_with_the_script_and_its
     submit, calls = slurm
     assert submit(name, "--preset", "digits", "--out", "with a blank").wait(timeout=30) == 0
     (srun,) = (call for call in calls() if call.startswith("srun"))
-    assert srun.startswith("srun torchrun --nnodes 2 --nproc_per_node gpu ") and "--rdzv_endpoint node1:29500 --rdzv_id 7" in srun
+    assert (
+        srun.startswith("srun torchrun --nnodes 2 --nproc_per_node gpu ")
+        and "--rdzv_endpoint node1:29500 --rdzv_id 7" in srun
+    )
     assert srun.endswith(f" scripts/{name}.py --preset digits --out with a blank")
     assert (ROOT / f"scripts/{name}.py").exists()
 

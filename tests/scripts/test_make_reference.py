@@ -1,4 +1,6 @@
-"""scripts/make_reference.py: the published layout, a seeded subset, no file that is half written or silently replaced."""
+"""scripts/make_reference.py: the published layout, a seeded subset, no file that is half written or silently
+replaced.
+"""
 
 import json
 
@@ -34,16 +36,41 @@ def make(folder, weights, *flags, images="images.npz"):
 
 def test_the_statistics_are_those_of_all_images_and_the_subset_is_in_order(tmp_path, weights):
     result = make(tmp_path, weights, "--num_images", 100, "--batch_size", 7)
-    assert (result.code, result.out) == (0, f"{tmp_path / 'ref.npz'}: statistics of 300 images, 100 of them inside\n")
+    assert (result.code, result.out) == (
+        0,
+        f"{tmp_path / 'ref.npz'}: statistics of 300 images, 100 of them inside\n",
+    )
     network = DigitsFeatures(weights)
     features = network(IMAGES)
     with np.load(tmp_path / "ref.npz", allow_pickle=False) as file:
-        assert set(file.files) == {"mu", "sigma", "mu_s", "sigma_s", "arr_0", "protocol", "features", "weights_sha256", "count"}
+        assert set(file.files) == {
+            "mu",
+            "sigma",
+            "mu_s",
+            "sigma_s",
+            "arr_0",
+            "protocol",
+            "features",
+            "weights_sha256",
+            "count",
+        }
         for end, key in (("", "pool3"), ("_s", "spatial")):
             assert file[f"mu{end}"].dtype == file[f"sigma{end}"].dtype == np.float64
-            np.testing.assert_allclose(file[f"mu{end}"], features[key].mean(axis=0, dtype=np.float64), rtol=1e-5, atol=1e-6)
-            np.testing.assert_allclose(file[f"sigma{end}"], np.cov(features[key].astype(np.float64), rowvar=False), rtol=1e-4, atol=1e-6)
-        assert (str(file["protocol"]), str(file["features"]), str(file["weights_sha256"]), int(file["count"])) == (
+            np.testing.assert_allclose(
+                file[f"mu{end}"], features[key].mean(axis=0, dtype=np.float64), rtol=1e-5, atol=1e-6
+            )
+            np.testing.assert_allclose(
+                file[f"sigma{end}"],
+                np.cov(features[key].astype(np.float64), rowvar=False),
+                rtol=1e-4,
+                atol=1e-6,
+            )
+        assert (
+            str(file["protocol"]),
+            str(file["features"]),
+            str(file["weights_sha256"]),
+            int(file["count"]),
+        ) == (
             *("digits", "digits"),
             *(network.sha256, 300),
         )
@@ -76,7 +103,10 @@ def test_a_folder_gives_the_same_reference(tmp_path, weights):
         Image.fromarray(image).save(tmp_path / "folder" / f"{index:04d}.png")
     assert make(tmp_path, weights, "--num_images", 20, "--overwrite", images="folder").code == 0
     actual = arrays_of(tmp_path / "ref.npz")
-    assert all(np.array_equal(actual[key], expected[key]) for key in expected) and actual.keys() == expected.keys()
+    assert (
+        all(np.array_equal(actual[key], expected[key]) for key in expected)
+        and actual.keys() == expected.keys()
+    )
 
 
 def test_damaged_pictures_stop_it_or_are_skipped_and_told(tmp_path, weights):
@@ -87,7 +117,10 @@ def test_damaged_pictures_stop_it_or_are_skipped_and_told(tmp_path, weights):
     refused = make(tmp_path, weights, images="folder")
     assert refused.code == 1 and "007.png" in refused.err and not (tmp_path / "ref.npz").exists()
     skipped = make(tmp_path, weights, "--skip_unreadable", images="folder")
-    assert (skipped.code, skipped.out) == (0, f"{tmp_path / 'ref.npz'}: statistics of 19 images, 19 of them inside\n")
+    assert (skipped.code, skipped.out) == (
+        0,
+        f"{tmp_path / 'ref.npz'}: statistics of 19 images, 19 of them inside\n",
+    )
     assert "1 of 20 images" in skipped.err
 
 
@@ -95,7 +128,9 @@ def test_damaged_pictures_stop_it_or_are_skipped_and_told(tmp_path, weights):
 def test_a_set_against_the_reference_made_from_it_is_perfect(tmp_path, weights, count):
     np.savez(tmp_path / "images.npz", arr_0=IMAGES[:count])
     assert make(tmp_path, weights).code == 0
-    result = call(evaluate.main, [tmp_path / "ref.npz", tmp_path / "images.npz", "--features", weights, "--json", "-"])
+    result = call(
+        evaluate.main, [tmp_path / "ref.npz", tmp_path / "images.npz", "--features", weights, "--json", "-"]
+    )
     assert result.code == 0, result.err
     row = json.loads(result.out)["results"][0]
     assert row["provenance"]["reference"]["statistics"] == "in the file"
@@ -106,7 +141,10 @@ def test_a_set_against_the_reference_made_from_it_is_perfect(tmp_path, weights, 
 def test_an_existing_file_is_kept_unless_told(tmp_path, weights):
     (tmp_path / "ref.npz").write_bytes(b"precious")
     result = make(tmp_path, weights)
-    assert (result.code, result.err) == (1, f"error: {tmp_path / 'ref.npz'} exists: choose another name, or pass --overwrite\n")
+    assert (result.code, result.err) == (
+        1,
+        f"error: {tmp_path / 'ref.npz'} exists: choose another name, or pass --overwrite\n",
+    )
     assert (tmp_path / "ref.npz").read_bytes() == b"precious"
     assert make(tmp_path, weights, "--overwrite").code == 0
     assert arrays_of(tmp_path / "ref.npz")["count"] == 300

@@ -6,7 +6,7 @@ import torch
 from helpers import call, load_script
 from PIL import Image
 
-from guided_diffusion.sample_store import SampleStore
+from guided_diffusion.runs.store import SampleStore
 
 script = load_script("plot_guidance")
 
@@ -27,7 +27,13 @@ def make_run(folder, batches, finished=True, png_name=None):
     store = SampleStore(folder, {}, 4, 3, png_name=png_name)
     for indices, lines in zip(store.missing(), batches, strict=False):
         shape = (len(indices), 1, 1, 3)
-        store.write(indices, torch.zeros(shape, dtype=torch.uint8), torch.zeros(len(indices), dtype=torch.int64), {}, lines)
+        store.write(
+            indices,
+            torch.zeros(shape, dtype=torch.uint8),
+            torch.zeros(len(indices), dtype=torch.int64),
+            {},
+            lines,
+        )
     if finished:
         store.finish()
     return folder
@@ -41,16 +47,25 @@ def test_a_line_is_the_mean_over_images_and_its_band_spans_the_batches(tmp_path)
     places, values = script.curves(lines, "sigma")
     assert places == [0.5, 8.0]
     mean, lowest, highest = values["gradient_norm"]
-    assert mean.tolist() == [1.0, (3 * 2 + 1 * 6) / 4] and lowest.tolist() == [1.0, 2.0] and highest.tolist() == [1.0, 6.0]
+    assert (
+        mean.tolist() == [1.0, (3 * 2 + 1 * 6) / 4]
+        and lowest.tolist() == [1.0, 2.0]
+        and highest.tolist() == [1.0, 6.0]
+    )
 
 
 def test_skipped_images_become_a_share_and_count_in_no_other_mean(tmp_path):
     lines = script.read_lines(
-        make_run(tmp_path, [[line(0, 1.0, 2.0, non_finite=2), line(1, 2.0, None, non_finite=3)], [line(0, 1.0, 6.0)]])
+        make_run(
+            tmp_path,
+            [[line(0, 1.0, 2.0, non_finite=2), line(1, 2.0, None, non_finite=3)], [line(0, 1.0, 6.0)]],
+        )
     )
     places, values = script.curves(lines, "sigma")
     assert places == [1.0, 2.0] and values["non_finite"].T.tolist() == [[2 / 4, 0, 2 / 3], [1, 1, 1]]
-    assert values["gradient_norm"][:, 0].tolist() == [4, 2, 6] and np.isnan(values["gradient_norm"][:, 1]).all()
+    assert (
+        values["gradient_norm"][:, 0].tolist() == [4, 2, 6] and np.isnan(values["gradient_norm"][:, 1]).all()
+    )
 
 
 def test_a_run_that_is_not_finished_is_drawn_as_far_as_it_is(tmp_path):
@@ -68,7 +83,9 @@ def test_a_run_that_is_not_finished_is_drawn_as_far_as_it_is(tmp_path):
 )
 def test_noise_is_on_the_left(tmp_path, monkeypatch, batches, axis, scale, left):
     figures = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **kwargs: figures.append(figure))
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, file, **kwargs: figures.append(figure)
+    )
     runs = [make_run(tmp_path / name / "run", batches) for name in "ab"]
     assert script.common_axis(runs, [script.read_lines(run) for run in runs]) == axis
     assert call(script.main, [*runs, "--out", tmp_path / "out.png"]).code == 0
@@ -86,14 +103,22 @@ def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path):
         ([drawn, silent], f"error: {silent} has no record of its guidance: run with --log_guidance True"),
         ([tmp_path / "none"], f"error: there is no folder {tmp_path / 'none'}"),
         ([drawn, noisy], f"error: {noisy} was guided by a noisy classifier"),
-        ([pictures], f"error: {pictures} holds a PNG for every sample, and guidance.png would count as one: give --out"),
+        (
+            [pictures],
+            f"error: {pictures} holds a PNG for every sample, and guidance.png would count as one: give --out",
+        ),
     ):
         result = call(script.main, folders)
-        assert result.code == 1 and result.err.startswith(message) and len(result.err.splitlines()) == 1, result.err
+        assert result.code == 1 and result.err.startswith(message) and len(result.err.splitlines()) == 1, (
+            result.err
+        )
     assert not list(tmp_path.glob("*/guidance.png"))
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = call(script.main, [tmp_path])
-    assert (result.code, result.err) == (1, 'error: the plot needs matplotlib, which is not installed: pip install -e ".[plot]"\n')
+    assert (result.code, result.err) == (
+        1,
+        'error: the plot needs matplotlib, which is not installed: pip install -e ".[plot]"\n',
+    )

@@ -1,4 +1,6 @@
-"""A script in the style of those that were written for guided-diffusion's public names runs here with plain python, unmodified."""
+"""A script in the style of those that were written for guided-diffusion's public names runs here with plain
+python, unmodified.
+"""
 
 import subprocess
 import sys
@@ -6,7 +8,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_64, TINY_NOISY, environment, flags_of, make_noisy_classifier, make_unet, save_random, save_unet
+from helpers import (
+    TINY_64,
+    TINY_NOISY,
+    environment,
+    flags_of,
+    make_noisy_classifier,
+    make_unet,
+    save_random,
+    save_unet,
+)
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.script_util import NUM_CLASSES
@@ -121,16 +132,51 @@ def folder(tmp_path_factory):
     ("name", "flags"),
     [
         ("ancestral", ["--timestep_respacing", "4"]),
-        ("ddim", ["--timestep_respacing", "ddim4", "--use_ddim", "True", "--use_fp16", "True", "--classifier_use_fp16", "True"]),
+        (
+            "ddim",
+            [
+                "--timestep_respacing",
+                "ddim4",
+                "--use_ddim",
+                "True",
+                "--use_fp16",
+                "True",
+                "--classifier_use_fp16",
+                "True",
+            ],
+        ),
     ],
 )
 def test_a_script_written_for_guided_diffusion_runs(folder, name, flags):
-    flags = [*flags, *flags_of({**TINY_64, **TINY_NOISY}), "--class_cond", "True", "--learn_sigma", "True", "--classifier_scale", "2.0"]
-    command = [sys.executable, "their_sample.py", "--model_path", "unet.pt", "--classifier_path", "classifier.pt", *flags]
+    flags = [
+        *flags,
+        *flags_of({**TINY_64, **TINY_NOISY}),
+        "--class_cond",
+        "True",
+        "--learn_sigma",
+        "True",
+        "--classifier_scale",
+        "2.0",
+    ]
+    command = [
+        sys.executable,
+        "their_sample.py",
+        "--model_path",
+        "unet.pt",
+        "--classifier_path",
+        "classifier.pt",
+        *flags,
+    ]
     environ = {**environment(), "OPENAI_LOGDIR": str(folder / name)}
     result = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    lines = ["building the networks ...", "made 2 images", "made 4 images", f"saving to {folder / name / 'result.npz'}", "done"]
+    lines = [
+        "building the networks ...",
+        "made 2 images",
+        "made 4 images",
+        f"saving to {folder / name / 'result.npz'}",
+        "done",
+    ]
     assert (folder / name / "log.txt").read_text().splitlines() == lines
     with np.load(folder / name / "result.npz", allow_pickle=False) as file:
         images, labels = file["arr_0"], file["arr_1"]

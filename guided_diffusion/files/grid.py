@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from guided_diffusion.atomic_files import renamed_when_complete
+from guided_diffusion.files.atomic import renamed_when_complete
 
 
 def save_grid(
@@ -16,7 +16,9 @@ def save_grid(
     columns: int | None = None,
     titles: list[str] | None = None,
 ) -> None:
-    """Draw groups of (n, H, W, 3) uint8 images as one PNG, each in rows of its own, enlarged `scale` times, its title to the left."""
+    """Draw groups of (n, H, W, 3) uint8 images as one PNG, each in rows of its own, enlarged `scale` times,
+    its title to the left.
+    """
     columns = columns or math.ceil(math.sqrt(max(len(group) for group in groups)))
     blocks = [_tile(group, columns).repeat(scale, axis=0).repeat(scale, axis=1) for group in groups]
     margin = 150 if titles else 0
@@ -24,7 +26,9 @@ def save_grid(
     top = 0
     for block, title in zip(blocks, titles or [""] * len(blocks), strict=True):
         picture.paste(Image.fromarray(block), (margin, top))
-        ImageDraw.Draw(picture).multiline_text((8, top + len(block) / 2), title, fill="black", font=ImageFont.load_default(14), anchor="lm")
+        ImageDraw.Draw(picture).multiline_text(
+            (8, top + len(block) / 2), title, fill="black", font=ImageFont.load_default(14), anchor="lm"
+        )
         top += len(block)
     with renamed_when_complete(path) as file:
         picture.save(file, format="PNG")

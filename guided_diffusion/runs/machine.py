@@ -21,13 +21,20 @@ def describe(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """What can change the numbers, by name."""
-    return {"elucd": __version__, "torch": str(torch.__version__), **{name: version(name) for name in ("torchvision", "numpy")}}
+    return {
+        "elucd": __version__,
+        "torch": str(torch.__version__),
+        **{name: version(name) for name in ("torchvision", "numpy")},
+    }
 
 
 def peak_memory() -> int:
     """The largest resident memory of this process so far, in bytes."""
-    # Not getrusage's figure where there is another: on Linux a new process begins with the peak of the one that started it.
-    return _kilobytes("/proc/self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+    # Not getrusage's figure where there is another: on Linux a new process begins with the peak of the one
+    # that started it.
+    return (
+        _kilobytes("/proc/self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )  # in bytes on macOS
 
 
 def resident_memory() -> int:
@@ -36,7 +43,9 @@ def resident_memory() -> int:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """The bytes that this process may still take on `device`, None where that cannot be told. A container's limit counts."""
+    """The bytes that this process may still take on `device`, None where that cannot be told. A container's
+    limit counts.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     amounts = [_kilobytes("/proc/meminfo", "MemAvailable"), _left_in_container()]
@@ -48,7 +57,14 @@ def _left_in_container(folder=Path("/sys/fs/cgroup")):
     if not (limit.exists() and used.exists() and statistics.exists()) or limit.read_text().strip() == "max":
         return None
     # Pages of files that were read are given up when memory is wanted.
-    reclaimable = next((int(line.split()[1]) for line in statistics.read_text().splitlines() if line.startswith("inactive_file ")), 0)
+    reclaimable = next(
+        (
+            int(line.split()[1])
+            for line in statistics.read_text().splitlines()
+            if line.startswith("inactive_file ")
+        ),
+        0,
+    )
     return int(limit.read_text()) - int(used.read_text()) + reclaimable
 
 

@@ -1,9 +1,10 @@
 """EDM's snapshot pickles, read as data.
 
-A snapshot is a pickle of a dict whose "ema" is a network that saved itself through `torch_utils.persistence`: the name of its class, the
-source text of its module, its constructor's arguments, and its attributes. Unpickling it would execute that text; here the pickle is only
-read (pickle_data.py). The bytes of each tensor are themselves a file of torch's older format: its head is read in the same way, its
-values by torch with `weights_only=True`. What the file declares is checked against what it holds before anything is allocated.
+A snapshot is a pickle of a dict whose "ema" is a network that saved itself through `torch_utils.persistence`:
+the name of its class, the source text of its module, its constructor's arguments, and its attributes.
+Unpickling it would execute that text; here the pickle is only read (pickle_data.py). The bytes of each tensor
+are themselves a file of torch's older format: its head is read in the same way, its values by torch with
+`weights_only=True`. What the file declares is checked against what it holds before anything is allocated.
 This module imports pickle_data and no other of the project.
 """
 
@@ -19,18 +20,38 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from guided_diffusion.pickle_data import CONTAINERS, PERSISTENT_ID, Name, Record, RefusedError, Span, Window, expect, printable, read_pickle
+from guided_diffusion.files.pickle_data import (
+    CONTAINERS,
+    PERSISTENT_ID,
+    Name,
+    Record,
+    RefusedError,
+    Span,
+    Window,
+    expect,
+    printable,
+    read_pickle,
+)
 
 _PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
-_PARAMETER, _TENSOR, _STORAGE = "torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes"
-_NUMBERS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")  # in the arguments of layers
+_PARAMETER, _TENSOR, _STORAGE = (
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_tensor_v2",
+    "torch.storage._load_from_bytes",
+)
+_NUMBERS = (
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+)  # in the arguments of layers
 _NAMES = CONTAINERS | {_PERSISTENT, _PARAMETER, _TENSOR, _STORAGE, *_NUMBERS}
 _TORCH_MODULE = re.compile(r"torch\.nn\.modules\.[a-z_]{1,99}\.[A-Z]\w{0,99}", re.ASCII)
 _FIRST_ARGUMENTS = ("img_resolution", "img_channels", "label_dim", "use_fp16")  # of every class of networks
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w{0,99}", re.ASCII)
 _ENTRY = re.compile(r"\w{1,100}", re.ASCII)  # a parameter, buffer or module in its parent
 
-# Above what a snapshot has (the ADM network: 70,000 instructions, 1,000 entries, 40 instructions in a storage's head), below what hurts.
+# Above what a snapshot has (the ADM network: 70,000 instructions, 1,000 entries, 40 instructions in a
+# storage's head), below what hurts.
 _MOST_INSTRUCTIONS, _MOST_ENTRIES, _MOST_IN_HEAD, _DEEPEST, _MOST_DIMENSIONS = 1_000_000, 100_000, 200, 16, 8
 
 # torch's older file format: a magic number, a version and the machine, each a pickle, before the content.
@@ -51,7 +72,9 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that still lies in the file at `path`: as a view of the storage whose older-format torch file is `span`."""
+    """A tensor that still lies in the file at `path`: as a view of the storage whose older-format torch file
+    is `span`.
+    """
 
     path: Path
     dtype: torch.dtype
@@ -65,20 +88,31 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The tensor itself, contiguous, on the CPU. Raises ValueError where torch cannot read it, or the file has changed since."""
+        """The tensor itself, contiguous, on the CPU. Raises ValueError where torch cannot read it, or the
+        file has changed since.
+        """
         with open(self.path, "rb") as file:
             file.seek(self.span.start)
             content = io.BytesIO(file.read(self.span.length))
         try:
             storage = torch.load(content, map_location="cpu", weights_only=True)
-            return torch.empty(0, dtype=self.dtype).set_(storage).as_strided(self.shape, self.stride, self.offset).contiguous()
+            return (
+                torch.empty(0, dtype=self.dtype)
+                .set_(storage)
+                .as_strided(self.shape, self.stride, self.offset)
+                .contiguous()
+            )
         except Exception as error:  # torch does not say what it raises at a damaged file
-            raise ValueError(f"{self.path}: a tensor of it cannot be read ({type(error).__name__}); get the file again") from error
+            raise ValueError(
+                f"{self.path}: a tensor of it cannot be read ({type(error).__name__}); get the file again"
+            ) from error
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A network out of a pickle: its class, its constructor's arguments by name, and its state dict, still in the file."""
+    """A network out of a pickle: its class, its constructor's arguments by name, and its state dict, still in
+    the file.
+    """
 
     class_name: str
     arguments: dict[str, Any]
@@ -88,8 +122,8 @@ class Snapshot:
 def read_snapshot(path: str | Path) -> Snapshot:
     """Read the network "ema" of an EDM pickle; of its tensors, only what they are and where they lie.
 
-    Raises ValueError with the name of what the pickle asks for, where that is more than a snapshot needs, and ValueError where the file
-    is cut short, damaged or something else.
+    Raises ValueError with the name of what the pickle asks for, where that is more than a snapshot needs, and
+    ValueError where the file is cut short, damaged or something else.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -99,10 +133,26 @@ def read_snapshot(path: str | Path) -> Snapshot:
             class_name, state = _module(expect(content, dict)["ema"])
             return Snapshot(class_name, _arguments(state), _tensors(path, file, size, state))
     except RefusedError as error:
-        raise ValueError(f"refused to read {path}: it asks for {error}, which no EDM snapshot needs") from error
-    except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, struct.error) as error:
-        reason = printable(str(error)) if type(error) is ValueError else f"{type(error).__name__} {printable(str(error))}"
-        raise ValueError(f"{path} ({size:,} bytes) is truncated, damaged or not an EDM snapshot ({reason})") from error
+        raise ValueError(
+            f"refused to read {path}: it asks for {error}, which no EDM snapshot needs"
+        ) from error
+    except (
+        ValueError,
+        TypeError,
+        IndexError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        struct.error,
+    ) as error:
+        reason = (
+            printable(str(error))
+            if type(error) is ValueError
+            else f"{type(error).__name__} {printable(str(error))}"
+        )
+        raise ValueError(
+            f"{path} ({size:,} bytes) is truncated, damaged or not an EDM snapshot ({reason})"
+        ) from error
 
 
 def _module(record):
@@ -127,7 +177,9 @@ def _arguments(state):
     arguments = {**dict(zip(_FIRST_ARGUMENTS, args, strict=False)), **kwargs}
     for name, value in arguments.items():
         values = value if type(value) in (list, tuple) and len(value) <= 100 else [value]
-        if not _IDENTIFIER.fullmatch(name) or not all(v is None or type(v) in (bool, int, float, str) for v in values):
+        if not _IDENTIFIER.fullmatch(name) or not all(
+            v is None or type(v) in (bool, int, float, str) for v in values
+        ):
             raise ValueError(f"the argument {printable(name)!r} is not of numbers and text")
         if any(len(v) > 100 for v in values if type(v) is str):
             raise ValueError(f"the argument {printable(name)!r} is too long")
@@ -135,7 +187,9 @@ def _arguments(state):
 
 
 def _tensors(path: Path, file: BinaryIO, size: int, state: dict) -> dict[str, StoredTensor]:
-    """The state dict. Each tensor has bytes of its own, so that all of them together are no larger than the file."""
+    """The state dict. Each tensor has bytes of its own, so that all of them together are no larger than the
+    file.
+    """
     tensors: dict[str, StoredTensor] = {}
     total = 0
     for count, (name, tensor) in enumerate(_entries(state)):
@@ -154,7 +208,9 @@ def _tensors(path: Path, file: BinaryIO, size: int, state: dict) -> dict[str, St
 
 
 def _entries(state: dict, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """(name, pickled tensor or None) of the parameters, buffers and modules, in the order of torch's state dicts."""
+    """(name, pickled tensor or None) of the parameters, buffers and modules, in the order of torch's state
+    dicts.
+    """
     if depth > _DEEPEST:
         raise ValueError(f"modules {_DEEPEST} deep and more; is one inside itself?")
     if state.get("_non_persistent_buffers_set"):
@@ -179,16 +235,25 @@ def _stored(path, file, record):
     (span,) = _call(storage, _STORAGE)
     dtype, numel = _storage(file, expect(span, Span))
     numbers = (offset, *expect(shape, tuple), *expect(stride, tuple))
-    if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(stride) or len(shape) > _MOST_DIMENSIONS or any(metadata):
+    if (
+        any(type(n) is not int or n < 0 for n in numbers)
+        or len(shape) != len(stride)
+        or len(shape) > _MOST_DIMENSIONS
+        or any(metadata)
+    ):
         raise ValueError("a tensor of impossible shape")
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if math.prod(shape) > numel or (0 not in shape and last >= numel):
-        raise ValueError(f"a tensor of shape {printable(str(shape))} reaches beyond its storage of {numel:,} numbers")
+        raise ValueError(
+            f"a tensor of shape {printable(str(shape))} reaches beyond its storage of {numel:,} numbers"
+        )
     return StoredTensor(path, dtype, shape, stride, offset, span)
 
 
 def _storage(file, span):
-    """(dtype, count of numbers) of a storage, from the head of its torch file, whose length must be what they say."""
+    """(dtype, count of numbers) of a storage, from the head of its torch file, whose length must be what they
+    say.
+    """
     window = Window(file, span.start, span.start + span.length)
     if window.read(4) == b"PK\x03\x04":
         _refuse_zip(window)
@@ -207,7 +272,9 @@ def _storage(file, span):
 
 
 def _refuse_zip(window):
-    """End the reading at torch's newer format, if possible with the name of what the pickle in it, its first member, asks for."""
+    """End the reading at torch's newer format, if possible with the name of what the pickle in it, its first
+    member, asks for.
+    """
     name_length, extra_length = struct.unpack("<22xHH", window.read(26))
     window.read(name_length + extra_length)
     read_pickle(window, (), most=_MOST_INSTRUCTIONS)

@@ -1,12 +1,13 @@
 """Pickles as data: what the file says is written down, and nothing of it is run.
 
-A pickle is a program. The machine here follows its instructions as far as they describe lists, dicts, text and numbers; where one refers to
-a global, its name is put down in place of the thing, and a call becomes a `Record` of what would have been called with what. There is
-no instruction that imports, calls or sets an attribute, so there is nothing to escape from; names that the reader of the file did not
-allow end the reading all the same, at the first one.
+A pickle is a program. The machine here follows its instructions as far as they describe lists, dicts, text
+and numbers; where one refers to a global, its name is put down in place of the thing, and a call becomes a
+`Record` of what would have been called with what. There is no instruction that imports, calls or sets an
+attribute, so there is nothing to escape from; names that the reader of the file did not allow end the reading
+all the same, at the first one.
 
-Every instruction costs a bounded amount of time and memory, so that a little file can never ask for much; bytes stay in the file, as
-`Span`s. This module imports no other of the project.
+Every instruction costs a bounded amount of time and memory, so that a little file can never ask for much;
+bytes stay in the file, as `Span`s. This module imports no other of the project.
 """
 
 import pickle
@@ -16,14 +17,26 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
-PERSISTENT_ID = "a persistent id"  # to be allowed like a name; pickle asks its caller what such an id stands for
+PERSISTENT_ID = (
+    "a persistent id"  # to be allowed like a name; pickle asks its caller what such an id stands for
+)
 
 # Far above what a network's pickle has, far below what hurts.
 _LONGEST_LINE, _MOST_BITS = 1 << 16, 128
 
 _NEW = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_TUPLE": tuple}
 _NEW |= {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list}
-_OPERANDS = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "STACK_GLOBAL": 2, "REDUCE": 2, "NEWOBJ": 2, "BUILD": 1}
+_OPERANDS = {
+    "TUPLE1": 1,
+    "TUPLE2": 2,
+    "TUPLE3": 3,
+    "APPEND": 1,
+    "SETITEM": 2,
+    "STACK_GLOBAL": 2,
+    "REDUCE": 2,
+    "NEWOBJ": 2,
+    "BUILD": 1,
+}
 _OPERANDS |= {"BINPERSID": 1}
 _UP_TO_MARK = ("TUPLE", "LIST", "FROZENSET", "DICT", "APPENDS", "ADDITEMS", "SETITEMS")
 _DICTS = ("collections.OrderedDict", "dnnlib.util.EasyDict")
@@ -59,7 +72,9 @@ class Record:
 
 
 class Window:
-    """The bytes start .. end of an open file, as pickletools reads them; never asked for more memory than there are bytes."""
+    """The bytes start .. end of an open file, as pickletools reads them; never asked for more memory than
+    there are bytes.
+    """
 
     def __init__(self, file: BinaryIO, start: int, end: int):
         self.file, self.end = file, end
@@ -80,12 +95,15 @@ class Window:
         return self.file.readline(min(_LONGEST_LINE, self.left()))
 
 
-def read_pickle(window: Window, names: Collection[str], pattern: re.Pattern | None = None, *, most: int) -> Any:
-    """Read the pickle where `window` stands: None, bool, int, float, str, tuple, list (sets too), dict with str keys, Span, Name, Record.
+def read_pickle(
+    window: Window, names: Collection[str], pattern: re.Pattern | None = None, *, most: int
+) -> Any:
+    """Read the pickle where `window` stands: None, bool, int, float, str, tuple, list (sets too), dict with
+    str keys, Span, Name, Record.
 
-    names, pattern: the globals that it may refer to, "module.name". most: how many instructions it may have. Raises RefusedError for
-    another global, or another kind of request, and ValueError, IndexError, KeyError, AttributeError, TypeError, OverflowError or
-    struct.error where the pickle is damaged.
+    names, pattern: the globals that it may refer to, "module.name". most: how many instructions it may have.
+    Raises RefusedError for another global, or another kind of request, and ValueError, IndexError, KeyError,
+    AttributeError, TypeError, OverflowError or struct.error where the pickle is damaged.
     """
     return _Machine(window, names, pattern).run(most)
 
@@ -182,7 +200,9 @@ class _Machine:
             return Span(self.window.tell() - len(arg), len(arg))
         if isinstance(arg, int) and arg.bit_length() > _MOST_BITS:
             raise ValueError(f"an integer of {arg.bit_length():,} bits")
-        if arg is None:  # every instruction that is left and has no value: DUP, POP, OBJ, NEWOBJ_EX, NEXT_BUFFER, ...
+        if (
+            arg is None
+        ):  # every instruction that is left and has no value: DUP, POP, OBJ, NEWOBJ_EX, NEXT_BUFFER, ...
             raise RefusedError(f"the instruction {instruction}")
         return arg
 
@@ -204,7 +224,9 @@ class _Machine:
 
 
 def _made(function, args):
-    """What stands for the result of a call. The arguments of containers are not copied: a little file could ask for that often."""
+    """What stands for the result of a call. The arguments of containers are not copied: a little file could
+    ask for that often.
+    """
     name = expect(function, Name).name
     expect(args, tuple)
     if name in _DICTS:
@@ -218,7 +240,9 @@ def _made(function, args):
 
 
 def _update(target, flat):
-    """Set target's items to key, value, key, value, ... Keys are text, whose hashes cannot be aimed at each other."""
+    """Set target's items to key, value, key, value, ... Keys are text, whose hashes cannot be aimed at each
+    other.
+    """
     for key, value in zip(flat[::2], flat[1::2], strict=True):
         target[expect(key, str)] = value
     return target

@@ -1,4 +1,6 @@
-"""Files that are complete or absent, whatever happens while they are written. Imports no other module of the project."""
+"""Files that are complete or absent, whatever happens while they are written. Imports no other module of the
+project.
+"""
 
 import json
 import os
@@ -12,7 +14,9 @@ PART = r"\..+\.\d+\.part"  # the name of a file that is being written, or was wh
 
 @contextmanager
 def renamed_when_complete(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes the name `path` once the block ends without an error, and vanishes otherwise."""
+    """Open a file for writing that takes the name `path` once the block ends without an error, and vanishes
+    otherwise.
+    """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from guided_diffusion import dist_util, machine
-from guided_diffusion.checkpoints import known_hashes, sha256
-from guided_diffusion.engine import named_failure
-from guided_diffusion.job import Job, rounded
-from guided_diffusion.run_lock import holder
-from guided_diffusion.sample_store import existing_parent, require_no_leftovers, require_room, required_bytes
-from guided_diffusion.tally import Tally
+from guided_diffusion import dist_util
+from guided_diffusion.files.checkpoints import known_hashes, sha256
+from guided_diffusion.files.run_folder import require_no_leftovers
+from guided_diffusion.runs import machine
+from guided_diffusion.runs.job import Job, rounded
+from guided_diffusion.runs.lock import holder
+from guided_diffusion.runs.loop import named_failure
+from guided_diffusion.runs.store import existing_parent, require_room, required_bytes
+from guided_diffusion.runs.tally import Tally
 
 TIMED_STEPS = 2  # after one that warms up
 
@@ -27,10 +29,15 @@ class _EnoughSteps(Exception):
 
 
 def examine(job: Job) -> None:
-    """Print one line per subject to stdout. Raises ProblemsFoundError if the run would fail. Leaves the output folder alone."""
+    """Print one line per subject to stdout. Raises ProblemsFoundError if the run would fail. Leaves the
+    output folder alone.
+    """
     device = dist_util.choose_device(job.device)
     report = _Report()
-    report.say("machine", f"{machine.describe(device)}; {', '.join(f'{name} {number}' for name, number in machine.versions().items())}")
+    report.say(
+        "machine",
+        f"{machine.describe(device)}; {', '.join(f'{name} {number}' for name, number in machine.versions().items())}",
+    )
     for flag in job.files:
         report.check(f"--{flag}" if flag in job.flags else flag, _check_file, job, flag)
     missing = report.check("folder", _check_folder, job, device)
@@ -48,7 +55,11 @@ def _examine_networks(job, device, report, missing, joined):
     sampler = report.check("networks", _load, job, device)
     if not sampler:
         return
-    needed = 0 if joined else required_bytes(missing, job.num_samples, sampler.image_bytes, job.png_name is not None)
+    needed = (
+        0
+        if joined
+        else required_bytes(missing, job.num_samples, sampler.image_bytes, job.png_name is not None)
+    )
     report.check("disk", _check_disk, job, needed)
     trial = report.check("steps", _try_steps, job, sampler, device)
     if trial:
@@ -64,7 +75,9 @@ class _Report:
         print(f"{subject}: {text}", flush=True)
 
     def check(self, subject, function, *arguments):
-        """Print the text that the check returns; an error of the user's is a problem. Returns what the check found beside the text."""
+        """Print the text that the check returns; an error of the user's is a problem. Returns what the check
+        found beside the text.
+        """
         try:
             text, found = function(*arguments)
         except (ValueError, OSError, FloatingPointError) as error:
@@ -82,7 +95,11 @@ def _check_file(job, flag):
     for expected, who in known:
         if not digest.startswith(expected):
             raise ValueError(f"{path} has sha256 {digest}, but {expected} is {who}: fetch it again")
-    trust = f"as {' and '.join(dict.fromkeys(who for _, who in known))}" if known else "nothing is known to hold it against"
+    trust = (
+        f"as {' and '.join(dict.fromkeys(who for _, who in known))}"
+        if known
+        else "nothing is known to hold it against"
+    )
     return f"{path}, {path.stat().st_size:,} bytes, sha256 {digest[:16]}... ({trust})", None
 
 
@@ -91,7 +108,9 @@ def _check_folder(job, device):
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ValueError(f"cannot write to {parent}: choose another --out")
     if (owner := holder(job.folder)) is not None:
-        raise ValueError(f"another run is writing into {job.folder}: {owner}; wait for it, or choose another --out")
+        raise ValueError(
+            f"another run is writing into {job.folder}: {owner}; wait for it, or choose another --out"
+        )
     missing, joined = job.num_samples, False
     if not job.starts_anew:
         if (job.folder / "run.json").exists():
@@ -99,7 +118,10 @@ def _check_folder(job, device):
             missing, joined = sum(map(len, store.missing())), store.samples_file() is not None
         else:
             require_no_leftovers(job.folder, pictures=job.png_name is not None)
-    return f"{job.folder}, {job.num_samples - missing:,} of {job.num_samples:,} samples are there", (missing, joined)
+    return f"{job.folder}, {job.num_samples - missing:,} of {job.num_samples:,} samples are there", (
+        missing,
+        joined,
+    )
 
 
 def _check_disk(job, needed):
@@ -121,7 +143,9 @@ class _Trial:
 
 
 def _try_steps(job, sampler, device):
-    """One step to warm up and two that count: on a GPU of the run's batch, on a CPU of one image, and then one of two for the memory."""
+    """One step to warm up and two that count: on a GPU of the run's batch, on a CPU of one image, and then
+    one of two for the memory.
+    """
     batch = _batch(job) if device.type == "cuda" else 1
     marks = _marks(job, sampler, device, batch, 1 + TIMED_STEPS)
     marks = marks[1:] if len(marks) > 2 else marks  # a single step has to do, warm or not
@@ -170,5 +194,7 @@ def _check_memory(job, trial, device):
 def _estimate(job, trial, num_steps, missing):
     hours = trial.seconds / trial.batch * num_steps * missing / 3600
     amount = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-    scaled = "; scaled from batch 1, a larger batch may take less per image" if trial.batch < _batch(job) else ""
+    scaled = (
+        "; scaled from batch 1, a larger batch may take less per image" if trial.batch < _batch(job) else ""
+    )
     return f"some {amount} for {missing:,} images of {num_steps} steps in one process like this, by its first steps{scaled}"

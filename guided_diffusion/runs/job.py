@@ -13,18 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from guided_diffusion import dist_util, logger, machine
-from guided_diffusion.checkpoints import sha256
-from guided_diffusion.engine import sample_missing
-from guided_diffusion.run_lock import locked
-from guided_diffusion.sample_store import ROUNDING, SampleStore, to_uint8
+from guided_diffusion import dist_util, logger
+from guided_diffusion.files.checkpoints import sha256
+from guided_diffusion.files.pixels import ROUNDING, to_uint8
+from guided_diffusion.runs import machine
+from guided_diffusion.runs.lock import locked
+from guided_diffusion.runs.loop import sample_missing
+from guided_diffusion.runs.store import SampleStore
+from guided_diffusion.runs.tally import Tally
 from guided_diffusion.script_util import str2bool
-from guided_diffusion.tally import Tally
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """What draws a batch: sample(indices, tick) -> ((n, 3, H, W) float images, (n,) int64 labels); it calls tick() after each step.
+    """What draws a batch: sample(indices, tick) -> ((n, 3, H, W) float images, (n,) int64 labels); it calls
+    tick() after each step.
 
     image_size: H and W. notes: what the log should say at the start.
     """
@@ -44,10 +47,11 @@ class Sampler:
 class Job:
     """A run as its flags describe it, with nothing loaded yet.
 
-    flags: all of them after defaults, by name. not_compared: those that do not decide about the samples: another value of them may go on
-    in the same folder. files: by flag, a function that returns the file, or None for none, and raises FileNotFoundError; the flag's
-    value is then not compared, but the file's hash. build: loads the networks. rounding: a key of ROUNDING. drawn_by: who draws
-    noise and labels, for the record. overwrite: start anew, unless this is another attempt of a job that did so. png_name: as
+    flags: all of them after defaults, by name. not_compared: those that do not decide about the samples:
+    another value of them may go on in the same folder. files: by flag, a function that returns the file, or
+    None for none, and raises FileNotFoundError; the flag's value is then not compared, but the file's hash.
+    build: loads the networks. rounding: a key of ROUNDING. drawn_by: who draws noise and labels, for the
+    record. overwrite: start anew, unless this is another attempt of a job that did so. png_name: as
     `SampleStore`'s. name_of: what errors call a sample, by its index.
     """
 
@@ -74,7 +78,11 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """What decides about the samples: flags, hashes of files, versions."""
         hashes = {flag: sha256(path) for flag, find in self.files.items() if (path := find())}
-        flags = {key: value for key, value in self._plain_flags().items() if key not in {*self.not_compared, *hashes}}
+        flags = {
+            key: value
+            for key, value in self._plain_flags().items()
+            if key not in {*self.not_compared, *hashes}
+        }
         return {**flags, "sha256": hashes, "versions": machine.versions()}
 
     def open_store(self, settings: dict[str, Any], device: torch.device) -> SampleStore:
@@ -89,28 +97,59 @@ class Job:
 
     def _plain_flags(self):
         # Standard JSON has no infinity.
-        return {key: str(value) if isinstance(value, float) and math.isinf(value) else value for key, value in self.flags.items()}
+        return {
+            key: str(value) if isinstance(value, float) and math.isinf(value) else value
+            for key, value in self.flags.items()
+        }
 
 
-# Where results lie and how they are made, but not what they are. Batches finished under --on_nonfinite stop are those of skip too.
+# Where results lie and how they are made, but not what they are. Batches finished under --on_nonfinite stop
+# are those of skip too.
 RUN_FLAGS = ("out", "overwrite", "device", "preset", "dry_run", "on_nonfinite")
 
 
 def add_run_flags(parser: argparse.ArgumentParser, presets: Iterable[str]) -> None:
-    """Add the flags that every sampling script has, but for its output folder's and its batch's, which have names of their own."""
+    """Add the flags that every sampling script has, but for its output folder's and its batch's, which have
+    names of their own.
+    """
     flag = parser.add_argument_group("the run").add_argument
     flag("--preset", default="", help=f"flags by name: {', '.join(presets)}; flags that you write win")
-    flag("--overwrite", type=str2bool, default=False, help="start anew: remove what an earlier run wrote into the output folder")
+    flag(
+        "--overwrite",
+        type=str2bool,
+        default=False,
+        help="start anew: remove what an earlier run wrote into the output folder",
+    )
     flag("--device", default="", help="cpu, cuda or cuda:1; by default this rank's CUDA device, else the CPU")
-    flag("--dry_run", type=str2bool, default=False, help="check files, room and memory, estimate the time, and sample nothing")
-    flag("--on_nonfinite", choices=("stop", "skip"), default="stop", help="skip drops that image's guidance for that step and counts it")
-    flag("--log_guidance", type=str2bool, default=False, help="write what guidance did at each step into metrics.jsonl")
+    flag(
+        "--dry_run",
+        type=str2bool,
+        default=False,
+        help="check files, room and memory, estimate the time, and sample nothing",
+    )
+    flag(
+        "--on_nonfinite",
+        choices=("stop", "skip"),
+        default="stop",
+        help="skip drops that image's guidance for that step and counts it",
+    )
+    flag(
+        "--log_guidance",
+        type=str2bool,
+        default=False,
+        help="write what guidance did at each step into metrics.jsonl",
+    )
 
 
 def run_options(args: argparse.Namespace, written: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The fields of a Job that are flags as they stand. written: how a flag is written where its attribute has another name."""
+    """The fields of a Job that are flags as they stand. written: how a flag is written where its attribute
+    has another name.
+    """
     flags = {(written or {}).get(key, key): value for key, value in vars(args).items() if key != "given"}
-    return {"flags": flags, **{name: getattr(args, name) for name in ("batch_size", "overwrite", "device", "log_guidance")}}
+    return {
+        "flags": flags,
+        **{name: getattr(args, name) for name in ("batch_size", "overwrite", "device", "log_guidance")},
+    }
 
 
 def require_numbers(args: argparse.Namespace, at_least_one: Iterable[str], finite: Iterable[str]) -> None:
@@ -124,7 +163,9 @@ def require_numbers(args: argparse.Namespace, at_least_one: Iterable[str], finit
 
 
 def run(job: Job) -> None:
-    """Draw what the folder lacks, together with the other processes of torchrun, and join it; the path of the result goes to stdout."""
+    """Draw what the folder lacks, together with the other processes of torchrun, and join it; the path of the
+    result goes to stdout.
+    """
     dist_util.setup_dist()
     device = dist_util.choose_device(job.device)
     _require_writable(job.folder)
@@ -137,7 +178,9 @@ def run(job: Job) -> None:
         if dist.get_rank() == 0:
             logger.configure(job.folder)
             if left_behind:
-                logger.log(f"{job.folder}: goes on after {left_behind}, which ended without removing its lock")
+                logger.log(
+                    f"{job.folder}: goes on after {left_behind}, which ended without removing its lock"
+                )
             for note in sampler.notes:
                 logger.log(note)
         sample_missing(store, rounded(job, sampler), sampler.num_steps, tally, job.name_of)
@@ -162,7 +205,9 @@ def _require_writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"cannot write to the output folder {folder} ({error.strerror}); choose another --out") from error
+        raise ValueError(
+            f"cannot write to the output folder {folder} ({error.strerror}); choose another --out"
+        ) from error
 
 
 def _open_together(job, device):

@@ -1,4 +1,6 @@
-"""The loop over batches that every sampling script shares: what is missing, who draws it, how far all are, and what went wrong where."""
+"""The loop over batches that every sampling script shares: what is missing, who draws it, how far all are,
+and what went wrong where.
+"""
 
 import signal
 import sys
@@ -16,12 +18,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from guided_diffusion import dist_util, logger
-from guided_diffusion.cli import Stopped
-from guided_diffusion.crew import Crew
+from guided_diffusion.files.pixels import NonFinitePixelsError
+from guided_diffusion.flags.parser import Stopped
 from guided_diffusion.gaussian_diffusion import NonFiniteOutputError
 from guided_diffusion.guidance import NonFiniteGradientError
-from guided_diffusion.sample_store import NonFinitePixelsError, SampleStore
-from guided_diffusion.tally import Tally
+from guided_diffusion.runs.store import SampleStore
+from guided_diffusion.runs.tally import Tally
+from guided_diffusion.runs.workers import Crew
 
 LINE_SECONDS = 30
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}, {rate_fmt}]"
@@ -34,12 +37,14 @@ def sample_missing(
     tally: Tally,
     name_of: Callable[[int], object] = int,
 ) -> None:
-    """Draw the batches that are not in the store yet, together with the other processes; return when all are there.
+    """Draw the batches that are not in the store yet, together with the other processes; return when all are
+    there.
 
-    sample(indices, tick) -> ((n, H, W, 3) uint8 images, (n,) int64 labels); it calls tick() after each of `num_steps` steps. A process
-    takes the next batch when it is done with one. name_of: what errors call a sample, by its index. SIGTERM or SIGINT to any of them
-    lets all finish their batch, then raises Stopped; the second one raises it at once. Raises FloatingPointError that names step and
-    sample where the network or the guidance is not finite, and ValueError with the batch size where memory is not enough.
+    sample(indices, tick) -> ((n, H, W, 3) uint8 images, (n,) int64 labels); it calls tick() after each of
+    `num_steps` steps. A process takes the next batch when it is done with one. name_of: what errors call a
+    sample, by its index. SIGTERM or SIGINT to any of them lets all finish their batch, then raises Stopped;
+    the second one raises it at once. Raises FloatingPointError that names step and sample where the network
+    or the guidance is not finite, and ValueError with the batch size where memory is not enough.
     """
     rank = dist.get_rank()
     # One look for all: a shared file system may show each rank something else.
@@ -48,7 +53,9 @@ def sample_missing(
     missing, name = shared[0] or ([], "")
     if not missing:
         if rank == 0:
-            logger.log(f"{store.folder}: {'complete, nothing to do' if store.samples_file() else 'all batches are there, to be joined'}")
+            logger.log(
+                f"{store.folder}: {'complete, nothing to do' if store.samples_file() else 'all batches are there, to be joined'}"
+            )
         return
     with (
         _progress_bar(store, missing, num_steps, rank) as show,
@@ -87,23 +94,31 @@ def _progress_lines(total, num_steps):
         now, images = time.monotonic(), steps / num_steps
         if now - last >= LINE_SECONDS and images > 0:
             last, rate = now, images / (now - start)
-            logger.log(f"{images:.0f}/{total} images, {rate:.2f} images/s, {timedelta(seconds=round((total - images) / rate))} left")
+            logger.log(
+                f"{images:.0f}/{total} images, {rate:.2f} images/s, {timedelta(seconds=round((total - images) / rate))} left"
+            )
 
     return show
 
 
 @contextmanager
 def _stopping(crew):
-    """Let the first SIGINT or SIGTERM ask all processes to stop after their batch, and the next one stop this one at once."""
+    """Let the first SIGINT or SIGTERM ask all processes to stop after their batch, and the next one stop this
+    one at once.
+    """
     first = []
 
     def handle(signum, frame):
-        if first and time.monotonic() - first[0] > 1:  # torchrun passes on what its terminal sent to all of them already
+        if (
+            first and time.monotonic() - first[0] > 1
+        ):  # torchrun passes on what its terminal sent to all of them already
             raise Stopped(signum)
         if not first:
             first.append(time.monotonic())
             crew.ask_to_stop(signum)
-            logger.log(f"{signal.Signals(signum).name}: stopping after this batch; once more stops at once, without it")
+            logger.log(
+                f"{signal.Signals(signum).name}: stopping after this batch; once more stops at once, without it"
+            )
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -132,7 +147,9 @@ def _raise_if_stopped(signum):
 
 
 def named_failure(sample, indices, tick, name_of=int):
-    """Call `sample`; batch positions in its errors become the samples' names, and want of memory names the batch size."""
+    """Call `sample`; batch positions in its errors become the samples' names, and want of memory names the
+    batch size.
+    """
 
     def at(error):
         return ", ".join(str(name_of(indices[i])) for i in error.positions)

@@ -1,7 +1,8 @@
-"""Noise and labels as functions of (seed, sample index): whatever the batch, the rank or the interruption, image i is image i.
+"""Noise and labels as functions of (seed, sample index): whatever the batch, the rank or the interruption,
+image i is image i.
 
-A counter-based generator, Philox (Salmon et al., 2011), takes seed and index as its 128-bit key, so that no two samples share a stream.
-It runs on the CPU, so that an accelerator changes nothing.
+A counter-based generator, Philox (Salmon et al., 2011), takes seed and index as its 128-bit key, so that no
+two samples share a stream. It runs on the CPU, so that an accelerator changes nothing.
 """
 
 import re
@@ -15,16 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guided_diffusion.cli import parse_numbers
+from guided_diffusion.flags.parser import parse_numbers
 
 # What a stream is for. It goes to the top of Philox's counter, 2**192 draws away from the next.
 _NOISE, _LABELS = 0, 1
-DRAWN_BY_INDEX = {"noise": "NumPy's Philox, key (seed, index)", "labels": "NumPy's Philox, key (seed, index or round)"}
-DRAWN_BY_SEED = dict.fromkeys(("noise", "labels"), "torch's CPU generator, seed % 2**32: latents, label, steps")
+DRAWN_BY_INDEX = {
+    "noise": "NumPy's Philox, key (seed, index)",
+    "labels": "NumPy's Philox, key (seed, index or round)",
+}
+DRAWN_BY_SEED = dict.fromkeys(
+    ("noise", "labels"), "torch's CPU generator, seed % 2**32: latents, label, steps"
+)
 
 
 class SampleNoise:
-    """The noise of the samples `indices`, in the order in which the loops ask for it: x_T by `randn`, then one draw per step.
+    """The noise of the samples `indices`, in the order in which the loops ask for it: x_T by `randn`, then
+    one draw per step.
 
     Each sample has a stream of its own, so draws for one never move those of another.
     """
@@ -33,9 +40,13 @@ class SampleNoise:
         self._generators = [_generator(seed, index, _NOISE) for index in indices]
 
     def randn(self, shape: Sequence[int]) -> Tensor:
-        """(len(indices), ...) standard normal float32 on the CPU. Raises ValueError where the first size is another."""
+        """(len(indices), ...) standard normal float32 on the CPU. Raises ValueError where the first size is
+        another.
+        """
         if shape[0] != len(self._generators):
-            raise ValueError(f"shape {tuple(shape)} does not start with the number of samples, {len(self._generators)}")
+            raise ValueError(
+                f"shape {tuple(shape)} does not start with the number of samples, {len(self._generators)}"
+            )
         draws = np.empty(shape, dtype=np.float32)
         for generator, out in zip(self._generators, draws, strict=True):
             generator.standard_normal(out=out, dtype=np.float32)
@@ -47,7 +58,8 @@ class SampleNoise:
 
 
 class SeedNoise:
-    """The published generator of EDM: one of torch's per seed, on the CPU, for latents, label and the noise of each step, in this order.
+    """The published generator of EDM: one of torch's per seed, on the CPU, for latents, label and the noise
+    of each step, in this order.
 
     Image by image it draws what EDM's generate.py does there; the seed is taken modulo 2**32.
     """
@@ -58,8 +70,12 @@ class SeedNoise:
     def randn(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """(len(seeds), ...) standard normal on the CPU. Raises ValueError where the first size is another."""
         if shape[0] != len(self._generators):
-            raise ValueError(f"shape {tuple(shape)} does not start with the number of seeds, {len(self._generators)}")
-        return torch.stack([torch.randn(shape[1:], dtype=dtype, generator=generator) for generator in self._generators])
+            raise ValueError(
+                f"shape {tuple(shape)} does not start with the number of seeds, {len(self._generators)}"
+            )
+        return torch.stack(
+            [torch.randn(shape[1:], dtype=dtype, generator=generator) for generator in self._generators]
+        )
 
     def randint(self, high: int) -> Tensor:
         """(len(seeds),) int64 from [0, high)."""
@@ -71,7 +87,9 @@ class SeedNoise:
 
 
 class DrawnAhead:
-    """The draws of a `SampleNoise` or `SeedNoise`, each made by a thread while the step before it runs; all of one shape and dtype."""
+    """The draws of a `SampleNoise` or `SeedNoise`, each made by a thread while the step before it runs; all
+    of one shape and dtype.
+    """
 
     def __init__(self, noise: SampleNoise | SeedNoise, shape: Sequence[int], **options: Any):
         """options: further arguments of the noise's randn."""
@@ -105,8 +123,8 @@ def random_labels(seed: int, indices: Sequence[int], num_classes: int) -> np.nda
 def shuffled_labels(seed: int, indices: Sequence[int], pool: Sequence[int]) -> np.ndarray:
     """(len(indices),) int64 labels that go through `pool` again and again, in a new order each time.
 
-    With pool = range(num_classes) the classes are balanced over any number of samples; shuffled, since an Inception Score
-    is taken over splits in file order.
+    With pool = range(num_classes) the classes are balanced over any number of samples; shuffled, since an
+    Inception Score is taken over splits in file order.
     """
     rounds = {i // len(pool) for i in indices}
     order = {r: _generator(seed, r, _LABELS).permutation(np.asarray(pool, dtype=np.int64)) for r in rounds}
@@ -116,8 +134,9 @@ def shuffled_labels(seed: int, indices: Sequence[int], pool: Sequence[int]) -> n
 def label_source(labels: str, seed: int, num_classes: int) -> Callable[[Sequence[int]], np.ndarray]:
     """Return the function indices -> labels that `labels` describes.
 
-    "random"; "balanced"; a list such as "1,2,5-10"; or a file, .npy or text with whole numbers. Lists and files are gone through
-    again and again, shuffled. Raises ValueError for a class outside [0, num_classes), FileNotFoundError for a file that is not there.
+    "random"; "balanced"; a list such as "1,2,5-10"; or a file, .npy or text with whole numbers. Lists and
+    files are gone through again and again, shuffled. Raises ValueError for a class outside [0, num_classes),
+    FileNotFoundError for a file that is not there.
     """
     if labels == "random":
         return lambda indices: random_labels(seed, indices, num_classes)
@@ -126,7 +145,9 @@ def label_source(labels: str, seed: int, num_classes: int) -> Callable[[Sequence
         raise ValueError(f"labels {labels!r} names no class")
     outside = [label for label in pool if not 0 <= label < num_classes]
     if outside:
-        raise ValueError(f"labels {labels!r}: class {outside[0]} is out of range, the classes are 0 to {num_classes - 1}")
+        raise ValueError(
+            f"labels {labels!r}: class {outside[0]} is out of range, the classes are 0 to {num_classes - 1}"
+        )
     return lambda indices: shuffled_labels(seed, indices, pool)
 
 
@@ -141,7 +162,9 @@ def _label_pool(labels: str, num_classes: int) -> list[int]:
     if labels_file(labels) is None:
         return parse_numbers(labels, "labels")
     if not Path(labels).is_file():
-        raise FileNotFoundError(f"labels {labels!r}: no such file; write random, balanced, a list such as 1,2,5-10, or a file's path")
+        raise FileNotFoundError(
+            f"labels {labels!r}: no such file; write random, balanced, a list such as 1,2,5-10, or a file's path"
+        )
     try:
         if labels.endswith(".npy"):
             array = np.load(labels, allow_pickle=False).ravel()

@@ -1,6 +1,8 @@
-"""Named sets of flags for the sampling scripts: what the paper's shell scripts spell out, and the small digits problem."""
+"""Named sets of flags for the sampling scripts: what the paper's shell scripts spell out, and the small
+digits problem.
+"""
 
-from guided_diffusion.checkpoints import PRETRAINED_DIR
+from guided_diffusion.files.checkpoints import PRETRAINED_DIR
 
 _ADM_128 = {
     "attention_resolutions": "32,16,8",
@@ -72,8 +74,13 @@ PRESETS = {
 }
 
 
-# For scripts/edm_sample.py. The ImageNet recipe is the released one; the strengths of the score form are ours.
-_EDM_64 = {"network": str(PRETRAINED_DIR / "edm-imagenet-64x64-cond-adm.pkl"), "seeds": "0-49999", "steps": 10}
+# For scripts/edm_sample.py. The ImageNet recipe is the released one; the strengths of the score form are
+# ours.
+_EDM_64 = {
+    "network": str(PRETRAINED_DIR / "edm-imagenet-64x64-cond-adm.pkl"),
+    "seeds": "0-49999",
+    "steps": 10,
+}
 EDM_PRESETS = {
     "digits-edm": {
         "network": str(PRETRAINED_DIR / "digits/edm.safetensors"),
@@ -111,4 +118,6 @@ def script_of(preset: str) -> str:
     for script, presets in SCRIPTS.items():
         if preset in presets:
             return script
-    raise ValueError(f"unknown preset {preset!r}; choose {', '.join(name for presets in SCRIPTS.values() for name in presets)}")
+    raise ValueError(
+        f"unknown preset {preset!r}; choose {', '.join(name for presets in SCRIPTS.values() for name in presets)}"
+    )

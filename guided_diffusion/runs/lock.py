@@ -10,10 +10,12 @@ from pathlib import Path
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[str | None]:
-    """Keep a folder to this process while the block lasts, by a lock on its file run.lock, which says whose it is.
+    """Keep a folder to this process while the block lasts, by a lock on its file run.lock, which says whose
+    it is.
 
-    The system takes the lock from a process that ends, however it ends: what is then left behind in the file is stale, and yielded.
-    Raises ValueError, with process and host, where another process holds it, and where the file system has no locks.
+    The system takes the lock from a process that ends, however it ends: what is then left behind in the file
+    is stale, and yielded. Raises ValueError, with process and host, where another process holds it, and where
+    the file system has no locks.
     """
     path = Path(folder) / "run.lock"
     with _lock_file(path) as file:
@@ -55,7 +57,9 @@ def _lock_file(path):
             file.seek(0)
             owner = file.read().strip() or "a process"
             file.close()
-            raise ValueError(f"another run is writing into {path.parent}: {owner}; wait for it, or choose another --out") from None
+            raise ValueError(
+                f"another run is writing into {path.parent}: {owner}; wait for it, or choose another --out"
+            ) from None
         except OSError as error:
             file.close()
             raise ValueError(f"cannot lock {path} ({error.strerror}): choose another --out") from error

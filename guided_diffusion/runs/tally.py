@@ -1,15 +1,18 @@
-"""What guidance did in a run: how long it took, how often it was dropped, and, on request, its figures step by step."""
+"""What guidance did in a run: how long it took, how often it was dropped, and, on request, its figures step
+by step.
+"""
 
 import math
 
 import torch
 
 from guided_diffusion.guidance import Observation
-from guided_diffusion.stopwatch import Stopwatch
+from guided_diffusion.runs.stopwatch import Stopwatch
 
 
 class Tally:
-    """Keeps count over the batches of a run. Hand `observe` to the guidance, and wrap the guidance by `stopwatch`.
+    """Keeps count over the batches of a run. Hand `observe` to the guidance, and wrap the guidance by
+    `stopwatch`.
 
     log_guidance: keep the figures of every step too.
     """
@@ -28,17 +31,25 @@ class Tally:
             self._lines.append({"step": seen.index, "sigma": seen.sigma, **_figures(seen)})
 
     def take_batch(self) -> tuple[dict[str, float], list[dict]]:
-        """What there is to record of the batch that was just drawn: numbers to be added up, and one line per call of the guidance."""
+        """What there is to record of the batch that was just drawn: numbers to be added up, and one line per
+        call of the guidance.
+        """
         skipped, seconds = int(self._new_skipped), self.stopwatch.seconds
         stats = {"guidance_seconds": seconds - self._seconds_before, "skipped_guidance": skipped}
         lines = [{key: _plain(value) for key, value in line.items()} for line in self._lines]
         self.skipped += skipped
-        self._new_skipped, self._lines, self._seconds_before = torch.zeros_like(self._new_skipped), [], seconds
+        self._new_skipped, self._lines, self._seconds_before = (
+            torch.zeros_like(self._new_skipped),
+            [],
+            seconds,
+        )
         return stats, lines
 
 
 def _figures(seen):
-    """Means over the images that were not skipped; a pixel value is clipped where it is at the end of [-1, 1] or beyond."""
+    """Means over the images that were not skipped; a pixel value is clipped where it is at the end of [-1, 1]
+    or beyond.
+    """
     confidence = seen.logits.float().softmax(dim=1).gather(1, seen.y[:, None])[:, 0]
     norm = seen.gradient.float().flatten(1).norm(dim=1)
     clipped = (seen.x.abs() >= 1).float().flatten(1).mean(dim=1)

@@ -1,0 +1,1 @@
+"""One sampling run on any number of processes: from its job to the files in its folder."""
