@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from guided_diffusion.files.nonfinite import require_finite
 from guided_diffusion.guidance import GuidanceStep
 from guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
 
@@ -45,16 +46,6 @@ class LossType(enum.Enum):
     MSE = enum.auto()
     RESCALED_MSE = enum.auto()
     RESCALED_KL = enum.auto()
-
-
-class NonFiniteOutputError(FloatingPointError):
-    """The network answered NaN or infinity; `step_index` and `positions` (in the batch) say where."""
-
-    def __init__(self, step_index, positions):
-        self.step_index, self.positions = step_index, positions
-        super().__init__(
-            f"the network answered NaN or infinity at step {step_index} at batch positions {positions}"
-        )
 
 
 class GaussianDiffusion:
@@ -135,13 +126,11 @@ class GaussianDiffusion:
         (clamped if asked for).
 
         `model(x, timesteps, **model_kwargs)` answers (N, C, H, W), or (N, 2C, H, W) where the variance is
-        learned. `denoised_fn` is applied to pred_xstart before the clamp. Raises NonFiniteOutputError, since
+        learned. `denoised_fn` is applied to pred_xstart before the clamp. Raises NonFiniteError, since
         the clamp would hide an infinity.
         """
         output = self._output(model, x, t, model_kwargs)
-        bad = ~output.isfinite().flatten(1).all(dim=1)
-        if bad.any():
-            raise NonFiniteOutputError(int(t[0]), bad.nonzero()[:, 0].tolist())
+        require_finite(output, "network output", int(t[0]))
         if self.model_var_type is ModelVarType.LEARNED_RANGE:
             output, fraction = output.split(x.shape[1], dim=1)
             low = _extract(self.posterior_log_variance_clipped, t, x)

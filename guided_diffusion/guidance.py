@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from guided_diffusion.files.nonfinite import nonfinite_images, require_finite
 from guided_diffusion.schedules import linear_timestep
 
 Guidance = Callable[[Tensor, Tensor, "GuidanceStep"], Tensor]
@@ -41,16 +42,6 @@ class GuidanceStep:
     variance: float | Tensor
     variance_max: float
     sigma: float | None = None
-
-
-class NonFiniteGradientError(FloatingPointError):
-    """The classifier's gradient is NaN or infinite; `step_index`, `sigma` (if known) and `positions` (in the
-    batch) say where.
-    """
-
-    def __init__(self, step_index: int, positions: list[int], sigma: float | None = None):
-        self.step_index, self.positions, self.sigma = step_index, positions, sigma
-        super().__init__(f"non-finite guidance gradient at step {step_index} at batch positions {positions}")
 
 
 # The four choices of the paper, one function each: the input is chosen by the sampler (the predicted clean
@@ -96,11 +87,11 @@ def without_nonfinite(
     """Return the gradient with the images that hold a NaN or Inf set to zero, and (N,) bool, which images
     those are.
 
-    Raises NonFiniteGradientError if there are any and `on_nonfinite` is "stop".
+    Raises NonFiniteError if there are any and `on_nonfinite` is "stop".
     """
-    bad = ~gradient.isfinite().flatten(1).all(dim=1)
-    if on_nonfinite == "stop" and bad.any():
-        raise NonFiniteGradientError(step_index, bad.nonzero()[:, 0].tolist(), sigma)
+    if on_nonfinite == "stop":
+        require_finite(gradient, "guidance gradient", step_index, sigma)
+    bad = nonfinite_images(gradient)
     return torch.where(bad.view(-1, *[1] * (gradient.ndim - 1)), 0, gradient), bad
 
 
@@ -135,7 +126,7 @@ class ClassifierGuidance:
 
     classifier: any callable, [-1, 1] (N, C, H, W) -> logits (N, classes). The marginal temperature is
     absolute; the flag `margin_temperature_discount` is its ratio to the joint one. on_nonfinite: "stop"
-    raises NonFiniteGradientError, "skip" drops the guidance of those images at this step. observe: called at
+    raises NonFiniteError, "skip" drops the guidance of those images at this step. observe: called at
     each step with an Observation.
     """
 

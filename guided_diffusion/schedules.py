@@ -1,9 +1,14 @@
 """Noise schedules and timestep respacing, as pure float64 functions."""
 
 import math
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
+
+DISCRETIZATIONS = ("vp", "ve", "iddpm", "edm")
+EPSILON_S = 1e-3  # where VP's time ends; it begins at 1
 
 
 def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
@@ -102,3 +107,95 @@ def _positive_int(text, whole):
     if not text.strip().isdigit() or int(text) < 1:
         raise ValueError(f"timestep_respacing {whole!r} is not understood; write 250, 10,10,20 or ddim25")
     return int(text)
+
+
+# The noise levels of EDM's sampler: Karras et al., 2022, table 1
+
+
+@dataclass(frozen=True)
+class VPSchedule:
+    """sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1), the noise level of the variance-preserving
+    process.
+    """
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+
+    def sigma(self, t: float) -> float:
+        return math.sqrt(math.expm1(self.beta_d * t**2 / 2 + self.beta_min * t))
+
+    def sigma_deriv(self, t: float) -> float:
+        sigma = self.sigma(t)
+        return (self.beta_d * t + self.beta_min) * (sigma + 1 / sigma) / 2
+
+    def sigma_inv(self, sigma: float) -> float:
+        return (
+            math.sqrt(self.beta_min**2 + 2 * self.beta_d * math.log1p(sigma**2)) - self.beta_min
+        ) / self.beta_d
+
+
+def noise_levels(
+    disc: str, num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0
+) -> NDArray[np.float64]:
+    """(num_steps,) levels from sigma_max down to sigma_min, without the closing 0; `rho` counts for "edm"
+    alone.
+
+    "iddpm" takes them from the 1000 levels of improved DDPM, so that its ends are the nearest of these within
+    the range. One step is sigma_max alone. Raises ValueError for another name and for levels that cannot be.
+    """
+    if disc not in DISCRETIZATIONS:
+        raise ValueError(f"unknown discretization {disc!r}; choose {', '.join(DISCRETIZATIONS)}")
+    if disc == "edm":
+        return karras_sigmas(num_steps, sigma_min, sigma_max, rho)
+    karras_sigmas(num_steps, sigma_min, sigma_max, 1)  # refuses what cannot be
+    progress = np.linspace(0, 1, num_steps)
+    if disc == "ve":
+        return sigma_max * (sigma_min / sigma_max) ** progress
+    if disc == "vp":
+        vp = vp_between(sigma_min, sigma_max)
+        if vp.beta_d + vp.beta_min < 0:  # the slope of its exponent at t = 1
+            raise ValueError(
+                f"vp has no falling levels from {sigma_max:g} to {sigma_min:g}: give a smaller sigma_min, such as 0.01"
+            )
+        return np.array([vp.sigma(t) for t in 1 + progress * (EPSILON_S - 1)])
+    levels = np.array(iddpm_levels(1000, 0.001, 0.008))
+    slack = 1e-6  # a network holds these levels in float32
+    within = levels[(levels >= sigma_min * (1 - slack)) & (levels <= sigma_max * (1 + slack))]
+    if len(within) < num_steps:
+        raise ValueError(
+            f"iddpm has {len(within)} levels from {sigma_min:g} to {sigma_max:g}, fewer than {num_steps} steps"
+        )
+    return within[np.rint((len(within) - 1) * progress).astype(int)]
+
+
+def default_levels(disc: str) -> tuple[float, float]:
+    """(sigma_min, sigma_max) that a discretization is used with by default."""
+    vp = VPSchedule()
+    return {
+        "vp": (vp.sigma(EPSILON_S), vp.sigma(1)),
+        "ve": (0.02, 100.0),
+        "iddpm": (0.002, 81.0),
+        "edm": (0.002, 80.0),
+    }[disc]
+
+
+def iddpm_levels(M: int, C_1: float, C_2: float) -> list[float]:
+    """u_0 .. u_M = 0, the noise levels of improved DDPM's cosine schedule, by the recursion of appendix C.3,
+    which begins at u_M.
+
+    C_1: the least ratio of two neighbouring alpha_bar. C_2: the schedule's offset.
+    """
+
+    def alpha_bar(j):
+        return math.sin(math.pi / 2 * j / (M * (C_2 + 1))) ** 2
+
+    u = [0.0]
+    for j in range(M, 0, -1):
+        u.append(math.sqrt((u[-1] ** 2 + 1) / max(alpha_bar(j - 1) / alpha_bar(j), C_1) - 1))
+    return u[::-1]
+
+
+def vp_between(sigma_min, sigma_max):
+    """The VP schedule with sigma(EPSILON_S) = sigma_min and sigma(1) = sigma_max."""
+    beta_d = 2 * (math.log1p(sigma_min**2) / EPSILON_S - math.log1p(sigma_max**2)) / (EPSILON_S - 1)
+    return VPSchedule(beta_d, math.log1p(sigma_max**2) - beta_d / 2)

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 
 from classifiers.input_transform import INPUTS
 from classifiers.registry import classifier_files, load_classifier
-from guided_diffusion.edm import SOLVERS, edm_sampler, load_edm_network
-from guided_diffusion.edm_schedules import DISCRETIZATIONS, SCALINGS, SCHEDULES, default_levels, time_steps
+from guided_diffusion.edm import SCALINGS, SCHEDULES, SOLVERS, edm_sampler, load_edm_network, time_steps
 from guided_diffusion.files.checkpoints import existing_file
 from guided_diffusion.flags.parser import Parser, parse_flags, parse_interval, parse_numbers, run_main
 from guided_diffusion.flags.presets import EDM_FORM_FLAGS, EDM_PRESETS
@@ -40,6 +39,7 @@ from guided_diffusion.runs.job import (
     run_options,
 )
 from guided_diffusion.runs.noise import DRAWN_BY_SEED, DrawnAhead, SeedNoise
+from guided_diffusion.schedules import DISCRETIZATIONS, default_levels
 from guided_diffusion.script_util import NUM_CLASSES, str2bool
 
 # What a flag needs in order to mean anything.

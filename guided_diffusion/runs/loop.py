@@ -18,14 +18,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from guided_diffusion import dist_util, logger
-from guided_diffusion.files.pixels import NonFinitePixelsError
+from guided_diffusion.files.nonfinite import NonFiniteError
 from guided_diffusion.flags.parser import Stopped
-from guided_diffusion.gaussian_diffusion import NonFiniteOutputError
-from guided_diffusion.guidance import NonFiniteGradientError
 from guided_diffusion.runs.store import SampleStore
 from guided_diffusion.runs.tally import Tally
 from guided_diffusion.runs.workers import Crew
 
+# What to do about numbers that are not finite, by where they stand.
+FIXES = {
+    "guidance gradient": "; --on_nonfinite skip drops that guidance and goes on",
+    "network output": "; if the network runs in float16, try --use_fp16 False",
+}
 LINE_SECONDS = 30
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}, {rate_fmt}]"
 
@@ -156,19 +159,11 @@ def named_failure(sample, indices, tick, name_of=int):
 
     try:
         return sample(indices, tick)
-    except NonFiniteGradientError as error:
+    except NonFiniteError as error:
         level = "" if error.sigma is None else f" (sigma {error.sigma:g})"
-        raise FloatingPointError(
-            f"non-finite guidance gradient at step {error.step_index}{level} for sample {at(error)}; "
-            "--on_nonfinite skip drops that guidance and goes on"
-        ) from error
-    except NonFiniteOutputError as error:
-        raise FloatingPointError(
-            f"the network answered NaN or infinity at step {error.step_index} for sample {at(error)}; "
-            "if it runs in float16, try --use_fp16 False"
-        ) from error
-    except NonFinitePixelsError as error:
-        raise FloatingPointError(f"non-finite pixels in sample {at(error)}") from error
+        step = "" if error.step_index is None else f" at step {error.step_index}{level}"
+        fix = FIXES.get(error.what, "")
+        raise FloatingPointError(f"non-finite {error.what}{step} for sample {at(error)}{fix}") from error
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise

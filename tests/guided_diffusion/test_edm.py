@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion.edm import SOLVERS, EDMPrecond, edm_sampler, iDDPMPrecond
-from guided_diffusion.edm_schedules import DISCRETIZATIONS, SCALINGS, SCHEDULES, noise_levels
+from guided_diffusion.edm import SCALINGS, SCHEDULES, SOLVERS, EDMPrecond, edm_sampler, iDDPMPrecond
 from guided_diffusion.edm_unet import UNetBlock
-from guided_diffusion.gaussian_diffusion import NonFiniteOutputError
+from guided_diffusion.files.nonfinite import NonFiniteError
 from guided_diffusion.guidance import ClassifierGuidance, GuidedDenoiser, released_edm_guidance
-from guided_diffusion.schedules import karras_sigmas
+from guided_diffusion.schedules import DISCRETIZATIONS, karras_sigmas, noise_levels
 
 N, SHAPE = 3, (3, 4, 4)
 
@@ -209,7 +208,7 @@ def test_non_finite_answer_stops_with_step_and_position(fault):
             out[1, 0, 0, 0] = fault if sigma < 1 else 0
             return out
 
-    with pytest.raises(NonFiniteOutputError) as caught:
+    with pytest.raises(NonFiniteError) as caught:
         edm_sampler(Broken(), LATENTS, num_steps=10)
     assert caught.value.positions == [1]
     # Heun's correction of the step before looks at the first level below 1 already.

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from guided_diffusion.edm import EDMPrecond, edm_sampler
+from guided_diffusion.files.nonfinite import NonFiniteError
 from guided_diffusion.guidance import (
     ClassifierGuidance,
     GuidanceStep,
     GuidedDenoiser,
-    NonFiniteGradientError,
     released_edm_guidance,
     released_edm_schedule,
     within_interval,
@@ -143,7 +143,7 @@ def broken(fault):
 @pytest.mark.parametrize("fault", [math.nan, math.inf])
 def test_non_finite_gradients_stop_or_are_skipped(fault):
     step, seen = GuidanceStep(7, 10, 1.0, 1.0), []
-    with pytest.raises(NonFiniteGradientError) as caught:
+    with pytest.raises(NonFiniteError) as caught:
         released_edm_guidance(broken(fault), **RECIPE)(LATENTS, Y, step)
     assert (caught.value.step_index, caught.value.positions) == (7, [2])
     guidance = released_edm_guidance(broken(fault), **RECIPE, on_nonfinite="skip", observe=seen.append)

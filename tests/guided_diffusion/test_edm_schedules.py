@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion.edm import iDDPMPrecond
-from guided_diffusion.edm_schedules import (
-    DISCRETIZATIONS,
-    NoiseProcess,
-    VPSchedule,
-    default_levels,
-    iddpm_levels,
-    noise_levels,
-)
+from guided_diffusion.edm import NoiseProcess, iDDPMPrecond
+from guided_diffusion.schedules import DISCRETIZATIONS, VPSchedule, default_levels, iddpm_levels, noise_levels
 
 SIGMA_MIN, SIGMA_MAX = 0.01, 60.0
 TIMES = {

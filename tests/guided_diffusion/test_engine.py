@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from guided_diffusion import dist_util, logger
+from guided_diffusion.files.nonfinite import NonFiniteError
 from guided_diffusion.flags.parser import parse_flags, parse_numbers, run_main
-from guided_diffusion.guidance import NonFiniteGradientError, Observation
+from guided_diffusion.guidance import Observation
 from guided_diffusion.runs.loop import sample_missing
 from guided_diffusion.runs.stopwatch import Stopwatch
 from guided_diffusion.runs.store import SampleStore
@@ -285,7 +286,7 @@ def test_non_finite_gradient_is_named_by_step_and_sample(tmp_path, one_process, 
 
     def sample(indices, tick):
         if indices.start == 3:
-            raise NonFiniteGradientError(17, [0, 2])
+            raise NonFiniteError("guidance gradient", [0, 2], 17)
         return draw(indices)
 
     with pytest.raises(FloatingPointError, match=r"step 17 for sample 3, 5;.*--on_nonfinite skip"):

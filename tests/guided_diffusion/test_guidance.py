@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
+from guided_diffusion.files.nonfinite import NonFiniteError
 from guided_diffusion.guidance import (
     ClassifierGuidance,
     GuidanceStep,
-    NonFiniteGradientError,
     log_prob,
     noisy_classifier_gradient,
     within_interval,
@@ -250,7 +250,7 @@ def broken_at(positions, fault):
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("positions", [[2], [0, 3]])
 def test_stop_names_step_and_positions(fault, positions):
-    with pytest.raises(NonFiniteGradientError) as caught:
+    with pytest.raises(NonFiniteError) as caught:
         shift(
             draws(N, *SHAPE), step=dataclasses.replace(UNIT, index=17), classifier=broken_at(positions, fault)
         )

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from guided_diffusion.files.checkpoints import existing_file, sha256
-from guided_diffusion.guidance import NonFiniteGradientError
+from guided_diffusion.files.nonfinite import NonFiniteError
 from guided_diffusion.runs import dry_run as preflight
 from guided_diffusion.runs import machine
 from guided_diffusion.runs.job import Job, Sampler
@@ -258,7 +258,7 @@ def test_samples_without_a_manifest_are_the_problem_that_the_run_has(tmp_path, c
     ("error", "said"),
     [
         (torch.OutOfMemoryError("no room"), "lower --batch_size"),
-        (NonFiniteGradientError(24, [0]), "step 24 for sample 0"),
+        (NonFiniteError("guidance gradient", [0], 24), "step 24 for sample 0"),
     ],
 )
 def test_what_ends_the_first_step_is_a_problem_of_the_steps(tmp_path, capsys, error, said):

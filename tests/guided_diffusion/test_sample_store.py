@@ -78,7 +78,7 @@ def test_to_uint8_puts_channels_last():
 def test_to_uint8_refuses_what_is_not_finite(fault):
     x = torch.zeros(4, 3, 2, 2)
     x[1, 0, 0, 0] = x[3, 2, 1, 1] = fault
-    with pytest.raises(ValueError, match=r"non-finite.*\[1, 3\]"):
+    with pytest.raises(FloatingPointError, match=r"non-finite.*\[1, 3\]"):
         to_uint8(x)
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from guided_diffusion.files.nonfinite import NonFiniteError
 from guided_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
     ModelMeanType,
     ModelVarType,
-    NonFiniteOutputError,
 )
 from guided_diffusion.guidance import ClassifierGuidance
 from guided_diffusion.schedules import get_named_beta_schedule, space_timesteps
@@ -118,7 +118,7 @@ def test_a_network_that_answers_infinity_is_named_before_the_clamp_hides_it():
         output[1, 0, 0, 0] = float("inf")
         return output
 
-    with pytest.raises(NonFiniteOutputError) as caught:
+    with pytest.raises(NonFiniteError) as caught:
         run("p_sample_loop", make_diffusion(steps=8), model)
     assert (caught.value.step_index, caught.value.positions) == (7, [1])
 
