@@ -1,8 +1,9 @@
 """EDM's stochastic sampler and the time axis that it steps along, in float64.
 
-Method: "Elucidating the Design Space of Diffusion-Based Generative Models" (Karras et al., 2022): algorithm 2, and
-table 1, whose columns VP, VE, iDDPM and EDM can be mixed as there: the discretization chooses the levels, the
-schedule sigma(t), the scaling s(t). The networks around it are in preconditioning.py, and are named here too.
+Method: "Elucidating the Design Space of Diffusion-Based Generative Models" (Karras et al., 2022): algorithm
+2, and table 1, whose columns VP, VE, iDDPM and EDM can be mixed as there: the discretization chooses the
+levels, the schedule sigma(t), the scaling s(t). The networks around it are in preconditioning.py, and are
+named here too.
 """
 
 import math
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor
 
 from guided_diffusion.files.nonfinite import require_finite
-from guided_diffusion.guidance import Guidance, GuidanceStep
+from guided_diffusion.guidance import Guidance, GuidanceStep, require_input
 from guided_diffusion.preconditioning import EDMPrecond, create_edm_network, iDDPMPrecond, load_edm_network
 from guided_diffusion.schedules import noise_levels, vp_between
+from guided_diffusion.solvers import STEPS
 
 __all__ = ["EDMPrecond", "create_edm_network", "edm_sampler", "iDDPMPrecond", "load_edm_network"]
 
 SCHEDULES, SCALINGS = ("vp", "ve", "linear"), ("vp", "none")
-SOLVERS = ("euler", "heun")
 
 
 @torch.no_grad()
@@ -53,13 +54,15 @@ def edm_sampler(
 
     net(x, sigma, class_labels) -> the denoised image, with the attributes sigma_min, sigma_max and
     round_sigma; x and sigma are float64.
-    latents: (N, C, H, W), standard normal. class_labels: (N, label_dim), one-hot. randn_like: called once per step, in order, the last
-    step and S_churn = 0 included. guidance: called once per step at x_cur / s, its shift times s goes to x_hat and so through Euler's
-    step and Heun's; `step.index` is i, 0 .. num_steps - 1. y: (N,) int64, its wanted classes, by default those of `class_labels`.
-    solver, disc, schedule, scaling: the other columns of the paper's table 1, see SOLVERS and edm_schedules. on_step(i, x): called after
+    latents: (N, C, H, W), standard normal. class_labels: (N, label_dim), one-hot. randn_like: called once per
+    step, in order, the last step and S_churn = 0 included. guidance: called once per step at x_cur / s, its
+    shift times s goes to x_hat and so through Euler's step and Heun's; `step.index` is i, 0 .. num_steps - 1.
+    y: (N,) int64, its wanted classes, by default those of `class_labels`.
+    solver, disc, schedule, scaling: the other columns of the paper's table 1, see solvers.STEPS and schedules. on_step(i, x): called after
     each step. Raises NonFiniteError where the trajectory leaves the finite numbers.
     """
     _check_options(S_churn, solver)
+    require_input(guidance, "noisy", "edm_sampler")
     wanted = _wanted_classes(guidance, y, class_labels, len(latents))
     process, t_steps = time_steps(net, num_steps, sigma_min, sigma_max, rho, disc, schedule, scaling)
     sigma, s, slope = process.sigma, process.s, partial(_slope, net, process, class_labels)
@@ -73,16 +76,10 @@ def edm_sampler(
         added = math.sqrt(max(sigma(t_hat) ** 2 - sigma(t_cur) ** 2, 0))
         x_hat = s(t_hat) / s(t_cur) * x_cur + s(t_hat) * added * S_noise * randn_like(x_cur)
         if guidance is not None:
-            x_hat = x_hat + s(t_hat) * guidance(
-                x_cur / s(t_cur), wanted, GuidanceStep(i, num_steps, 1.0, 1.0, sigma(t_cur))
-            )
+            step = GuidanceStep(i, num_steps, 1.0, 1.0, sigma(t_cur), i / num_steps)
+            x_hat = x_hat + s(t_hat) * guidance(x_cur / s(t_cur), wanted, step)
 
-        # Euler's step along dx/dt, then Heun's correction by the slope at its end, which t = 0 does not have.
-        d_cur = slope(x_hat, t_hat)
-        x_next = x_hat + (t_next - t_hat) * d_cur
-        if t_next > 0 and solver == "heun":
-            d_prime = slope(x_next, t_next)
-            x_next = x_hat + (t_next - t_hat) * (d_cur + d_prime) / 2
+        x_next = STEPS[solver](slope, x_hat, t_hat, t_next)
         require_finite(x_next, "network output", i)
         if on_step is not None:
             on_step(i, x_next)
@@ -92,15 +89,16 @@ def edm_sampler(
 def _slope(net, process, class_labels, x, t):
     """dx/dt: eq. 4 of the paper, as in its algorithm 1."""
     sigma, s = process.sigma(t), process.s(t)
-    denoised = net(x / s, x.new_tensor(sigma), class_labels).double()
+    labels = () if class_labels is None else (class_labels,)
+    denoised = net(x / s, x.new_tensor(sigma), *labels).double()
     return process.sigma_deriv(t) / sigma * (x - s * denoised) + process.s_deriv(t) / s * x
 
 
 def _check_options(S_churn, solver):
     if S_churn < 0:
         raise ValueError(f"S_churn must be 0 (no new noise) or more, got {S_churn}")
-    if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}; choose {' or '.join(SOLVERS)}")
+    if solver not in STEPS:
+        raise ValueError(f"unknown solver {solver!r}; choose {' or '.join(STEPS)}")
 
 
 def _wanted_classes(guidance, y, class_labels, n):

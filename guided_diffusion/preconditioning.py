@@ -1,7 +1,7 @@
 """The preconditionings: denoisers D(x; sigma) around raw networks, under EDM's names.
 
-Method: "Elucidating the Design Space of Diffusion-Based Generative Models" (Karras et al., 2022), table 1. Noise
-levels sigma are standard deviations of the noise where the clean image has weight 1.
+Method: "Elucidating the Design Space of Diffusion-Based Generative Models" (Karras et al., 2022), table 1.
+Noise levels sigma are standard deviations of the noise where the clean image has weight 1.
 """
 
 import math
@@ -72,7 +72,8 @@ class EDMPrecond(_Precond):
 
     x: (N, img_channels, H, W) float; the network was trained at H = W = img_resolution. sigma: a number or
     tensor, one level or N.
-    class_labels: (N, label_dim), one-hot or zeros; None is zeros. augment_labels: (N, augment_dim), or None for none.
+    class_labels: (N, label_dim), one-hot or zeros; None is zeros. augment_labels: (N, augment_dim), or None
+    for none.
 
     sigma_min, sigma_max: the levels that a sampler may ask for. sigma_data: standard deviation of the data.
     With `use_fp16`, which may be set at any time, convolutions and attention compute in float16 on an

@@ -2,13 +2,13 @@
 which much research imports.
 """
 
-import argparse
-
+from guided_diffusion.flags.adm import NUM_CLASSES
+from guided_diffusion.flags.fields import defaults_of
+from guided_diffusion.flags.networks import DiffusionFlags, NoisyClassifierFlags, UNetFlags
+from guided_diffusion.flags.parser import parse_bool as str2bool
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from guided_diffusion.schedules import get_named_beta_schedule, space_timesteps
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
-
-NUM_CLASSES = 1000
 
 _CHANNEL_MULT = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -20,52 +20,17 @@ _CHANNEL_MULT = {
 
 def diffusion_defaults():
     """Flags of the diffusion process with their defaults."""
-    return {
-        "learn_sigma": False,
-        "diffusion_steps": 1000,
-        "noise_schedule": "linear",
-        "timestep_respacing": "",
-        "use_kl": False,
-        "predict_xstart": False,
-        "rescale_timesteps": False,
-        "rescale_learned_sigmas": False,
-    }
+    return defaults_of(DiffusionFlags)
 
 
 def model_and_diffusion_defaults():
     """Flags of the U-Net and the diffusion process with their defaults."""
-    return {
-        "image_size": 64,
-        "num_channels": 128,
-        "num_res_blocks": 2,
-        "num_heads": 4,
-        "num_heads_upsample": -1,
-        "num_head_channels": -1,
-        "attention_resolutions": "16,8",
-        "channel_mult": "",
-        "dropout": 0.0,
-        "class_cond": False,
-        "use_checkpoint": False,
-        "use_scale_shift_norm": True,
-        "resblock_updown": False,
-        "use_fp16": False,
-        "use_new_attention_order": False,
-        **diffusion_defaults(),
-    }
+    return {**defaults_of(UNetFlags), **diffusion_defaults()}
 
 
 def classifier_defaults():
     """Flags of the noisy classifier with their defaults."""
-    return {
-        "image_size": 64,
-        "classifier_use_fp16": False,
-        "classifier_width": 128,
-        "classifier_depth": 2,
-        "classifier_attention_resolutions": "32,16,8",
-        "classifier_use_scale_shift_norm": True,
-        "classifier_resblock_updown": True,
-        "classifier_pool": "attention",
-    }
+    return {"image_size": 64, **defaults_of(NoisyClassifierFlags)}
 
 
 def create_model_and_diffusion(
@@ -245,23 +210,13 @@ def add_dict_to_argparser(parser, default_dict):
     """
     for key, value in default_dict.items():
         kind = str if value is None else str2bool if isinstance(value, bool) else type(value)
-        parser.add_argument(f"--{key}", default=value, type=kind)
+        options = {"nargs": "?", "const": True} if isinstance(value, bool) else {}
+        parser.add_argument(f"--{key}", default=value, type=kind, **options)
 
 
 def args_to_dict(args, keys):
     """The attributes `keys` of parsed arguments as a dict."""
     return {key: getattr(args, key) for key in keys}
-
-
-def str2bool(text):
-    """True, yes, y, t, 1 and their opposites, in any case; raises argparse's error for another word."""
-    if isinstance(text, bool):
-        return text
-    if text.lower() in ("yes", "true", "t", "y", "1"):
-        return True
-    if text.lower() in ("no", "false", "f", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"boolean value expected, got {text!r}: write True or False")
 
 
 def _channel_multipliers(image_size, channel_mult):

@@ -3,8 +3,8 @@ comes out.
 
     python scripts/compare_edm.py --preset digits-edm --seeds 0-2 --out results/digits-edm
 
-Every flag that is not listed here goes on to scripts/edm_sample.py, which does the sampling, one run per row
-of the table. All rows of a seed start from the same noise and want the same classes. The accuracy is by a
+Every flag that is not listed here is one of scripts/edm_sample.py, and goes to the rows in which it means
+something; each row is a run of its own. All rows of a seed start from the same noise and want the same classes. The accuracy is by a
 judge, a classifier of another architecture and seed than the guide, the other metrics are by the features of
 a third network, against the digits that the networks learned from. Writes comparison.json beside the runs,
 and, where matplotlib is installed, comparison.png: the metrics over the number of network evaluations.
@@ -14,37 +14,36 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from classifiers.registry import load_classifier
+import classifiers
+from classifiers import load_classifier
 from evaluation.comparison import FEATURES, SMALLEST, DigitsQuality, hold_out, judge, summaries, with_error
 from evaluation.evaluator import metric_key, metric_label
-from guided_diffusion.edm import SOLVERS
 from guided_diffusion.files.atomic import renamed_when_complete, write_json
-from guided_diffusion.flags.parser import Parser, call_script, parse_numbers, run_main
-from guided_diffusion.flags.presets import EDM_FORM_FLAGS, EDM_PRESETS
+from guided_diffusion.flags.edm import EDMFlags
+from guided_diffusion.flags.fields import configure, given_flags
+from guided_diffusion.flags.parser import Parser, parse_numbers, run_main
+from guided_diffusion.flags.presets import EDM_PRESETS
+from guided_diffusion.runs import edm
+from guided_diffusion.runs.job import run
+from guided_diffusion.solvers import STEPS
 
-SAMPLE = Path(__file__).with_name("edm_sample.py")
-NETWORKS = {"class-conditional": "False", "unconditional": "True"}
-# What each form of guidance is told; the flags that this script takes for one form alone go to its rows.
+NETWORKS = {"class-conditional": False, "unconditional": True}
 FORMS = {
-    "unguided": ["--use_classifier", "False"],
-    "released": ["--use_classifier", "True", "--guidance_form", "released"],
-    "score": ["--use_classifier", "True", "--guidance_form", "score"],
+    "unguided": {"use_classifier": False},
+    "released": {"use_classifier": True, "guidance_form": "released"},
+    "score": {"use_classifier": True, "guidance_form": "score"},
 }
-FORM_FLAGS = {"unguided": (), **EDM_FORM_FLAGS}
-BOTH_FORMS = (
-    *(
-        "classifier_type",
-        "classifier_path",
-        "classifier_input",
-        "softplus_beta",
-        "joint_temperature",
-        "uncond_temperature",
-    ),
-    *("guidance_interval", "on_nonfinite", "log_guidance"),
+# What tells the rows apart, or is the same for all of them.
+OWN_FLAGS = (
+    "unconditional",
+    "use_classifier",
+    "guidance_form",
+    "out",
+    "format",
+    "subdirs",
+    "dry_run",
+    "class_idx",
 )
-# What tells the rows apart, or is the same for all of them: --steps, --seeds, --out and these are not for the
-# user to pass on.
-OWN_FLAGS = ("unconditional", "use_classifier", "guidance_form", "outdir", "format", "subdirs", "dry_run")
 KEY = ("network", "guidance", "steps")
 DISTANCE = metric_key("fid", FEATURES)
 CURVES = {
@@ -57,41 +56,27 @@ CURVES = {
 
 def main():
     parser = create_argparser()
-    args, flags = parser.parse_known_args()
+    args, rest = parser.parse_known_args()
     steps = parse_numbers(args.steps, "--steps")
     seeds = parse_numbers(args.seeds, "--seeds")
-    refuse(args, flags, steps, seeds)
+    given = given_flags(EDMFlags, None, EDM_PRESETS, ["--preset", args.preset, *rest])
+    refuse(args, given, steps, seeds)
     classifier = load_classifier(args.judge, num_classes=10)
     folder = args.out or Path("results", args.preset)
     runs = {(network, form, n): [] for network in NETWORKS for form in FORMS for n in steps}
-    for seed in seeds:
-        for (network, form, n), outs in runs.items():
-            out = folder / f"seed{seed}" / f"{network}-{form}-{n}"
-            print(f"{network}, {form}, {n} steps, seed {seed}", file=sys.stderr)
-            own = [
-                "--preset",
-                args.preset,
-                "--unconditional",
-                NETWORKS[network],
-                "--steps",
-                str(n),
-                "--solver",
-                args.solver,
-            ]
-            images = [
-                "--format",
-                "npz",
-                "--seeds",
-                f"{seed * args.num_samples}-{(seed + 1) * args.num_samples - 1}",
-            ]
-            call_script(
-                SAMPLE, [*own, *FORMS[form], *form_flags(args, form), *images, *flags, "--out", str(out)]
-            )
-            outs.append(out)
+    cells = {(seed, *key): cell(args, given, folder, seed, *key) for seed in seeds for key in runs}
+    refuse_idle(given, cells.values())
+    for (seed, *key), config in cells.items():
+        network, form, n = key
+        print(f"{network}, {form}, {n} steps, seed {seed}", file=sys.stderr)
+        run(edm.make_job(config, classifiers))
+        runs[tuple(key)].append(config.folder)
     rows = measured(runs, folder, seeds, args, classifier)
-    print_table(rows, len(seeds))
     write_json(folder / "comparison.json", rows)
     draw(folder / "comparison.png", rows)
+    print_table(rows, len(seeds))
+    if (folder / "comparison.png").exists():
+        print(f"curves: {folder / 'comparison.png'}")
 
 
 def create_argparser():
@@ -106,7 +91,7 @@ def create_argparser():
         "--judge", default="digits_judge", help="the classifier that counts hits; it must not be the guide"
     )
     parser.add_argument("--steps", default="5,10,18,36", help="one row for each")
-    parser.add_argument("--solver", choices=SOLVERS, default="heun", help="of all rows")
+    parser.add_argument("--solver", choices=tuple(STEPS), default="heun", help="of all rows")
     parser.add_argument(
         "--seeds",
         default="0",
@@ -114,19 +99,28 @@ def create_argparser():
     )
     parser.add_argument("--num_samples", type=int, default=200, help="images of each run")
     parser.add_argument("--out", type=Path, help="output folder, by default results/PRESET")
-    for form, names in FORM_FLAGS.items():
-        for name in names:
-            parser.add_argument(f"--{name}", help=f"goes to the rows of the {form} form")
-    for name in BOTH_FORMS:
-        parser.add_argument(f"--{name}", help="goes to the rows of both forms")
     return parser
 
 
-def refuse(args, flags, steps, seeds):
+def cell(args, given, folder, seed, network, form, steps):
+    """The configuration of one run."""
+    first = seed * args.num_samples
+    fixed = {
+        **FORMS[form],
+        "unconditional": NETWORKS[network],
+        "steps": steps,
+        "solver": args.solver,
+        "format": "npz",
+        "seeds": f"{first}-{first + args.num_samples - 1}",
+        "out": str(folder / f"seed{seed}" / f"{network}-{form}-{steps}"),
+    }
+    return configure(EDMFlags, EDM_PRESETS, given, fixed)
+
+
+def refuse(args, given, steps, seeds):
     """Raise ValueError for flags that would make two rows the same, and for a judge that cannot be one."""
-    for name in OWN_FLAGS:
-        if any(flag == f"--{name}" or flag.startswith(f"--{name}=") for flag in flags):
-            raise ValueError(f"--{name} is this script's own to give to each row: drop it")
+    for name in [name for name in OWN_FLAGS if name in given]:
+        raise ValueError(f"--{name} is this script's own to give to each row: drop it")
     for name, numbers in (("steps", steps), ("seeds", seeds)):
         if len(set(numbers)) < len(numbers):
             raise ValueError(f"--{name} {getattr(args, name)} names a number twice; each gives one run")
@@ -134,15 +128,17 @@ def refuse(args, flags, steps, seeds):
         raise ValueError(f"--seeds must be from 0 on, got {args.seeds}")
     if args.num_samples < SMALLEST:
         raise ValueError(f"--num_samples must be at least {SMALLEST}, got {args.num_samples}")
-    if args.judge == (args.classifier_type or EDM_PRESETS[args.preset]["classifier_type"]):
+    if args.judge == given.get("classifier_type", EDM_PRESETS[args.preset]["classifier_type"]):
         raise ValueError(
             f"--judge {args.judge} is the guide itself; choose another classifier, of another architecture"
         )
 
 
-def form_flags(args, form):
-    names = () if form == "unguided" else (*FORM_FLAGS[form], *BOTH_FORMS)
-    return [f"--{name}={getattr(args, name)}" for name in names if getattr(args, name) is not None]
+def refuse_idle(given, configs):
+    """Raise ValueError for a flag that means nothing in any row."""
+    used = {name for config in configs for name in config.given}
+    if idle := sorted(given.keys() - used):
+        raise ValueError(f"--{idle[0]} means nothing in any row of this table: drop it")
 
 
 def measured(runs, folder, seeds, args, classifier):
@@ -216,7 +212,6 @@ def draw(path, rows):
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     with renamed_when_complete(path) as file:
         figure.savefig(file, format="png", dpi=110)
-    print(f"curves: {path}")
 
 
 if __name__ == "__main__":

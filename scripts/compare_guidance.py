@@ -3,18 +3,19 @@ compare what comes out.
 
     python scripts/compare_guidance.py --preset digits --seeds 0-2 --out results/digits
 
-Every flag that is not listed here goes on to scripts/classifier_sample.py, which does the sampling, one run
-per row of the tables. The first table is by a judge, a classifier of another architecture and seed than the
+Every flag that is not listed here is one of scripts/classifier_sample.py; each row of the tables is a run. The first table is by a judge, a classifier of another architecture and seed than the
 guide. The second is by the features of a third network, against the digits that the networks learned from;
 its last row, digits that no network has seen, is what a perfect generator would get. Writes comparison.json
 and comparison.png beside the runs.
 """
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
+import classifiers
 from classifiers.registry import find_classifier, load_classifier
 from evaluation import comparison
 from evaluation.comparison import FEATURES, METRICS, DigitsQuality, hold_out, summaries, with_error
@@ -22,15 +23,16 @@ from evaluation.evaluator import metric_key, metric_label
 from guided_diffusion.files.atomic import write_json
 from guided_diffusion.files.grid import save_grid
 from guided_diffusion.files.run_folder import read_run, read_samples
-from guided_diffusion.flags.parser import Parser, call_script, parse_numbers, run_main
+from guided_diffusion.flags.adm import ADMFlags
+from guided_diffusion.flags.fields import configure, given_flags
+from guided_diffusion.flags.parser import Parser, parse_numbers, run_main
 from guided_diffusion.flags.presets import PRESETS
+from guided_diffusion.runs import adm
+from guided_diffusion.runs.job import run
 
-SAMPLE = Path(__file__).with_name("classifier_sample.py")
-NETWORKS = {"class-conditional": "False", "unconditional": "True"}
-GUIDANCE = {"unguided": ["--classifier_scale", "0"], "guided": []}
-# Reads one flag out of those that go on.
-_GUIDE = Parser(add_help=False)
-_GUIDE.add_argument("--classifier_type")
+NETWORKS = {"class-conditional": False, "unconditional": True}
+GUIDANCE = {"unguided": {"classifier_scale": 0.0}, "guided": {}}
+OWN = {"seed": "use --seeds", "unconditional": "both kinds of network are compared anyway"}
 
 
 def main():
@@ -41,46 +43,42 @@ def main():
     )
     parser.add_argument("--seeds", default="0", help="one comparison per seed, for example 0-2")
     parser.add_argument("--out", type=Path, help="output folder, by default results/PRESET")
-    args, flags = parser.parse_known_args()
-    refuse_overrides(args, flags)
+    args, rest = parser.parse_known_args()
+    seeds = parse_numbers(args.seeds, "--seeds")
+    given = given_flags(ADMFlags, None, PRESETS, ["--preset", args.preset, *rest])
+    refuse(args, seeds, given)
     folder = args.out or Path("results", args.preset)
     runs = {}
-    seeds = parse_numbers(args.seeds, "--seeds")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds {args.seeds} names a seed twice; each gives one run")
     for seed in seeds:
-        for network, unconditional in NETWORKS.items():
-            for mode, extra in GUIDANCE.items():
-                out = folder / f"seed{seed}" / f"{network}-{mode}"
-                print(f"{network}, {mode}, seed {seed}", file=sys.stderr)
-                own = ["--preset", args.preset, "--unconditional", unconditional]
-                call_script(SAMPLE, [*own, *flags, *extra, "--seed", str(seed), "--out", str(out)])
-                runs.setdefault((network, mode), []).append(out)
+        for (network, unconditional), (mode, extra) in product(NETWORKS.items(), GUIDANCE.items()):
+            out = folder / f"seed{seed}" / f"{network}-{mode}"
+            print(f"{network}, {mode}, seed {seed}", file=sys.stderr)
+            fixed = {**extra, "unconditional": unconditional, "seed": seed, "out": str(out)}
+            run(adm.make_job(configure(ADMFlags, PRESETS, given, fixed), classifiers))
+            runs.setdefault((network, mode), []).append(out)
     judged = summaries(runs, ("network", "guidance"), lambda out: judge(out, args.judge))
-    print_judgement(judged)
     measured = measure_all(runs, seeds)
-    if measured:
-        print_quality(measured)
     write_json(folder / "comparison.json", {"judge": judged, "features": measured})
     draw(folder / "comparison.png", {key: outs[0] for key, outs in runs.items()})
+    print_judgement(judged)
+    if measured:
+        print_quality(measured)
     print(f"pictures from the same noise: {folder / 'comparison.png'}")
 
 
-def refuse_overrides(args, flags):
+def refuse(args, seeds, given):
     """Raise ValueError for flags that would make two rows the same, and for a judge that cannot be one."""
-    for flag, why in (
-        ("--seed", "would give every run the same seed: use --seeds"),
-        ("--unconditional", "would make rows of the table alike: both kinds of network are compared anyway"),
-    ):
-        if any(f == flag or f.startswith(f"{flag}=") for f in flags):
-            raise ValueError(f"{flag} {why}")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds {args.seeds} names a seed twice; each gives one run")
+    for name in OWN.keys() & given.keys():
+        raise ValueError(f"--{name} would make rows of the table alike: {OWN[name]}")
     usable = [name for name, values in PRESETS.items() if values.get("null_class")]
     if args.preset not in usable:
         raise ValueError(
-            f"--preset {args.preset} has no network with a null class, to sample unconditionally; choose {', '.join(usable)}"
+            f"--preset {args.preset} has no network with a null class, to sample unconditionally; "
+            f"choose {', '.join(usable)}"
         )
-    written, _ = _GUIDE.parse_known_args(flags)
-    if args.judge == (written.classifier_type or PRESETS[args.preset].get("classifier_type")):
+    if args.judge == given.get("classifier_type", PRESETS[args.preset].get("classifier_type")):
         raise ValueError(
             f"--judge {args.judge} is the guide itself; choose another classifier, of another architecture"
         )

@@ -7,22 +7,22 @@ there is the same. Ends with "ready", exit code 0, or with the number of problem
 sampled, and the output folder is left alone.
 """
 
-import runpy
-import sys
-from pathlib import Path
-
+import classifiers
+from guided_diffusion.flags.fields import parse
 from guided_diffusion.flags.parser import Parser, run_main
-from guided_diffusion.flags.presets import script_of
+from guided_diffusion.runs.dry_run import dry_run
+from guided_diffusion.runs.systems import system_of
 
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("preset", metavar="PRESET")
+    parser.add_argument("preset", metavar="PRESET", help="see scripts/presets.py")
     args, flags = parser.parse_known_args()
-    if any(flag == "--preset" or flag.startswith("--preset=") for flag in flags):
-        raise ValueError("write the preset's name first, without --preset: scripts/doctor.py digits ...")
-    sys.argv = [sys.argv[0], "--preset", args.preset, *flags, "--dry_run", "True"]
-    runpy.run_path(str(Path(__file__).with_name(script_of(args.preset))), run_name="__main__")
+    system = system_of(args.preset)
+    config = parse(system.config, __doc__, system.presets, ["--preset", args.preset, *flags])
+    if config.preset != args.preset:
+        raise ValueError(f"two presets, {args.preset} and {config.preset}: write one name, without --preset")
+    dry_run(system.make_job(config, classifiers))
 
 
 if __name__ == "__main__":

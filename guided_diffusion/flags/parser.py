@@ -1,20 +1,18 @@
 """What every script does with its flags and its errors."""
 
 import argparse
-import math
 import re
 import signal
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
 import torch.distributed
 
 MOST_NUMBERS = 10_000_000  # of one range
-_NOT_GIVEN = object()
+NOT_GIVEN = object()  # the default of a flag in `fields.parse`
+_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 class Stopped(KeyboardInterrupt):
@@ -25,35 +23,55 @@ class Stopped(KeyboardInterrupt):
         super().__init__(signal.Signals(signum).name)
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """The description as written; every flag with its default."""
+
+    def _get_help_string(self, action):
+        default = "" if action.default in (None, "", False, NOT_GIVEN, argparse.SUPPRESS) else "%(default)s"
+        return f"{action.help} (default: {default})" if default and action.option_strings else action.help
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations, shows its description as written, and ends a wrong call in one
-    line, exit code 2.
+    """A parser that takes no abbreviations, and ends a wrong call in one line, exit code 2.
+
+    A boolean, whose type is `parse_bool`, is written `--flag True|False`; a bare `--flag` is True.
     """
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
 
+    def add_switch(self, name: str, help: str, default: bool = False) -> None:
+        """Add a boolean flag."""
+        self.add_argument(name, type=parse_bool, default=default, metavar="True|False", help=help)
 
-def parse_flags(parser: Parser, argv: list[str] | None, presets: Mapping[str, Mapping]) -> argparse.Namespace:
-    """Parse flags over those of the preset that `--preset` names, over the defaults; `given` holds the names
-    that the user wrote.
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self._with_values(words), namespace)
 
-    The parser must have `--preset` and no positional arguments. Unknown presets end the program as argparse
-    does; a NaN is a ValueError.
-    """
-    defaults = vars(parser.parse_args([]))
-    written = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, _NOT_GIVEN))))
-    given = {key: value for key, value in written.items() if value is not _NOT_GIVEN}
-    preset = given.get("preset", defaults["preset"])
-    if preset and preset not in presets:
-        parser.error(f"unknown preset {preset!r}; choose {', '.join(presets)}")
-    for key, value in given.items():
-        if isinstance(value, float) and math.isnan(value):
-            raise ValueError(f"--{key} must be a number, got {value}")
-    return argparse.Namespace(**{**defaults, **presets.get(preset, {}), **given}, given=set(given))
+    def _with_values(self, words):
+        """The words, with True after each bare boolean flag."""
+        switches = {name for a in self._actions if a.type is parse_bool for name in a.option_strings}
+        positional = any(not a.option_strings for a in self._actions)
+        complete = []
+        for word, following in zip(words, [*words[1:], "--"], strict=True):
+            complete.append(word)
+            # Where there are positional words, one of these may follow a bare flag.
+            bare = following.startswith("--") or (positional and following.lower() not in _TRUE + _FALSE)
+            if word in switches and bare:
+                complete.append("True")
+        return complete
+
+
+def parse_bool(text: str | bool) -> bool:
+    """True, yes, y, t, 1 and their opposites, in any case; raises argparse's error for another word."""
+    if isinstance(text, bool):
+        return text
+    if text.lower() not in _TRUE + _FALSE:
+        raise argparse.ArgumentTypeError(f"boolean value expected, got {text!r}: write True or False")
+    return text.lower() in _TRUE
 
 
 def run_main(main: Callable[[], None], resumable: bool = False) -> None:
@@ -75,19 +93,6 @@ def run_main(main: Callable[[], None], resumable: bool = False) -> None:
             f"\ninterrupted{'; what is finished is kept, the same command goes on from there' if resumable else ''}\n"
         )
         sys.exit(128 + getattr(error, "signum", signal.SIGINT))
-
-
-def call_script(path: Path, flags: Sequence[str]) -> None:
-    """Run another script in a process of its own, without its stdout. Its own message stands, so only its
-    exit code is passed on.
-    """
-    code = subprocess.call([sys.executable, path, *flags], stdout=subprocess.DEVNULL)
-    if code < 0:
-        raise ValueError(
-            f"{path.name} was ended by signal {-code}; the same command goes on from what is finished"
-        )
-    if code:
-        sys.exit(code)
 
 
 def parse_numbers(text: str, flag: str) -> list[int]:

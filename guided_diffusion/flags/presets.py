@@ -107,9 +107,6 @@ EDM_PRESETS = {
     },
 }
 
-# What each form of EDM's guidance reads, beside what both do.
-EDM_FORM_FLAGS = {"released": ("max_guidance", "add_factor"), "score": ("classifier_scale", "gamma_factor")}
-
 SCRIPTS = {"classifier_sample.py": PRESETS, "edm_sample.py": EDM_PRESETS}
 
 

@@ -28,7 +28,7 @@ class _EnoughSteps(Exception):
     """Ends the batch that was only begun to be timed."""
 
 
-def examine(job: Job) -> None:
+def dry_run(job: Job) -> None:
     """Print one line per subject to stdout. Raises ProblemsFoundError if the run would fail. Leaves the
     output folder alone.
     """

@@ -1,9 +1,8 @@
 """One sampling run, from its flags to its files: the same for every sampler."""
 
-import argparse
 import math
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ from guided_diffusion.runs.lock import locked
 from guided_diffusion.runs.loop import sample_missing
 from guided_diffusion.runs.store import SampleStore
 from guided_diffusion.runs.tally import Tally
-from guided_diffusion.script_util import str2bool
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Job:
     """A run as its flags describe it, with nothing loaded yet.
 
     flags: all of them after defaults, by name. not_compared: those that do not decide about the samples:
-    another value of them may go on in the same folder. files: by flag, a function that returns the file, or
+    a run with another value of them may resume in the same folder. files: by flag, a function that returns the file, or
     None for none, and raises FileNotFoundError; the flag's value is then not compared, but the file's hash.
     build: loads the networks. rounding: a key of ROUNDING. drawn_by: who draws noise and labels, for the
     record. overwrite: start anew, unless this is another attempt of a job that did so. png_name: as
@@ -69,6 +67,20 @@ class Job:
     log_guidance: bool = False
     png_name: Callable[[int], str] | None = None
     name_of: Callable[[int], object] = int
+
+    @classmethod
+    def of(cls, config: Any, **fields: Any) -> "Job":
+        """A job of a configuration (see guided_diffusion.flags), and of what it does not say itself."""
+        return cls(
+            folder=config.folder,
+            flags=config.record(),
+            not_compared=config.not_compared(),
+            batch_size=config.batch_size,
+            overwrite=config.overwrite,
+            device=config.device,
+            log_guidance=config.log_guidance,
+            **fields,
+        )
 
     @property
     def starts_anew(self) -> bool:
@@ -103,68 +115,10 @@ class Job:
         }
 
 
-# Where results lie and how they are made, but not what they are. Batches finished under --on_nonfinite stop
-# are those of skip too.
-RUN_FLAGS = ("out", "overwrite", "device", "preset", "dry_run", "on_nonfinite")
+def run(job: Job) -> Path | None:
+    """Draw what the folder lacks, together with the run's other processes, and join it.
 
-
-def add_run_flags(parser: argparse.ArgumentParser, presets: Iterable[str]) -> None:
-    """Add the flags that every sampling script has, but for its output folder's and its batch's, which have
-    names of their own.
-    """
-    flag = parser.add_argument_group("the run").add_argument
-    flag("--preset", default="", help=f"flags by name: {', '.join(presets)}; flags that you write win")
-    flag(
-        "--overwrite",
-        type=str2bool,
-        default=False,
-        help="start anew: remove what an earlier run wrote into the output folder",
-    )
-    flag("--device", default="", help="cpu, cuda or cuda:1; by default this rank's CUDA device, else the CPU")
-    flag(
-        "--dry_run",
-        type=str2bool,
-        default=False,
-        help="check files, room and memory, estimate the time, and sample nothing",
-    )
-    flag(
-        "--on_nonfinite",
-        choices=("stop", "skip"),
-        default="stop",
-        help="skip drops that image's guidance for that step and counts it",
-    )
-    flag(
-        "--log_guidance",
-        type=str2bool,
-        default=False,
-        help="write what guidance did at each step into metrics.jsonl",
-    )
-
-
-def run_options(args: argparse.Namespace, written: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The fields of a Job that are flags as they stand. written: how a flag is written where its attribute
-    has another name.
-    """
-    flags = {(written or {}).get(key, key): value for key, value in vars(args).items() if key != "given"}
-    return {
-        "flags": flags,
-        **{name: getattr(args, name) for name in ("batch_size", "overwrite", "device", "log_guidance")},
-    }
-
-
-def require_numbers(args: argparse.Namespace, at_least_one: Iterable[str], finite: Iterable[str]) -> None:
-    """Raise ValueError for flags that are below 1, or not finite, and must not be."""
-    for name in at_least_one:
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for name in finite:
-        if not math.isfinite(getattr(args, name)):
-            raise ValueError(f"--{name} must be finite, got {getattr(args, name)}")
-
-
-def run(job: Job) -> None:
-    """Draw what the folder lacks, together with the other processes of torchrun, and join it; the path of the
-    result goes to stdout.
+    Returns the path of the result, the npz or dataset.json, on rank 0, and None on the others.
     """
     dist_util.setup_dist()
     device = dist_util.choose_device(job.device)
@@ -179,14 +133,14 @@ def run(job: Job) -> None:
             logger.configure(job.folder)
             if left_behind:
                 logger.log(
-                    f"{job.folder}: goes on after {left_behind}, which ended without removing its lock"
+                    f"{job.folder}: resumes after {left_behind}, which ended without removing its lock"
                 )
             for note in sampler.notes:
                 logger.log(note)
         sample_missing(store, rounded(job, sampler), sampler.num_steps, tally, job.name_of)
-        if dist.get_rank() == 0:
-            print(store.finish())
+        result = store.finish() if dist.get_rank() == 0 else None
     dist.destroy_process_group()
+    return result
 
 
 def rounded(job: Job, sampler: Sampler) -> Callable[[range, Callable[[], None]], tuple[Tensor, Tensor]]:

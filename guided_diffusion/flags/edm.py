@@ -1,0 +1,176 @@
+"""The flags of scripts/edm_sample.py: those of EDM's generate.py, EluCD's additions, and a few more."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from guided_diffusion.edm import SCALINGS, SCHEDULES
+from guided_diffusion.flags.adm import NUM_CLASSES
+from guided_diffusion.flags.fields import Flags, Need, at_least, finite, flag
+from guided_diffusion.flags.guidance import OFF_THE_SHELF, GuidanceFlags
+from guided_diffusion.flags.parser import parse_bool, parse_numbers
+from guided_diffusion.flags.run import RunFlags
+from guided_diffusion.guidance import Guidance, Strength, released_edm_guidance, released_edm_schedule
+from guided_diffusion.schedules import DISCRETIZATIONS, default_levels
+from guided_diffusion.solvers import STEPS
+
+FORMS = ("released", "score")
+CHURN = Need(lambda config: config.S_churn > 0)
+DISC_EDM = Need(lambda config: config.disc == "edm", lambda config: f"with --disc {config.disc}: drop it")
+PNGS = Need(lambda config: config.format == "png", lambda config: "without PNGs: drop it, or --format npz")
+
+
+def _form(name: str) -> Need:
+    def text(config: Any) -> str:
+        if not config.use_classifier:
+            return f"without an off-the-shelf classifier: add {config.HOW_TO_GUIDE}"
+        return f"without --guidance_form {name}, to which it belongs: drop it"
+
+    return Need(lambda config: config.use_classifier and config.guidance_form == name, text)
+
+
+RELEASED, SCORE = map(_form, FORMS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDMSamplingFlags(Flags):
+    """Sampling."""
+
+    network: str = flag("", "EDM's .pkl, or the .safetensors that scripts/convert_checkpoint.py made of one")
+    use_fp16: bool | None = flag(
+        None,
+        "the network in float16 (bfloat16 on a CPU); by default as its file says",
+        kind=parse_bool,
+    )
+    seeds: str = flag("0-63", "one image per seed: numbers and ranges such as 1,2,5-10")
+    class_idx: int | None = flag(
+        None, "every sample is of this class; by default they are drawn", kind=int, names=("class",)
+    )
+    unconditional: bool = flag(False, "give the network no labels; guidance still wants them")
+    num_classes: int = flag(
+        NUM_CLASSES, "of the classifier, where the network itself has no labels", check=at_least(1)
+    )
+    steps: int = flag(18, "N; Heun asks the network 2 N - 1 times, Euler N times", check=at_least(1))
+    sigma_min: float | None = flag(None, "lowest noise level; by default that of --disc", kind=float)
+    sigma_max: float | None = flag(None, "highest noise level; by default that of --disc", kind=float)
+    rho: float = flag(7.0, "exponent of --disc edm", check=finite, needs=DISC_EDM)
+    S_churn: float = flag(0.0, "how much new noise, over all steps; 0 is none", check=at_least(0))
+    S_min: float = flag(0.0, "lowest noise level that gets new noise", needs=CHURN)
+    S_max: float = flag(math.inf, "highest noise level that gets new noise", needs=CHURN)
+    S_noise: float = flag(1.0, "factor of the new noise", check=finite, needs=CHURN)
+    solver: str = flag("heun", "of which order", choices=tuple(STEPS))
+    disc: str = flag("edm", "which noise levels are visited", choices=DISCRETIZATIONS)
+    schedule: str = flag("linear", "sigma(t)", choices=SCHEDULES)
+    scaling: str = flag("none", "s(t)", choices=SCALINGS)
+    format: str = flag("png", "a PNG per seed, or one npz", choices=("png", "npz"))
+    subdirs: bool = flag(False, "PNGs in a folder for every 1000 seeds", needs=PNGS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDMFlags(RunFlags, GuidanceFlags, EDMSamplingFlags):
+    """An EDM network, guided."""
+
+    batch_size: int = flag(64, "images per step", names=("batch_size", "batch"), check=at_least(1))
+    out: str = flag("", "output folder; by default results/PRESET", names=("out", "outdir"), compared=False)
+    use_classifier: bool = flag(False, "guide; False is unguided")
+    guidance_form: str = flag(
+        "released",
+        "released: EluCD's; score: added to the denoised image",
+        choices=FORMS,
+        needs=OFF_THE_SHELF,
+    )
+    classifier_type: str = flag(
+        "resnet101", "off-the-shelf classifier: a torchvision name, or FILE.py:builder", needs=OFF_THE_SHELF
+    )
+    classifier_path: str = flag("", "its weights: a file, IMAGENET1K_V2, random", needs=OFF_THE_SHELF)
+    softplus_beta: float = flag(
+        5.0, "sharpness of the Softplus in the place of each ReLU; inf keeps ReLU", needs=OFF_THE_SHELF
+    )
+    uncond_temperature: float = flag(
+        1.0,
+        "tau_2, the factor inside the logsumexp; not a ratio to tau_1 here",
+        check=finite,
+        needs=OFF_THE_SHELF,
+    )
+    max_guidance: float = flag(
+        0.001,
+        "released form: strength at the first step, as a share of the sample's RMS",
+        check=finite,
+        needs=RELEASED,
+    )
+    add_factor: float = flag(0.0, "released form: weight of the sine on top", check=finite, needs=RELEASED)
+    classifier_scale: float = flag(1.0, "score form: factor of the gradient", check=finite, needs=SCORE)
+    gamma_factor: float = flag(0.0, "score form: weight of the sine term", check=finite, needs=SCORE)
+
+    HOW_TO_GUIDE = "--use_classifier True"
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], given: frozenset[str]) -> "EDMFlags":
+        if "classifier_type" in given and "classifier_path" not in given:
+            values = {**values, "classifier_path": ""}  # the preset's belongs to the preset's own classifier
+        return super().of(values, given)
+
+    @property
+    def guided_off_the_shelf(self) -> bool:
+        return self.use_classifier
+
+    @property
+    def guided_by_noisy_classifier(self) -> bool:
+        return False
+
+    @property
+    def marginal_temperature(self) -> float:
+        return self.uncond_temperature
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.out or Path("results", self.preset or "edm"))
+
+    @cached_property
+    def seed_list(self) -> list[int]:
+        """The seeds, one for each image. Raises ValueError where they are not different numbers from 0 on."""
+        seeds = parse_numbers(self.seeds, "--seeds")
+        if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+            raise ValueError(
+                f"--seeds {self.seeds} must be different whole numbers from 0 on: each gives one image"
+            )
+        return seeds
+
+    def levels(self) -> tuple[float, float]:
+        """(sigma_min, sigma_max), those of --disc where they are not given."""
+        low, high = default_levels(self.disc)
+        return (
+            low if self.sigma_min is None else self.sigma_min,
+            high if self.sigma_max is None else self.sigma_max,
+        )
+
+    def rule(self, classifier: Callable[[Tensor], Tensor], **parts: Any) -> Guidance:
+        if self.guidance_form == "score":
+            return super().rule(classifier, **parts)
+        return released_edm_guidance(
+            classifier,
+            joint_temperature=self.joint_temperature,
+            marginal_temperature=self.marginal_temperature,
+            max_guidance=self.max_guidance,
+            add_factor=self.add_factor,
+            **parts,
+        )
+
+    def strength(self) -> Strength:
+        if self.guidance_form == "score":
+            return super().strength()
+        return partial(released_edm_schedule, max_guidance=self.max_guidance, add_factor=self.add_factor)
+
+    def check(self) -> None:
+        super().check()
+        if not self.network:
+            raise ValueError("--network is missing: give an EDM network, or a --preset")
+        if self.S_min > self.S_max:
+            raise ValueError(f"--S_min must be at most --S_max, got {self.S_min} and {self.S_max}")
+        self.seed_list  # noqa: B018, raises for what cannot be

@@ -1,0 +1,212 @@
+"""A flag is a field of a dataclass: its name, default, help, check and what it builds stand in one place.
+
+    @dataclass(frozen=True, kw_only=True)
+    class MyFlags(Flags):
+        strength: float = flag(1.0, "how far to go", check=finite)
+
+    config = parse(MyFlags, description, presets={})
+
+A script's configuration inherits from the groups that it has; the first line of a group's docstring is its title in
+--help. A field may say when it means something (`needs`), so that a flag without effect is refused or named, from
+the field alone.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from guided_diffusion.flags.parser import NOT_GIVEN, Parser, parse_bool
+
+Check = Callable[[Any], str | None]
+
+
+@dataclass(frozen=True)
+class Need:
+    """When a flag means something.
+
+    met: config -> bool. text: config -> what is missing where it is not, and what to do, after "--FLAG given "; None
+    where such a flag does not end the run, but is named at the start as without effect.
+    """
+
+    met: Callable[[Any], bool]
+    text: Callable[[Any], str] | None = None
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    kind: Callable[[str], Any] | None = None,
+    names: Sequence[str] = (),
+    choices: Sequence[Any] = (),
+    check: Check | None = None,
+    needs: Need | None = None,
+    compared: bool = True,
+    **builds: Callable[..., Any],
+) -> Any:
+    """A dataclass field that is a flag.
+
+    kind: how its text is read; by default as the default's type. names: how it is written where that is not the
+    field's name, the first one for the record. check: value -> what is wrong with it, or None. compared: whether it
+    decides about the samples, so that a run with another value may not resume in the same folder. builds: see
+    `guided_diffusion.flags.guidance`.
+    """
+    metadata = {"help": help, "kind": kind, "names": tuple(names), "choices": tuple(choices), "check": check}
+    metadata |= {"needs": needs, "compared": compared, "builds": builds}
+    return field(default=default, metadata=metadata)
+
+
+# Checks
+
+
+def finite(value: float) -> str | None:
+    """Neither infinite nor NaN."""
+    return None if math.isfinite(value) else "must be finite"
+
+
+def at_least(low: float) -> Check:
+    """Not below a number."""
+    return lambda value: None if value >= low else f"must be at least {low}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What every configuration is: flags, and which of them the user wrote."""
+
+    given: frozenset[str] = frozenset()  # names of fields; not a flag itself
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], given: frozenset[str]) -> Any:
+        """A checked configuration of these values over the defaults; the place to resolve two names of one thing."""
+        config = cls(**values, given=given)
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Raise ValueError for values that cannot be, and for flags that mean nothing beside the others."""
+        for each in flag_fields(self):
+            value, checked = getattr(self, each.name), each.metadata["check"]
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"--{written(each)} must be a number, got {value}")
+            if checked and value is not None and (fault := checked(value)):
+                raise ValueError(f"--{written(each)} {fault}, got {value}")
+        without_effect = [each for each in self._idle_fields() if each.name in self.given]
+        for need in dict.fromkeys(each.metadata["needs"] for each in without_effect):
+            if need.text:
+                names = [f"--{written(each)}" for each in without_effect if each.metadata["needs"] is need]
+                raise ValueError(f"{', '.join(names)} given {need.text(self)}")
+
+    def idle(self) -> set[str]:
+        """The fields that mean nothing beside the others, written by the user or not."""
+        return {each.name for each in self._idle_fields()}
+
+    def without_effect(self) -> list[str]:
+        """The flags that the user wrote and that mean nothing in this run."""
+        return [written(each) for each in self._idle_fields() if each.name in self.given]
+
+    def record(self) -> dict[str, Any]:
+        """Every flag by the name that it is written with."""
+        return {written(each): getattr(self, each.name) for each in flag_fields(self)}
+
+    def not_compared(self) -> set[str]:
+        """The flags that do not decide about the samples, those without effect among them."""
+        places = {written(each) for each in flag_fields(self) if not each.metadata["compared"]}
+        return places | {written(each) for each in self._idle_fields()}
+
+    def _idle_fields(self):
+        needing = [each for each in flag_fields(self) if each.metadata["needs"]]
+        return [each for each in needing if not each.metadata["needs"].met(self)]
+
+
+def flag_fields(config: Any) -> list[Any]:
+    """The fields of a configuration, class or instance, that are flags."""
+    return [each for each in fields(config) if "help" in each.metadata]
+
+
+def written(each: Any) -> str:
+    """The name of a field in records and messages."""
+    return (each.metadata["names"] or (each.name,))[0]
+
+
+def defaults_of(group: type) -> dict[str, Any]:
+    """{field: default} of a configuration class."""
+    return {each.name: each.default for each in flag_fields(group)}
+
+
+def parse(
+    config_class: type[Any],
+    description: str | None,
+    presets: Mapping[str, Mapping[str, Any]],
+    argv: Sequence[str] | None = None,
+) -> Any:
+    """A checked `config_class` of the flags in `argv`, over those of the preset that --preset names, over the
+    defaults.
+
+    Unknown flags and presets end the program as argparse does; ValueError for what `Flags.check` refuses.
+    """
+    given = given_flags(config_class, description, presets, argv)
+    return configure(config_class, presets, given)
+
+
+def given_flags(
+    config_class: type[Any],
+    description: str | None,
+    presets: Mapping[str, Mapping[str, Any]],
+    argv: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """{field: value} of the flags in `argv`, not checked against each other."""
+    parser = Parser(description=description, usage="%(prog)s [--FLAG VALUE ...]")
+    add_flags(parser, config_class)
+    given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not NOT_GIVEN}
+    if given.get("preset", "") not in ("", *presets):
+        parser.error(f"unknown preset {given['preset']!r}; choose {', '.join(presets)}")
+    return given
+
+
+def configure(
+    config_class: type[Any],
+    presets: Mapping[str, Mapping[str, Any]],
+    given: Mapping[str, Any],
+    fixed: Mapping[str, Any] | None = None,
+) -> Any:
+    """A checked configuration of given flags over their preset. With `fixed`, that of one cell of a comparison: the
+    fixed values win, and given flags that mean nothing beside them are left out.
+    """
+    fixed = fixed or {}
+    preset = presets.get({**given, **fixed}.get("preset", ""), {})
+    if fixed:
+        idle = config_class(**{**preset, **given, **fixed}).idle()
+        given = {name: value for name, value in given.items() if name not in idle}
+    given = {**given, **fixed}
+    return config_class.of({**preset, **given}, frozenset(given))
+
+
+def add_flags(parser: Parser, config_class: type) -> None:
+    """Add the flags of a configuration, one group of --help for each class that defines some."""
+    for group in reversed(config_class.__mro__):
+        own = [each for each in flag_fields(config_class) if _defined_in(config_class, each.name) is group]
+        if own:
+            section = parser.add_argument_group((group.__doc__ or group.__name__).splitlines()[0].rstrip("."))
+            for each in own:
+                _add(section, each)
+
+
+def _add(section, each):
+    default, about = each.default, each.metadata
+    kind = about["kind"] or (parse_bool if isinstance(default, bool) else type(default))
+    shown = "" if default is None or default is False or default == "" else f" (default: {default})"
+    section.add_argument(
+        *(f"--{name}" for name in about["names"] or (each.name,)),
+        dest=each.name,
+        default=NOT_GIVEN,
+        type=kind,
+        choices=about["choices"] or None,
+        metavar="True|False" if kind is parse_bool else None,
+        help=about["help"].replace("%", "%%") + shown,
+    )
+
+
+def _defined_in(config_class, name):
+    """The class whose help names a field: the first that declared it, whatever the default became later."""
+    return next(c for c in reversed(config_class.__mro__) if name in vars(c).get("__annotations__", {}))

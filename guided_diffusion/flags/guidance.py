@@ -1,0 +1,137 @@
+"""The flags of guidance by an off-the-shelf classifier, and what they build.
+
+A rule is added here as one field. Its keyword says which part of guidance it changes, and how:
+
+    direction=   (direction, value) -> direction     what is to grow, see guidance/directions.py
+    strength=    (strength, value) -> strength       how far to go, see guidance/strength.py
+    guidance=    (guidance, value) -> guidance       when or how, see guidance/wrappers.py
+
+The function is called where the value is not the default. The fields are applied in the order in which they stand.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from guided_diffusion.flags.fields import Flags, Need, finite, flag, flag_fields
+from guided_diffusion.flags.parser import parse_interval
+from guided_diffusion.guidance import (
+    ClassifierGuidance,
+    Guidance,
+    Observe,
+    Strength,
+    sine_schedule,
+    within_interval,
+    wrapper,
+)
+from guided_diffusion.guidance.classifier import tempered
+
+OFF_THE_SHELF = Need(
+    lambda config: config.guided_off_the_shelf,
+    lambda config: f"without an off-the-shelf classifier: add {config.HOW_TO_GUIDE}",
+)
+A_CLASSIFIER = Need(
+    lambda config: config.guided_off_the_shelf or config.guided_by_noisy_classifier,
+    lambda config: f"without a classifier: add {config.HOW_TO_GUIDE}",
+)
+SCALABLE = Need(
+    lambda config: A_CLASSIFIER.met(config) or config.classifier_scale == 0,
+    lambda config: f"without a classifier: add {config.HOW_TO_GUIDE}",
+)
+
+
+def _interval(guidance: Guidance, text: str) -> Guidance:
+    return within_interval(guidance, *parse_interval(text, "--guidance_interval"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceFlags(Flags):
+    """Guidance."""
+
+    classifier_type: str = flag("", "off-the-shelf classifier: a torchvision name, or FILE.py:builder")
+    classifier_path: str = flag(
+        "", "weights of a noisy classifier, or of --classifier_type: a file, IMAGENET1K_V2, random"
+    )
+    classifier_scale: float = flag(1.0, "factor of the gradient; 0 is unguided", check=finite, needs=SCALABLE)
+    softplus_beta: float = flag(
+        float("inf"),
+        "sharpness of the Softplus in the place of each ReLU; inf keeps ReLU",
+        needs=OFF_THE_SHELF,
+    )
+    joint_temperature: float = flag(
+        1.0, "tau_1, factor of the wanted class's logit", check=finite, needs=OFF_THE_SHELF
+    )
+    gamma_factor: float = flag(
+        0.0, "weight of the sine term in the strength of a step", check=finite, needs=OFF_THE_SHELF
+    )
+    classifier_input: str = flag(
+        "paper",
+        "paper: the raw image; imagenet: resized and normalised",
+        choices=("paper", "imagenet"),
+        needs=OFF_THE_SHELF,
+    )
+    guidance_interval: str = flag(
+        "",
+        "LO,HI: guide only while the noise level sigma is in (LO, HI]",
+        needs=OFF_THE_SHELF,
+        guidance=_interval,
+    )
+    # Batches that were finished under "stop" are those of "skip" too.
+    on_nonfinite: str = flag(
+        "stop",
+        "skip drops that image's guidance for that step and counts it",
+        choices=("stop", "skip"),
+        needs=A_CLASSIFIER,
+        compared=False,
+    )
+    log_guidance: bool = flag(
+        False, "write what guidance did at each step into metrics.jsonl", needs=A_CLASSIFIER
+    )
+
+    HOW_TO_GUIDE = "--classifier_type, for example resnet101"
+
+    @property
+    def guided_off_the_shelf(self) -> bool:
+        """Whether an off-the-shelf classifier guides."""
+        return bool(self.classifier_type)
+
+    @property
+    def guided_by_noisy_classifier(self) -> bool:
+        """Whether a classifier of noisy images guides."""
+        return bool(self.classifier_path) and not self.classifier_type
+
+    @property
+    def marginal_temperature(self) -> float:
+        """tau_2, absolute."""
+        raise NotImplementedError
+
+    def build_guidance(self, classifier: Callable[[Tensor], Tensor], observe: Observe) -> Guidance:
+        """The rule that the flags describe, around a classifier of [-1, 1] images."""
+        direction = tempered(self.joint_temperature, self.marginal_temperature)
+        rule = self.rule(
+            classifier,
+            direction=self._built("direction", direction),
+            strength=self._built("strength", self.strength()),
+            on_nonfinite=self.on_nonfinite,
+            observe=observe,
+        )
+        return self._built("guidance", rule)
+
+    def rule(self, classifier: Callable[[Tensor], Tensor], **parts: Any) -> Guidance:
+        """The rule itself, of a direction and a strength."""
+        return ClassifierGuidance(classifier, classifier_scale=self.classifier_scale, **parts)
+
+    def strength(self) -> Strength:
+        """The strength before any field changes it."""
+        return partial(sine_schedule, gamma_factor=self.gamma_factor)
+
+    def _built(self, kind: str, part: Any) -> Any:
+        """A part of guidance as the fields of this kind change it."""
+        for each in flag_fields(self):
+            build, value = each.metadata["builds"].get(kind), getattr(self, each.name)
+            if build and value != each.default:
+                part = wrapper(build)(part, value) if kind == "guidance" else build(part, value)
+        return part

@@ -1,0 +1,65 @@
+"""The flags of guided-diffusion's networks and process, with its names and defaults."""
+
+from dataclasses import dataclass
+
+from guided_diffusion.flags.fields import Flags, Need, at_least, finite, flag
+
+TRAINING = Need(lambda config: False)
+NOISY_CLASSIFIER = Need(lambda config: config.guided_by_noisy_classifier)
+ANY_CLASSIFIER = Need(lambda config: config.guided_off_the_shelf or config.guided_by_noisy_classifier)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetFlags(Flags):
+    """The U-Net, as in guided-diffusion."""
+
+    image_size: int = flag(64, "height and width of the images", check=at_least(1))
+    num_channels: int = flag(128, "channels of the first level")
+    num_res_blocks: int = flag(2, "residual blocks of each level")
+    num_heads: int = flag(4, "heads of each attention, where --num_head_channels is -1")
+    num_heads_upsample: int = flag(-1, "heads on the way up; -1: as many as on the way down")
+    num_head_channels: int = flag(-1, "channels of each head; -1: --num_heads counts")
+    attention_resolutions: str = flag("16,8", "sizes in pixels at which there is attention")
+    channel_mult: str = flag("", "factor of --num_channels per level; empty: the published ones of this size")
+    dropout: float = flag(0.0, "in training", check=finite, needs=TRAINING)
+    class_cond: bool = flag(False, "the network takes labels")
+    use_checkpoint: bool = flag(False, "gradient checkpointing in training", needs=TRAINING)
+    use_scale_shift_norm: bool = flag(True, "the embedding scales and shifts; else it is added")
+    resblock_updown: bool = flag(False, "residual blocks resample; else convolutions do")
+    use_fp16: bool = flag(False, "float16 blocks (bfloat16 on a CPU)")
+    use_new_attention_order: bool = flag(False, "the published order of attention's channels at 64x64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionFlags(Flags):
+    """The diffusion process, as in guided-diffusion."""
+
+    learn_sigma: bool = flag(False, "the network predicts the variance too")
+    diffusion_steps: int = flag(1000, "steps that the network was trained with")
+    noise_schedule: str = flag("linear", "linear or cosine")
+    timestep_respacing: str = flag("", "steps that are taken: 250, 10,10,20 or ddim25; empty: all")
+    use_kl: bool = flag(False, "train by the variational bound", needs=TRAINING)
+    predict_xstart: bool = flag(False, "the network predicts x_0, not eps")
+    rescale_timesteps: bool = flag(False, "the network sees timesteps on a scale of 1000")
+    rescale_learned_sigmas: bool = flag(False, "weigh the variance's loss as in training", needs=TRAINING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyClassifierFlags(Flags):
+    """The classifier of noisy images, as in guided-diffusion."""
+
+    classifier_use_fp16: bool = flag(
+        False, "float16 (an off-the-shelf classifier too; float32 on a CPU)", needs=ANY_CLASSIFIER
+    )
+    classifier_width: int = flag(128, "channels of the first level", needs=NOISY_CLASSIFIER)
+    classifier_depth: int = flag(2, "residual blocks of each level", needs=NOISY_CLASSIFIER)
+    classifier_attention_resolutions: str = flag(
+        "32,16,8", "sizes in pixels at which there is attention", needs=NOISY_CLASSIFIER
+    )
+    classifier_use_scale_shift_norm: bool = flag(
+        True, "the embedding scales and shifts", needs=NOISY_CLASSIFIER
+    )
+    classifier_resblock_updown: bool = flag(True, "residual blocks resample", needs=NOISY_CLASSIFIER)
+    classifier_pool: str = flag(
+        "attention", "attention, adaptive, spatial or spatial_v2", needs=NOISY_CLASSIFIER
+    )

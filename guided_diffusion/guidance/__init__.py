@@ -1,0 +1,49 @@
+"""Guidance: from what the network believes the clean image is to one tensor that the sampler adds.
+
+The contract, the same under every sampler (docs/guidance-rules.md has an example):
+
+    shift = guidance(x, y, step)       same shape, dtype and device as x, detached
+
+x is (N, C, H, W), the predicted clean image or latent (the noisy sample in EDM's released recipe); y is (N,)
+int64, the wanted classes; step is a `GuidanceStep`, made by the sampler. One idea per file:
+
+    step         where the sampler stands; which input a rule looks at
+    directions   (logits, y) -> (N,), what is to grow
+    gradient     the gradient of a direction with respect to the classifier's input, with the policy and the observer
+    strength     step -> number or tensor, how far to go
+    classifier   the rules made of these: ClassifierGuidance, released_edm_guidance
+    wrappers     guidance -> guidance, about when or how
+    networks     guidance by a second network: the classic noisy classifier
+
+Method: "Elucidating The Design Space of Classifier-Guided Diffusion Generation" (Ma et al., ICLR 2024).
+"""
+
+from guided_diffusion.guidance.classifier import ClassifierGuidance, released_edm_guidance
+from guided_diffusion.guidance.directions import Direction, log_prob
+from guided_diffusion.guidance.gradient import Observation, Observe, input_gradient
+from guided_diffusion.guidance.networks import noisy_classifier_gradient
+from guided_diffusion.guidance.step import Guidance, GuidanceStep, looks_at, require_input
+from guided_diffusion.guidance.strength import Strength, ddim_strength, released_edm_schedule, sine_schedule
+from guided_diffusion.guidance.wrappers import no_shift, within_interval, wrapper
+
+__all__ = [
+    "ClassifierGuidance",
+    "Direction",
+    "Guidance",
+    "GuidanceStep",
+    "Observation",
+    "Observe",
+    "Strength",
+    "ddim_strength",
+    "input_gradient",
+    "log_prob",
+    "looks_at",
+    "no_shift",
+    "noisy_classifier_gradient",
+    "released_edm_guidance",
+    "released_edm_schedule",
+    "require_input",
+    "sine_schedule",
+    "within_interval",
+    "wrapper",
+]

@@ -1,0 +1,70 @@
+"""Where the sampler stands, and which input a rule looks at."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Guidance = Callable[[Tensor, Tensor, "GuidanceStep"], Tensor]
+Input = Literal["denoised", "noisy"]
+
+# What each kind of rule looks at, and who takes rules of that kind.
+_INPUTS = {
+    "denoised": ("the predicted clean image", "p_sample_loop, ddim_sample_loop and GuidedDenoiser take it"),
+    "noisy": ("the noisy sample", "edm_sampler takes it"),
+}
+
+
+@dataclass(frozen=True)
+class GuidanceStep:
+    """Where the sampler stands.
+
+    index: as the sampler counts: the respaced t, T-1 .. 0 (DDPM, DDIM), or i, 0 .. N-1 (`edm_sampler`); under
+    `GuidedDenoiser`, which is not told, the timestep of the linear 1000-step process with this noise level.
+    num_steps: T, N or 1000. variance: what one unit of gradient is worth at this step under the sampler's own
+    rule, a float or a tensor that broadcasts to x. variance_max: float, the largest variance so far. sigma:
+    the noise level of the sample, as the standard deviation of the noise where the clean image has weight 1.
+    progress: the share of the way that lies behind, in [0, 1]: 0 at the noisiest step.
+    """
+
+    index: int
+    num_steps: int
+    variance: float | Tensor
+    variance_max: float
+    sigma: float
+    progress: float
+
+    @classmethod
+    def counting_down(
+        cls, index: int, num_steps: int, variance: float | Tensor, variance_max: float, sigma: float
+    ) -> "GuidanceStep":
+        """A step of a sampler whose index runs from num_steps - 1 to 0."""
+        return cls(index, num_steps, variance, variance_max, sigma, (num_steps - 1 - index) / num_steps)
+
+
+def looks_at(kind: Input) -> Callable[[Guidance], Guidance]:
+    """Declare what a rule looks at: the "denoised" (predicted clean) image, or the "noisy" sample."""
+
+    def declare(guidance: Guidance) -> Guidance:
+        guidance.looks_at = kind  # type: ignore[attr-defined]
+        return guidance
+
+    return declare
+
+
+def require_input(guidance: Guidance | None, given: Input, sampler: str) -> None:
+    """Raise ValueError, with both names, where `guidance` looks at another input than `sampler` hands to it.
+
+    A plain function that declares nothing is taken to fit.
+    """
+    wanted = getattr(guidance, "looks_at", given)
+    if wanted != given:
+        looks, takers = _INPUTS[wanted]
+        what = f"{name_of(guidance)} looks at {looks}, but {sampler} hands over {_INPUTS[given][0]}"
+        raise ValueError(f"{what}: {takers}")
+
+
+def name_of(guidance: object) -> str:
+    """What messages call a rule."""
+    return getattr(guidance, "__name__", type(guidance).__name__)

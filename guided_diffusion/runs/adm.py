@@ -1,0 +1,171 @@
+"""Runs of ADM's networks: from the flags of scripts/classifier_sample.py to a Job."""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guided_diffusion.denoisers import DiscreteDenoiser, GuidedDenoiser
+from guided_diffusion.files.checkpoints import existing_file, load_into, load_state_dict
+from guided_diffusion.flags.adm import LOOPS, ADMFlags
+from guided_diffusion.flags.fields import defaults_of
+from guided_diffusion.flags.labels import label_source, labels_file
+from guided_diffusion.flags.networks import NoisyClassifierFlags
+from guided_diffusion.guidance import Guidance, noisy_classifier_gradient, wrapper
+from guided_diffusion.runs.job import Job, Sampler
+from guided_diffusion.runs.noise import DRAWN_BY_INDEX, DrawnAhead, SampleNoise
+from guided_diffusion.runs.tally import Tally
+from guided_diffusion.script_util import create_classifier, create_from_flags
+from guided_diffusion.solvers import SOLVERS
+
+Network = Callable[..., Tensor]
+
+
+def make_job(config: ADMFlags, classifiers: Any) -> Job:
+    """What the flags ask for. classifiers: the package of that name, or what loads and finds classifiers as it does.
+
+    Nothing is loaded. Raises ValueError for labels that cannot be.
+    """
+    files = {
+        "model_path": partial(existing_file, config.model_path),
+        "labels": partial(labels_file, config.labels),
+    }
+    if config.guided_off_the_shelf:
+        files |= classifiers.classifier_files(config.classifier_type, config.classifier_path)
+    elif config.guided_by_noisy_classifier:
+        files["classifier_path"] = partial(existing_file, config.classifier_path)
+    labels_of = label_source(config.labels, config.seed, config.num_classes)
+    drawn_by = {} if config.labels == "random" else {"labels": f"--labels {config.labels}, shuffled"}
+    return Job.of(
+        config,
+        files=files,
+        build=partial(build, config, classifiers, labels_of),
+        num_samples=config.num_samples,
+        rounding="adm",
+        drawn_by=DRAWN_BY_INDEX | drawn_by,
+    )
+
+
+def build(
+    config: ADMFlags, classifiers: Any, labels_of: Callable, device: torch.device, tally: Tally
+) -> Sampler:
+    """Load the networks; returns the Sampler."""
+    torch.manual_seed(config.seed)  # for --classifier_path random; the samples' noise has streams of its own
+    network, diffusion = load_network(config, device)
+    guides = load_guides(config, classifiers, device, tally)
+    draw = _loop if config.sampler in LOOPS else _solve
+
+    def sample(indices, tick):
+        y = torch.from_numpy(labels_of(indices)).to(device)
+        shape = (len(indices), 3, config.image_size, config.image_size)
+        with closing(DrawnAhead(SampleNoise(config.seed, indices), shape)) as noise:
+            return draw(config, network, diffusion, guides, shape, y, noise, tick), y
+
+    return Sampler(sample, diffusion.num_timesteps, config.image_size, _notes(config, device))
+
+
+def _loop(config, network, diffusion, guides, shape, y, noise, tick):
+    """The image by one of the process's own loops."""
+    loops = {"ddpm": diffusion.p_sample_loop_progressive, "ddim": diffusion.ddim_sample_loop_progressive}
+    conditions = {"clip_denoised": config.clip_denoised, "model_kwargs": {"y": y}, **guides}
+    if config.guided_off_the_shelf:
+        conditions["variance_max"] = config.variance_max
+    for out in loops[config.sampler](network, shape, device=y.device, randn_like=noise, **conditions):
+        images = out["sample"]
+        tick()
+    return images
+
+
+def _solve(config, network, diffusion, guides, shape, y, noise, tick):
+    """The image by a solver, on the levels of the respaced process."""
+    denoise = DiscreteDenoiser(network, diffusion, {"y": y}, clip_denoised=config.clip_denoised)
+    if guides:
+        denoise = GuidedDenoiser(denoise, guides["guidance"], y, clip_denoised=config.clip_denoised)
+    sigmas = [*(diffusion.sigma(t) for t in range(diffusion.num_timesteps - 1, -1, -1)), 0.0]
+    # The process begins with x_T ~ N(0, I), which is x / sqrt(1 + sigma^2).
+    x = noise.randn(shape).to(y.device) * math.sqrt(1 + sigmas[0] ** 2)
+    return SOLVERS[config.sampler](denoise, x, sigmas, randn_like=noise, on_step=lambda i, x: tick())
+
+
+def load_network(config: ADMFlags, device: torch.device) -> tuple[Network, Any]:
+    """The network as a function (x, t, y) -> output, and its process."""
+    with torch.device("meta"):
+        model, diffusion = create_from_flags(config.record())
+    load_into(model, load_state_dict(config.model_path), config.model_path)
+    # The file's tensors took the place of the network's own, and with it their memory format.
+    model.to(device, memory_format=torch.channels_last).eval()
+    if config.use_fp16:
+        model.convert_to_fp16()
+
+    def network(x, t, y):
+        if not config.class_cond:
+            return model(x, t)
+        return model(x, t, torch.full_like(y, config.num_classes) if config.unconditional else y)
+
+    return network, diffusion
+
+
+def load_guides(
+    config: ADMFlags, classifiers: Any, device: torch.device, tally: Tally
+) -> Mapping[str, Callable]:
+    """What the loops are to be given: guidance, cond_fn, or nothing."""
+    if config.guided_off_the_shelf:
+        guidance = load_guidance(config, classifiers, device, tally)
+        return {"guidance": wrapper(tally.stopwatch.wrap)(guidance)}
+    if config.guided_by_noisy_classifier and config.classifier_scale != 0:
+        gradient = noisy_classifier_gradient(
+            load_noisy_classifier(config, device), config.classifier_scale, config.on_nonfinite, tally.observe
+        )
+        return {"cond_fn": tally.stopwatch.wrap(gradient)}
+    return {}
+
+
+def load_guidance(config: ADMFlags, classifiers: Any, device: torch.device, tally: Tally) -> Guidance:
+    """The rule of the flags, around its classifier."""
+    classifier = classifiers.load_classifier(
+        config.classifier_type,
+        config.classifier_path or None,
+        num_classes=config.num_classes,
+        softplus_beta=config.softplus_beta,
+        classifier_input=config.classifier_input,
+        image_size=config.image_size,
+    ).to(device)
+    if config.classifier_use_fp16 and device.type != "cpu":
+        classifier.half()
+    return config.build_guidance(classifier, tally.observe)
+
+
+def load_noisy_classifier(config: ADMFlags, device: torch.device) -> torch.nn.Module:
+    """The classifier of noisy images that the flags describe."""
+    half = config.classifier_use_fp16 and device.type != "cpu"
+    flags = {key: getattr(config, key) for key in defaults_of(NoisyClassifierFlags)}
+    flags |= {"image_size": config.image_size, "classifier_use_fp16": half}
+    with torch.device("meta"):
+        classifier = create_classifier(**flags, num_classes=config.num_classes)
+    load_into(classifier, load_state_dict(config.classifier_path), config.classifier_path)
+    classifier.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    if half:
+        classifier.convert_to_fp16()
+    return classifier
+
+
+def _notes(config, device):
+    """What the log should say at the start: flags without effect, and precisions that are not what they are called."""
+    idle, lines = config.without_effect(), []
+    if idle:
+        lines.append(f"without effect in this run: {', '.join(f'--{name}' for name in idle)}")
+    if device.type == "cpu" and config.use_fp16:
+        lines.append("--use_fp16 on a CPU: the U-Net runs in bfloat16")
+    if (
+        device.type == "cpu"
+        and config.classifier_use_fp16
+        and "classifier_use_fp16" not in config.not_compared()
+    ):
+        lines.append(
+            "--classifier_use_fp16 on a CPU: the classifier stays in float32, bfloat16 gradients are off by over 10%"
+        )
+    return lines

@@ -1,0 +1,147 @@
+"""Runs of EDM's networks: from the flags of scripts/edm_sample.py to a Job."""
+
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from guided_diffusion.denoisers import GuidedDenoiser
+from guided_diffusion.edm import edm_sampler, load_edm_network, time_steps
+from guided_diffusion.files.checkpoints import existing_file
+from guided_diffusion.flags.edm import EDMFlags
+from guided_diffusion.guidance import Guidance, wrapper
+from guided_diffusion.runs.job import Job, Sampler
+from guided_diffusion.runs.noise import DRAWN_BY_SEED, DrawnAhead, SeedNoise
+from guided_diffusion.runs.tally import Tally
+
+
+def make_job(config: EDMFlags, classifiers: Any) -> Job:
+    """What the flags ask for. classifiers: the package of that name, or what loads and finds classifiers as it does.
+
+    Nothing is loaded.
+    """
+    files = {"network": partial(existing_file, config.network)}
+    if config.use_classifier:
+        files |= classifiers.classifier_files(config.classifier_type, config.classifier_path)
+    seeds = config.seed_list
+    return Job.of(
+        config,
+        files=files,
+        build=partial(build, config, classifiers),
+        num_samples=len(seeds),
+        rounding="edm",
+        drawn_by=DRAWN_BY_SEED
+        | ({} if config.class_idx is None else {"labels": f"--class {config.class_idx}"}),
+        png_name=partial(png_name, config) if config.format == "png" else None,
+        name_of=lambda index: f"{index} (seed {seeds[index]})",
+    )
+
+
+def png_name(config: EDMFlags, index: int) -> str:
+    """Where the PNG of a sample lies in the output folder, as generate.py puts it."""
+    seed = config.seed_list[index]
+    return f"{seed - seed % 1000:06d}/{seed:06d}.png" if config.subdirs else f"{seed:06d}.png"
+
+
+def build(config: EDMFlags, classifiers: Any, device: torch.device, tally: Tally) -> Sampler:
+    """Load the networks; returns the Sampler. Raises ValueError for flags that the network contradicts."""
+    torch.manual_seed(0)  # for --classifier_path random; the samples' noise has generators of its own
+    net = load_edm_network(config.network).to(device)
+    if config.use_fp16 is not None:
+        net.use_fp16 = config.use_fp16
+    _refuse_for_network(config, net)
+    num_classes = net.label_dim or config.num_classes
+    guidance = load_guidance(config, classifiers, net, num_classes, device, tally)
+    options = _sampler_options(config, net)
+
+    def sample(indices, tick):
+        noise = SeedNoise([config.seed_list[i] for i in indices])
+        shape = (len(indices), net.img_channels, net.img_resolution, net.img_resolution)
+        latents = noise.randn(shape).to(device)
+        y = _labels(config, net, num_classes, noise, len(indices)).to(device)
+        class_labels = (
+            F.one_hot(y, net.label_dim).float() if net.label_dim and not config.unconditional else None
+        )
+        denoiser, at_noisy = net, guidance
+        if guidance and config.guidance_form == "score":
+            denoiser, at_noisy = GuidedDenoiser(net, guidance, y), None
+        with closing(DrawnAhead(noise, shape, dtype=torch.float64)) as ahead:
+            conditions = {"guidance": at_noisy, "y": y, "on_step": lambda i, x: tick()}
+            images = edm_sampler(denoiser, latents, class_labels, ahead, **conditions, **options)
+        return images, y
+
+    return Sampler(sample, config.steps, net.img_resolution, _notes(config, net, device))
+
+
+def _sampler_options(config, net):
+    """The arguments of `edm_sampler`. Raises ValueError for what cannot be, before the folder is this run's."""
+    low, high = config.levels()
+    times = {
+        **{name: getattr(config, name) for name in ("rho", "disc", "schedule", "scaling")},
+        **{"num_steps": config.steps, "sigma_min": low, "sigma_max": high},
+    }
+    time_steps(net, **times)
+    return times | {
+        name: getattr(config, name) for name in ("S_churn", "S_min", "S_max", "S_noise", "solver")
+    }
+
+
+def _labels(config, net, num_classes, noise, n):
+    """(n,) int64: drawn after the latents, as generate.py does; not at all where nobody asks for classes."""
+    drawn = net.label_dim or config.use_classifier
+    y = noise.randint(num_classes) if drawn else torch.zeros(n, dtype=torch.int64)
+    return y if config.class_idx is None else torch.full_like(y, config.class_idx)
+
+
+def _refuse_for_network(config, net):
+    """Raise ValueError for a network that is not for pictures, and for flags that mean nothing to it."""
+    if net.img_channels != 3:
+        raise ValueError(
+            f"{config.network} has img_channels {net.img_channels}, and only images of 3 channels can be written"
+        )
+    if net.label_dim and "num_classes" in config.given:
+        raise ValueError(
+            f"--num_classes {config.num_classes} is for networks without labels, and this has {net.label_dim}: drop it"
+        )
+    if not net.label_dim and config.unconditional:
+        raise ValueError(f"--unconditional True: {config.network} has no labels in any case, drop it")
+    if not net.label_dim and config.class_idx is not None and not config.use_classifier:
+        raise ValueError(
+            f"--class {config.class_idx} needs a network with labels or a classifier: add --use_classifier True"
+        )
+    num_classes = net.label_dim or config.num_classes
+    if config.class_idx is not None and not 0 <= config.class_idx < num_classes:
+        raise ValueError(
+            f"--class {config.class_idx} is out of range, the classes are 0 to {num_classes - 1}"
+        )
+
+
+def load_guidance(
+    config: EDMFlags, classifiers: Any, net: Any, num_classes: int, device: torch.device, tally: Tally
+) -> Guidance | None:
+    """The rule of the flags, around its classifier; None where nothing guides."""
+    if not config.use_classifier:
+        return None
+    classifier = classifiers.load_classifier(
+        config.classifier_type,
+        config.classifier_path or None,
+        num_classes=num_classes,
+        softplus_beta=config.softplus_beta,
+        classifier_input=config.classifier_input,
+        image_size=net.img_resolution,
+    ).to(device)
+    return wrapper(tally.stopwatch.wrap)(config.build_guidance(classifier, tally.observe))
+
+
+def _notes(config, net, device):
+    """What the log should say at the start: flags without effect, and a precision that is not what it is called."""
+    lines = []
+    if idle := config.without_effect():
+        lines.append(f"without effect in this run: {', '.join(f'--{name}' for name in idle)}")
+    if net.use_fp16 and device.type == "cpu":
+        lines.append(
+            "the network is to run in float16: on a CPU that is bfloat16, and --use_fp16 False is float32"
+        )
+    return lines
