@@ -1,14 +1,18 @@
-"""ADM U-Net forwards (golden set B), ADM classifier forwards and gradients (golden set C)."""
+"""ADM U-Net forwards (golden set B), ADM classifier forwards and gradients (golden set C), forwards of EDM's
+other networks (golden set J).
+"""
 
 import pytest
 import torch
 from goldens_util import load_golden, max_abs, random_input, rms, rms_relative, set_golden_weights, thin
 
+from guided_diffusion import edm
 from guided_diffusion.script_util import classifier_defaults, create_classifier, create_model
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
 UNETS, UNET_ARRAYS = load_golden("B_adm_unet")
 CLASSIFIERS, CLASSIFIER_ARRAYS = load_golden("C_adm_classifier")
+EDM_NETWORKS, EDM_ARRAYS = load_golden("J_edm_networks")
 CONSTRUCTORS = {
     "create_model": create_model,
     "UNetModel": UNetModel,
@@ -50,3 +54,21 @@ def test_noisy_classifier(name):
     assert max_abs(selected, CLASSIFIER_ARRAYS[f"{name}/selected"]) <= 1e-4
     assert rms_relative(thin(grad), CLASSIFIER_ARRAYS[f"{name}/grad"], case["grad_rms"]) <= 1e-3
     assert abs(rms(grad) / case["grad_rms"] - 1) <= 1e-3
+
+
+@pytest.mark.parametrize("name", EDM_NETWORKS)
+def test_edm_network(name):
+    case, sigma = EDM_NETWORKS[name], torch.from_numpy(EDM_ARRAYS[f"{name}/sigma"])
+    net = set_golden_weights(getattr(edm, case["cls"])(**case["config"]))
+    x = random_input(case["seed"], case["x_shape"]) * (1 + torch.tensor(case["sigma"])).view(-1, 1, 1, 1)
+    labels = None if case["labels"] is None else torch.eye(net.label_dim)[case["labels"]]
+    with torch.no_grad():
+        out = net(x, sigma, labels)
+    # set J: 1e-4 * max(1, rms of out)
+    tolerance = 1e-4 * max(1, case["out_rms"])
+    assert max_abs(thin(out), EDM_ARRAYS[f"{name}/out"]) <= tolerance
+    assert abs(rms(out) - case["out_rms"]) <= tolerance
+    assert sum(parameter.numel() for parameter in net.parameters()) == case["n_params"]
+    assert net.sigma_min == pytest.approx(case["sigma_min"], rel=1e-6)
+    assert net.sigma_max == pytest.approx(case["sigma_max"], rel=1e-6)
+    torch.testing.assert_close(net.round_sigma(torch.tensor(case["sigma"])), sigma, rtol=1e-6, atol=0)
