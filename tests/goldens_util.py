@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torchvision
 
+from guided_diffusion import edm, script_util, unet
+
 GOLDENS = Path(__file__).parent / "goldens"
 CLASS_EMBEDDINGS = ("label_emb.weight", "embedding_table.weight", "map_label.weight")
 # Constructed by formula: the rule leaves them alone. The last is iDDPM's table of noise levels.
@@ -52,6 +54,14 @@ def set_golden_weights(module, gain=1.0, factors=None):
                 weight = golden_weight(name, tuple(tensor.shape), gain) * factors.get(name, 1.0)
                 tensor.copy_(torch.from_numpy(np.asarray(weight, dtype=np.float32)))
     return module.eval()
+
+
+def golden_network(case):
+    """The network of one case of sets B, C and J, with its golden weights."""
+    if "cls" in case:
+        return set_golden_weights(getattr(edm, case["cls"])(**case["config"]))
+    rooms = [room for room in (unet, script_util) if hasattr(room, case["constructor"])]
+    return set_golden_weights(getattr(rooms[0], case["constructor"])(**case["config"]))
 
 
 def random_input(seed, shape):
