@@ -17,11 +17,26 @@ from torch import Tensor
 
 from guided_diffusion.files.nonfinite import require_finite
 from guided_diffusion.guidance import Guidance, GuidanceStep, require_input
-from guided_diffusion.preconditioning import EDMPrecond, create_edm_network, iDDPMPrecond, load_edm_network
+from guided_diffusion.preconditioning import (
+    EDMPrecond,
+    VEPrecond,
+    VPPrecond,
+    create_edm_network,
+    iDDPMPrecond,
+    load_edm_network,
+)
 from guided_diffusion.schedules import noise_levels, vp_between
 from guided_diffusion.solvers import STEPS
 
-__all__ = ["EDMPrecond", "create_edm_network", "edm_sampler", "iDDPMPrecond", "load_edm_network"]
+__all__ = [
+    "EDMPrecond",
+    "VEPrecond",
+    "VPPrecond",
+    "create_edm_network",
+    "edm_sampler",
+    "iDDPMPrecond",
+    "load_edm_network",
+]
 
 SCHEDULES, SCALINGS = ("vp", "ve", "linear"), ("vp", "none")
 

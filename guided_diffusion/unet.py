@@ -4,26 +4,45 @@ Architecture: "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal and Nich
 appendix B. Parameter names and shapes are those of the published guided-diffusion checkpoints, so that
 `load_state_dict(strict=True)` is all it takes.
 
-The file reads from the outside in: the two networks, then the encoder they share, then the blocks, then the
-small layers.
+The file reads from the outside in: the two networks, then the encoder they share, then the blocks. The small
+layers are in layers.py.
 Shapes in the comments: N images, C channels, H x W pixels, T = H*W positions, E embedding channels.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+
+from guided_diffusion.layers import (
+    GroupNorm32,
+    Pointwise,
+    Reusable,
+    SiLU,
+    attention,
+    head_count,
+    resample,
+    run_recomputed,
+    timestep_embedding,
+    zeroed,
+)
 
 
-class _HalvableTorso(nn.Module):
+class _Torso(Reusable):
     """What both networks share: `dtype` is that of the blocks, and of their convolutions' weights once
     converted.
 
     Embeddings, normalisations and the output head stay in float32, as in the published models.
     """
+
+    def __init__(self, model_channels, dims, use_fp16):
+        super().__init__()
+        if dims != 2:
+            raise ValueError(f"dims={dims} is not supported: the published networks are two-dimensional")
+        self.model_channels = model_channels
+        self.dtype = torch.float16 if use_fp16 else torch.float32
+        width = 4 * model_channels
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, width), SiLU(), nn.Linear(width, width))
 
     def convert_to_fp16(self):
         """Halve the blocks: float16 on an accelerator, bfloat16 on a CPU, where float16 arithmetic is
@@ -43,7 +62,7 @@ class _HalvableTorso(nn.Module):
                 module.to(dtype)
 
 
-class UNetModel(_HalvableTorso):
+class UNetModel(_Torso):
     """eps (and variance) prediction network: forward(x, timesteps, y=None) -> (N, out_channels, H, W) in x's
     dtype.
 
@@ -77,8 +96,7 @@ class UNetModel(_HalvableTorso):
         resblock_updown=False,
         use_new_attention_order=False,
     ):
-        super().__init__()
-        _check_dims(dims)
+        super().__init__(model_channels, dims, use_fp16)
         options = _BlockOptions(
             emb_channels=4 * model_channels,
             dropout=dropout,
@@ -92,11 +110,7 @@ class UNetModel(_HalvableTorso):
         )
         self.image_size = image_size
         self.in_channels = in_channels
-        self.model_channels = model_channels
         self.num_classes = num_classes
-        self.dtype = torch.float16 if use_fp16 else torch.float32
-
-        self.time_embed = _time_embed(model_channels)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, 4 * model_channels)
         self.input_blocks, skip_channels = _encoder(
@@ -110,7 +124,7 @@ class UNetModel(_HalvableTorso):
         )
         width = int(channel_mult[0] * model_channels)
         self.out = nn.Sequential(
-            GroupNorm32(32, width), SiLU(), _zeroed(nn.Conv2d(width, out_channels, 3, padding=1))
+            GroupNorm32(32, width), SiLU(), zeroed(nn.Conv2d(width, out_channels, 3, padding=1))
         )
         self.to(memory_format=torch.channels_last)
 
@@ -133,7 +147,7 @@ class UNetModel(_HalvableTorso):
         return self.out(h.to(x.dtype))
 
 
-class EncoderUNetModel(_HalvableTorso):
+class EncoderUNetModel(_Torso):
     """The noisy classifier: forward(x, timesteps) -> logits (N, out_channels) in x's dtype. Arguments as in
     `UNetModel`.
 
@@ -163,8 +177,7 @@ class EncoderUNetModel(_HalvableTorso):
         use_new_attention_order=False,
         pool="adaptive",
     ):
-        super().__init__()
-        _check_dims(dims)
+        super().__init__(model_channels, dims, use_fp16)
         options = _BlockOptions(
             emb_channels=4 * model_channels,
             dropout=dropout,
@@ -176,11 +189,7 @@ class EncoderUNetModel(_HalvableTorso):
             resblock_updown=resblock_updown,
             use_new_attention_order=use_new_attention_order,
         )
-        self.model_channels = model_channels
-        self.dtype = torch.float16 if use_fp16 else torch.float32
         self.pool = pool
-
-        self.time_embed = _time_embed(model_channels)
         self.input_blocks, block_channels = _encoder(
             in_channels, model_channels, channel_mult, num_res_blocks, attention_resolutions, options
         )
@@ -275,7 +284,7 @@ def _decoder(skip_channels, model_channels, channel_mult, num_res_blocks, attent
 def _classifier_head(pool, block_channels, final_size, num_head_channels, out_channels):
     ch, features = block_channels[-1], sum(block_channels)
     if pool == "adaptive":
-        conv = _zeroed(nn.Conv2d(ch, out_channels, 1))
+        conv = zeroed(nn.Conv2d(ch, out_channels, 1))
         return nn.Sequential(GroupNorm32(32, ch), SiLU(), nn.AdaptiveAvgPool2d((1, 1)), conv, nn.Flatten())
     if pool == "attention":
         if num_head_channels == -1:
@@ -293,16 +302,6 @@ def _classifier_head(pool, block_channels, final_size, num_head_channels, out_ch
     raise ValueError(f"unknown pool {pool!r}; choose attention, adaptive, spatial or spatial_v2")
 
 
-def _time_embed(model_channels):
-    width = 4 * model_channels
-    return nn.Sequential(nn.Linear(model_channels, width), SiLU(), nn.Linear(width, width))
-
-
-def _check_dims(dims):
-    if dims != 2:
-        raise ValueError(f"dims={dims} is not supported: the published networks are two-dimensional")
-
-
 # Blocks
 
 
@@ -315,7 +314,7 @@ class TimestepEmbedSequential(nn.Sequential):
         return x
 
 
-class ResBlock(nn.Module):
+class ResBlock(Reusable):
     """Residual block with timestep embedding and optional 2x up- or downsampling inside: (N, C, H, W), (N, E)
     -> (N, out, H', W').
     """
@@ -336,14 +335,14 @@ class ResBlock(nn.Module):
             GroupNorm32(32, out_channels),
             SiLU(),
             nn.Dropout(options.dropout),
-            _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection = (
             nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
         )
 
     def forward(self, x, emb):
-        return _run(self._forward, x, emb, recompute=self.use_checkpoint)
+        return run_recomputed(self._forward, x, emb, recompute=self.use_checkpoint)
 
     def _forward(self, x, emb):
         norm, act, conv = self.in_layers
@@ -352,37 +351,35 @@ class ResBlock(nn.Module):
         norm, *rest = self.out_layers
         if self.use_scale_shift_norm:
             scale, shift = emb.chunk(2, dim=1)
-            h = norm(h)
-            h = h * (1 + scale) + shift if torch.is_grad_enabled() else h.mul_(1 + scale).add_(shift)
+            h = self.scale_shift(norm(h), scale, shift)
         else:
             h = norm(h + emb)
         for layer in rest:
             h = layer(h)
-        return _add(h, self.skip_connection(self.resample(x)))
+        return self.add(h, self.skip_connection(self.resample(x)))
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Reusable):
     """Self-attention over all positions with a residual connection: (N, C, H, W) -> (N, C, H, W)."""
 
     def __init__(self, channels, options):
         super().__init__()
-        self.num_heads = _head_count(channels, options.num_heads, options.num_head_channels)
+        self.num_heads = head_count(channels, options.num_heads, options.num_head_channels)
         self.use_new_attention_order = options.use_new_attention_order
         self.use_checkpoint = options.use_checkpoint
         self.norm = GroupNorm32(32, channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = _zeroed(nn.Conv1d(channels, channels, 1))
+        self.qkv = Pointwise(channels, 3 * channels)
+        self.proj_out = zeroed(Pointwise(channels, channels))
 
     def forward(self, x):
-        return _run(self._forward, x, recompute=self.use_checkpoint)
+        return run_recomputed(self._forward, x, recompute=self.use_checkpoint)
 
     def _forward(self, x):
-        qkv = (
-            _pointwise(self.qkv, self.norm(x)).flatten(2).transpose(1, 2)
-        )  # (N, T, 3C), a view of channels-last memory
-        h = _attention(qkv, self.num_heads, self.use_new_attention_order)
+        # (N, T, 3C), a view of channels-last memory
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)
+        h = attention(qkv, self.num_heads, self.use_new_attention_order)
         h = h.transpose(1, 2).unflatten(2, x.shape[2:])  # (N, C, H, W)
-        return _add(_pointwise(self.proj_out, h), x)
+        return self.add(self.proj_out(h), x)
 
 
 class AttentionPool2d(nn.Module):
@@ -392,22 +389,23 @@ class AttentionPool2d(nn.Module):
 
     def __init__(self, spatial_size, channels, num_head_channels, out_channels):
         super().__init__()
-        self.num_heads = _head_count(channels, 1, num_head_channels)
+        self.num_heads = head_count(channels, 1, num_head_channels)
         self.positional_embedding = nn.Parameter(torch.randn(channels, spatial_size**2 + 1) / channels**0.5)
-        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
-        self.c_proj = nn.Conv1d(channels, out_channels, 1)
+        self.qkv_proj = Pointwise(channels, 3 * channels)
+        self.c_proj = Pointwise(channels, out_channels)
 
     def forward(self, x):
         if x[0, 0].numel() + 1 != self.positional_embedding.shape[1]:
             raise ValueError(
-                f"attention pooling was built for {self.positional_embedding.shape[1] - 1} positions, got {x[0, 0].numel()}"
+                f"attention pooling was built for {self.positional_embedding.shape[1] - 1} positions, "
+                f"got {x[0, 0].numel()}"
             )
         tokens = x.flatten(2).transpose(1, 2)  # (N, T, C)
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.positional_embedding.T
         # The heads lie inside q, k and v here whatever the order in the torso.
-        qkv = _pointwise(self.qkv_proj, tokens.transpose(1, 2)[..., None]).flatten(2).transpose(1, 2)
-        h = _attention(qkv, self.num_heads, use_new_attention_order=True)
-        return _pointwise(self.c_proj, h[:, :1].transpose(1, 2)[..., None])[:, :, 0, 0]
+        qkv = self.qkv_proj(tokens.transpose(1, 2)[..., None]).flatten(2).transpose(1, 2)
+        h = attention(qkv, self.num_heads, use_new_attention_order=True)
+        return self.c_proj(h[:, :1].transpose(1, 2)[..., None])[:, :, 0, 0]
 
 
 class Upsample(nn.Module):
@@ -420,7 +418,7 @@ class Upsample(nn.Module):
         self.use_conv = use_conv
 
     def forward(self, x):
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        x = resample(x, "up")
         return self.conv(x) if self.use_conv else x
 
 
@@ -433,91 +431,3 @@ class Downsample(nn.Module):
 
     def forward(self, x):
         return self.op(x)
-
-
-# Small layers and functions
-
-
-class GroupNorm32(nn.GroupNorm):
-    """Group normalisation in float32 whatever the dtype of the input."""
-
-    def forward(self, x):
-        if (
-            x.device.type == "cpu"
-        ):  # this kernel takes a bfloat16 input with float32 weights, and computes in float32
-            return super().forward(x)
-        return super().forward(x.float()).to(x.dtype)
-
-
-class SiLU(nn.SiLU):
-    """x * sigmoid(x), in place where no graph is recorded; for inputs that nobody else reads."""
-
-    def forward(self, x):
-        return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
-def timestep_embedding(timesteps, dim, max_period=10000):
-    """Sinusoidal embedding of (N,) timesteps, int or float: (N, dim) float32, cosines first (Vaswani et al.,
-    2017, section 3.5).
-    """
-    half = dim // 2
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half).to(
-        timesteps.device
-    )
-    args = timesteps[:, None].float() * freqs
-    return F.pad(torch.cat([torch.cos(args), torch.sin(args)], dim=1), (0, dim % 2))
-
-
-def _head_count(channels, num_heads, num_head_channels):
-    heads = num_heads if num_head_channels == -1 else channels // num_head_channels
-    if heads < 1 or channels % heads or (num_head_channels != -1 and channels % num_head_channels):
-        raise ValueError(
-            f"{channels} channels cannot be cut into heads (num_heads {num_heads}, num_head_channels {num_head_channels})"
-        )
-    return heads
-
-
-def _attention(qkv, num_heads, use_new_attention_order):
-    """(N, T, 3C) -> (N, T, C). The channels lie as [head, qkv, C/heads], or as [qkv, head, C/heads] in the
-    new order.
-    """
-    n, length, width = qkv.shape
-    qkv = qkv.contiguous()  # else the fused kernels refuse, and a slow one steps in
-    if use_new_attention_order:
-        q, k, v = qkv.view(n, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
-    else:
-        q, k, v = qkv.view(n, length, num_heads, 3, -1).permute(3, 0, 2, 1, 4)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # The fused kernel is no faster there than in float32; plain products are, by a third.
-        h = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1) @ v
-    else:
-        h = F.scaled_dot_product_attention(q, k, v)  # (N, heads, T, C/heads)
-    return h.transpose(1, 2).reshape(n, length, width // 3)
-
-
-def _pointwise(conv, x):
-    """Apply a 1x1 Conv1d to (N, C, H, W) as it lies in memory; the published weights are those of a Conv1d
-    over H*W positions.
-    """
-    return F.conv2d(x, conv.weight[..., None], conv.bias)
-
-
-def _run(function, *inputs, recompute):
-    """Call `function`, keeping no activations for the backward pass if `recompute` (gradient
-    checkpointing).
-    """
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(function, *inputs, use_reentrant=False)
-    return function(*inputs)
-
-
-def _add(h, residual):
-    """h + residual, into h's own memory where no graph is recorded."""
-    return h + residual if torch.is_grad_enabled() else h.add_(residual)
-
-
-def _zeroed(module):
-    """Start a residual branch at zero."""
-    for p in module.parameters():
-        nn.init.zeros_(p)
-    return module

@@ -15,9 +15,13 @@ import numpy as np
 import torch
 import torchvision
 
+from guided_diffusion import edm, script_util, unet
+
 GOLDENS = Path(__file__).parent / "goldens"
 CLASS_EMBEDDINGS = ("label_emb.weight", "embedding_table.weight", "map_label.weight")
-FIXED_TENSORS = ("pos_embed", "resample_filter")  # constructed by formula: the rule leaves them alone
+# Constructed by formula: the rule leaves them alone. The last is iDDPM's table of noise levels.
+FIXED_TENSORS = ("pos_embed", "resample_filter")
+FIXED_NAMES = ("u",)
 THIN_SIZE = 2048
 THIN_STRIDES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
 
@@ -27,6 +31,8 @@ def golden_weight(name, shape, gain=1.0):
     z = np.random.RandomState(zlib.crc32(name.encode("utf-8")) & 0xFFFFFFFF).standard_normal(tuple(shape))
     if name.endswith(CLASS_EMBEDDINGS):
         return 0.5 * z
+    if name.endswith("freqs"):
+        return 2 * z
     if len(shape) >= 2:
         return gain * z / np.sqrt(np.prod(shape[1:]))
     if name.endswith("weight"):
@@ -43,10 +49,19 @@ def set_golden_weights(module, gain=1.0, factors=None):
     factors = factors or {}
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
-            if tensor.is_floating_point() and not name.endswith(FIXED_TENSORS):
+            fixed = name.endswith(FIXED_TENSORS) or name in FIXED_NAMES
+            if tensor.is_floating_point() and not fixed:
                 weight = golden_weight(name, tuple(tensor.shape), gain) * factors.get(name, 1.0)
                 tensor.copy_(torch.from_numpy(np.asarray(weight, dtype=np.float32)))
     return module.eval()
+
+
+def golden_network(case):
+    """The network of one case of sets B, C and J, with its golden weights."""
+    if "cls" in case:
+        return set_golden_weights(getattr(edm, case["cls"])(**case["config"]))
+    rooms = [room for room in (unet, script_util) if hasattr(room, case["constructor"])]
+    return set_golden_weights(getattr(rooms[0], case["constructor"])(**case["config"]))
 
 
 def random_input(seed, shape):

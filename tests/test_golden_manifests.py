@@ -5,6 +5,7 @@ import torch
 from goldens_util import load_manifest
 
 from classifiers import load_classifier
+from guided_diffusion.edm import create_edm_network
 from guided_diffusion.script_util import (
     classifier_defaults,
     create_classifier,
@@ -32,6 +33,23 @@ def test_noisy_classifier(name):
     with torch.device("meta"):
         network = create_classifier(**{**classifier_defaults(), **manifest["flags"]})
     check(network, manifest)
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name"),
+    [
+        ("edm_imagenet64_cond_adm", "EDMPrecond"),
+        ("edm_cifar10_32_cond_vp", "EDMPrecond"),
+        ("edm_ffhq_64_uncond_ve", "EDMPrecond"),
+        ("baseline_cifar10_32_cond_vp", "VPPrecond"),
+    ],
+)
+def test_edm_network(name, class_name):
+    manifest = load_manifest(name)
+    with torch.device("meta"):
+        network = create_edm_network(class_name, manifest["flags"])
+    check(network, manifest)
+    assert {tensor.dtype for tensor in network.state_dict().values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ["resnet50", "resnet101"])

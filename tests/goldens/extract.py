@@ -6,10 +6,10 @@ The full sets hold outputs of the published implementations on networks whose we
 (`goldens_util.set_golden_weights`). What is kept: the key manifests of the ADM, EDM, torchvision and
 Inception networks (set A), ADM U-Net and classifier forwards (B, C), classifier guidance gradients (D), DDPM
 and DDIM chains (E) and schedule tables (E_tables), EDM forwards and chains (F), the numbers and the manifold
-radii of the evaluation maths (H), and Inception features (I). What is dropped: inputs that are RandomState
-draws (checked here, drawn again in the tests), and most entries of large arrays, of which `goldens_util.thin`
-keeps a fixed subset. The norms of whole arrays stay in the json. The output depends on the input alone, byte
-for byte.
+radii of the evaluation maths (H), Inception features (I), and forwards of EDM's other networks (J). What is
+dropped: inputs that are RandomState draws (checked here, drawn again in the tests), and most entries of large
+arrays, of which `goldens_util.thin` keeps a fixed subset. The norms of whole arrays stay in the json. The
+output depends on the input alone, byte for byte.
 """
 
 import argparse
@@ -31,6 +31,9 @@ MANIFESTS = (
     "adm_256_cond",
     "adm_classifier_64",
     "adm_classifier_128",
+    "baseline_cifar10_32_cond_vp",
+    "edm_cifar10_32_cond_vp",
+    "edm_ffhq_64_uncond_ve",
     "edm_imagenet64_cond_adm",
     "fid_inception_v3",
     "torchvision_resnet50",
@@ -226,6 +229,20 @@ def random_bytes(seed, n, h, w):
     return (images // np.arange(1, n + 1).reshape(-1, 1, 1, 1)).astype(np.uint8)
 
 
+def extract_edm_networks(folder):
+    full, arrays = read(folder, "J_edm_networks")
+    cases, small = {}, {}
+    for case, configuration in full["cases"].items():
+        x = arrays[f"{case}/x"]
+        scale = 1 + np.float32(configuration["sigma"]).reshape(-1, 1, 1, 1)
+        assert np.array_equal(x, random_input(configuration["seed"], x.shape).numpy() * scale), case
+        kept = ("cls", "config", "seed", "sigma", "labels", "out_rms", "n_params", "sigma_min", "sigma_max")
+        cases[case] = {**select(configuration, *kept), "x_shape": x.shape}
+        small[f"{case}/sigma"] = arrays[f"{case}/sigma"]  # rounded to the levels of the network
+        small[f"{case}/out"] = thin(arrays[f"{case}/out"])
+    write("J_edm_networks", cases, small)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("full_set", type=Path, help="folder with the full golden sets")
@@ -239,6 +256,7 @@ def main():
     extract_edm(folder)
     extract_eval_math(folder)
     extract_inception(folder)
+    extract_edm_networks(folder)
 
 
 if __name__ == "__main__":

@@ -167,7 +167,8 @@ def test_iddpm_levels_are_those_that_its_network_knows():
     levels = torch.from_numpy(noise_levels("iddpm", 50, *default_levels("iddpm")))
     nearest = net.round_sigma(levels)
     assert set(nearest.tolist()) <= set(net.u.tolist())
-    torch.testing.assert_close(nearest, levels, rtol=1e-7, atol=0)  # the buffer is float32
+    # The network's are a recursion in float32, as published: its rounding moves the lowest levels.
+    torch.testing.assert_close(nearest, levels, rtol=5e-4, atol=0)
     assert float(nearest[0]) == float(net.u[8])
     assert float(nearest[-1]) == float(net.u[999])
 
