@@ -17,10 +17,11 @@ import torch
 from classifiers.input_transform import INPUTS
 from classifiers.registry import classifier_files, load_classifier
 from guided_diffusion.files.checkpoints import existing_file, load_into, load_state_dict
+from guided_diffusion.flags.labels import label_source, labels_file
 from guided_diffusion.flags.parser import Parser, parse_flags, parse_interval, run_main
 from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.guidance import ClassifierGuidance, noisy_classifier_gradient, within_interval
-from guided_diffusion.runs.dry_run import examine
+from guided_diffusion.runs.dry_run import dry_run
 from guided_diffusion.runs.job import (
     RUN_FLAGS,
     Job,
@@ -30,7 +31,7 @@ from guided_diffusion.runs.job import (
     run,
     run_options,
 )
-from guided_diffusion.runs.noise import DRAWN_BY_INDEX, DrawnAhead, SampleNoise, label_source, labels_file
+from guided_diffusion.runs.noise import DRAWN_BY_INDEX, DrawnAhead, SampleNoise
 from guided_diffusion.script_util import (
     NUM_CLASSES,
     add_dict_to_argparser,
@@ -68,7 +69,7 @@ FINITE_FLAGS = (
 def main():
     args = parse_flags(create_argparser(), None, PRESETS)
     refuse_contradictions(args)
-    (examine if args.dry_run else run)(make_job(args))
+    (dry_run if args.dry_run else run)(make_job(args))
 
 
 def make_job(args):

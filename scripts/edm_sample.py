@@ -28,7 +28,7 @@ from guided_diffusion.guidance import (
     released_edm_guidance,
     within_interval,
 )
-from guided_diffusion.runs.dry_run import examine
+from guided_diffusion.runs.dry_run import dry_run
 from guided_diffusion.runs.job import (
     RUN_FLAGS,
     Job,
@@ -77,7 +77,7 @@ FINITE_FLAGS = (
 
 def main():
     args = parse_flags(create_argparser(), None, EDM_PRESETS)
-    (examine if args.dry_run else run)(make_job(args, refuse_contradictions(args)))
+    (dry_run if args.dry_run else run)(make_job(args, refuse_contradictions(args)))
 
 
 def create_argparser():

@@ -17,14 +17,6 @@ MOST_NUMBERS = 10_000_000  # of one range
 _NOT_GIVEN = object()
 
 
-class Stopped(KeyboardInterrupt):
-    """The program was asked to stop by the signal `signum`; its exit code is 128 + signum."""
-
-    def __init__(self, signum: int = signal.SIGINT):
-        self.signum = signum
-        super().__init__(signal.Signals(signum).name)
-
-
 class Parser(argparse.ArgumentParser):
     """A parser that takes no abbreviations, shows its description as written, and ends a wrong call in one
     line, exit code 2.
