@@ -1,15 +1,14 @@
-"""Ranks under torchrun; plain python is rank 0 of 1. No MPI."""
+"""Ranks under torchrun, mpiexec and srun; plain python is rank 0 of 1. No MPI library."""
 
 import ctypes
 import os
-import time
-import uuid
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from guided_diffusion.files import checkpoints
+from guided_diffusion.runs.launchers import find_place, join
 
 # Scripts written for guided-diffusion gather when a batch or all is done, which may take hours; torchrun ends
 # all ranks when one fails.
@@ -19,59 +18,23 @@ _store = None  # the processes' key-value store, once setup_dist was called
 
 
 def setup_dist():
-    """Join the process group that torchrun's environment describes, or make one of a single process; once per
-    process.
+    """Join the process group of the launcher that started this process, or make one of a single process; once
+    per process.
 
     CPU tensors go through gloo, CUDA tensors through NCCL, which needs a GPU of its own for every process.
+    Raises ValueError where the processes do not come together.
     """
     if dist.is_initialized():
         return
-    gpu_each = (
-        torch.cuda.is_available() and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
-    )
+    place = find_place()
+    gpu_each = torch.cuda.is_available() and place.local_size <= torch.cuda.device_count()
     backend = "cpu:gloo,cuda:nccl" if gpu_each and dist.is_nccl_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(dev())
     global _store
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=_START_TIMEOUT))
-    else:
-        store, rank, world_size = dist.HashStore(), 0, 1
-    _store = dist.PrefixStore(meet(store, rank, world_size, _START_TIMEOUT), store)
+    _store = join(place, _START_TIMEOUT)
     group = dist.PrefixStore("process group", _store)
-    dist.init_process_group(backend, timeout=_TIMEOUT, store=group, rank=rank, world_size=world_size)
-
-
-def meet(store, rank, world_size, timeout):
-    """A new name that the processes of this attempt share, once all have come; ValueError where some have not
-    within `timeout`.
-
-    After an elastic restart torchrun's store still holds what the processes of the attempt before wrote into
-    it, their addresses among that. So nothing found there is believed unless it answers a word that was made
-    up now.
-    """
-    word, others, deadline = (
-        uuid.uuid4().hex,
-        [str(r) for r in range(world_size) if r],
-        time.monotonic() + timeout.total_seconds(),
-    )
-    if rank:
-        store.set(f"word/{rank}", word)
-    while time.monotonic() < deadline:
-        if rank == 0:
-            words = [store.get(f"word/{r}").decode() for r in others if store.check([f"word/{r}"])]
-            store.set("meeting", " ".join([word, *words]))
-            if all(store.check([f"{word}/{r}"]) for r in others):
-                return word
-        elif store.check(["meeting"]):
-            name, *words = store.get("meeting").decode().split()
-            if word in words:
-                store.set(f"{name}/{rank}", "here")
-                return name
-        time.sleep(0.05)
-    raise ValueError(
-        f"rank {rank} waited {timeout.total_seconds():.0f} s for the {world_size} processes of this run to come together"
-    )
+    dist.init_process_group(backend, timeout=_TIMEOUT, store=group, rank=place.rank, world_size=place.size)
 
 
 def shared_store():
@@ -91,7 +54,7 @@ def is_restart():
 def dev():
     """This rank's device: its CUDA device by local rank, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        return torch.device("cuda", find_place().local_rank % torch.cuda.device_count())
     return torch.device("cpu")
 
 
@@ -133,3 +96,10 @@ def keep_freed_memory():
 def load_state_dict(path, map_location="cpu"):
     """Read a checkpoint as `checkpoints.load_state_dict` does, and move it to `map_location`."""
     return {name: tensor.to(map_location) for name, tensor in checkpoints.load_state_dict(path).items()}
+
+
+def sync_params(params):
+    """Give all processes the values that rank 0 has for these tensors, in place."""
+    with torch.no_grad():
+        for tensor in params:
+            dist.broadcast(tensor, 0)

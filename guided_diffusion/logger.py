@@ -21,13 +21,14 @@ def configure(dir=None):
     global _folder
     _folder = str(dir or os.environ.get("OPENAI_LOGDIR") or tempfile.mkdtemp(prefix="guided-diffusion-"))
     Path(_folder).mkdir(parents=True, exist_ok=True)
-    _replace_handlers(logging.StreamHandler(sys.stderr), logging.FileHandler(Path(_folder) / "log.txt"))
+    file = logging.FileHandler(Path(_folder) / "log.txt", encoding="utf-8", errors="backslashreplace")
+    _replace_handlers(_Stderr(), file)
 
 
 def log(*args):
     """Write the arguments, separated by spaces, as one line."""
     if not _logger.handlers:
-        _replace_handlers(logging.StreamHandler(sys.stderr))
+        _replace_handlers(_Stderr())
     _logger.info(" ".join(map(str, args)))
 
 
@@ -38,6 +39,25 @@ def get_dir():
     if _folder is None:
         configure()
     return _folder
+
+
+class _Stderr(logging.Handler):
+    """Lines to stderr, where there is one; what its encoding lacks is escaped."""
+
+    def __init__(self):
+        super().__init__()
+        self._stream = sys.stderr
+
+    def emit(self, record):
+        if self._stream is None:
+            return
+        try:
+            encoding = getattr(self._stream, "encoding", None) or "utf-8"
+            line = self.format(record).encode(encoding, "backslashreplace").decode(encoding)
+            self._stream.write(f"{line}\n")
+            self._stream.flush()
+        except Exception:
+            self.handleError(record)
 
 
 def _replace_handlers(*handlers):

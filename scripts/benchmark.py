@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import _beside  # noqa: F401
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -17,6 +17,7 @@ import time
 from contextlib import closing, redirect_stderr
 from pathlib import Path
 
+import _beside  # noqa: F401
 import torch
 import torch.distributed as dist
 
@@ -38,7 +39,8 @@ BATCH, STEPS, BATCHES = 16, 20, 6  # of the run around a step
 STEP_SECONDS = 0.05
 REPEATS = 5  # the median counts
 FEWER, MORE, MEMORY_BATCH = 1_000, 20_000, 100
-MEMORY_RUNS = 3  # the median counts: two runs that are alike differ by tens of MB, by how the C library lays out the memory of threads
+# The median counts: the C library lays out the memory of threads now so and now so, by tens of MB.
+MEMORY_RUNS = 3
 # As small as a U-Net gets, and images so large that MORE of them would show in the memory of whoever held
 # them.
 TINY = {
@@ -49,16 +51,22 @@ TINY = {
     "attention_resolutions": "8",
 }
 TELL_PEAK_MEMORY = """
-import runpy, sys
-from guided_diffusion.runs.machine import peak_memory
+import os, runpy, sys
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
+from guided_diffusion.runs.machine import peak_memory
 print(peak_memory())
 """
 
 
 def main():
     Parser(description=__doc__).parse_args()
+    measure()
+
+
+def measure():
+    """Print one line for each figure."""
     torch.set_num_threads(1)
     print(f"machine: {machine.describe(CPU)}")
     step = FixedWork(STEP_SECONDS)
@@ -74,17 +82,14 @@ def report_store(folder):
     writing, finishing = Stopwatch(CPU), Stopwatch(CPU)
     write, finish = writing.wrap(store.write), finishing.wrap(store.finish)
     for indices in store.missing():
-        shape = (len(indices), SIZE, SIZE, 3)
-        write(
-            indices,
-            torch.randint(256, shape, dtype=torch.uint8),
-            torch.zeros(len(indices), dtype=torch.int64),
-            {},
-        )
+        images = torch.randint(256, (len(indices), SIZE, SIZE, 3), dtype=torch.uint8)
+        write(indices, images, torch.zeros(len(indices), dtype=torch.int64), {})
     finish()
+    seconds = (writing.seconds + finishing.seconds, writing.seconds, finishing.seconds)
+    both, shards, npz = (IMAGES / each for each in seconds)
     print(
-        f"store, {IMAGES} images of {SIZE}x{SIZE} in shards of {SHARD}: {IMAGES / (writing.seconds + finishing.seconds):.0f} images/s, "
-        f"{IMAGES / writing.seconds:.0f} into shards and {IMAGES / finishing.seconds:.0f} from there into the npz, fsync included"
+        f"store, {IMAGES} images of {SIZE}x{SIZE} in shards of {SHARD}: {both:.0f} images/s, "
+        f"{shards:.0f} into shards and {npz:.0f} from there into the npz, fsync included"
     )
 
 
@@ -102,10 +107,11 @@ def report_noise(step):
             start = time.perf_counter()
             ahead.randn(shape)
             waits.append(time.perf_counter() - start)
+    each = statistics.median(draws) / BATCH
     print(
-        f"noise by sample index, batch {BATCH} of {SIZE}x{SIZE}: {1e3 * statistics.median(draws) / BATCH:.3f} ms per image and step; drawn "
-        f"ahead of steps of {1e3 * STEP_SECONDS:.0f} ms, a step waits for it {1e3 * statistics.mean(waits):.3f} ms on average, "
-        f"{1e3 * max(waits):.3f} ms at most"
+        f"noise by sample index, batch {BATCH} of {SIZE}x{SIZE}: {1e3 * each:.3f} ms per image and step; "
+        f"drawn ahead of steps of {1e3 * STEP_SECONDS:.0f} ms, a step waits for it "
+        f"{1e3 * statistics.mean(waits):.3f} ms on average, {1e3 * max(waits):.3f} ms at most"
     )
 
 
@@ -130,9 +136,8 @@ class FixedWork:
 def report_overhead(folder, step):
     dist_util.setup_dist()
     rows = []
-    for repeat in range(
-        REPEATS + 1
-    ):  # the two in turn, so that both meet the same noise; the first round is not counted
+    # The two in turn, so that both meet the same disturbances; the first round is not counted.
+    for repeat in range(REPEATS + 1):
         start = time.perf_counter()
         for _ in range(BATCHES * STEPS):
             step()
@@ -141,8 +146,9 @@ def report_overhead(folder, step):
     alone, sampling, finishing = (statistics.median(column) for column in zip(*rows[1:], strict=True))
     added = statistics.median(sampling / alone - 1 for alone, sampling, _ in rows[1:])
     print(
-        f"engine around {BATCHES} batches of {BATCH} images of {SIZE}x{SIZE} in {STEPS} steps: the steps alone {alone:.3f} s "
-        f"({1e3 * alone / (BATCHES * STEPS):.1f} ms each), with the engine {sampling:.3f} s, it adds {added:.2%}; "
+        f"engine around {BATCHES} batches of {BATCH} images of {SIZE}x{SIZE} in {STEPS} steps: "
+        f"the steps alone {alone:.3f} s ({1e3 * alone / (BATCHES * STEPS):.1f} ms each), "
+        f"with the engine {sampling:.3f} s, it adds {added:.2%}; "
         f"then the npz and grid.png {finishing:.3f} s, once in a run"
     )
 
@@ -180,8 +186,9 @@ def report_memory(folder):
     )
     images = (MORE - FEWER) * 3 * TINY["image_size"] ** 2
     print(
-        f"peak resident memory of a rank, tiny network, batch {MEMORY_BATCH}, median of {MEMORY_RUNS} runs: {fewer / 1e6:.1f} MB for "
-        f"{FEWER} samples, {more / 1e6:.1f} MB for {MORE}: {(more - fewer) / 1e6:+.1f} MB, "
+        f"peak resident memory of a rank, tiny network, batch {MEMORY_BATCH}, median of {MEMORY_RUNS} runs: "
+        f"{fewer / 1e6:.1f} MB for {FEWER} samples, {more / 1e6:.1f} MB for {MORE}: "
+        f"{(more - fewer) / 1e6:+.1f} MB, "
         f"where the further images are {images / 1e6:.1f} MB"
     )
 
@@ -190,25 +197,18 @@ def sampling_memory(folder, count):
     """The peak memory in bytes of scripts/classifier_sample.py for `count` samples, in a process of its
     own.
     """
-    run = {
-        "timestep_respacing": 2,
-        "batch_size": MEMORY_BATCH,
-        "num_samples": count,
-        "device": "cpu",
-        "overwrite": True,
-    }
-    flags = {**TINY, **run, "model_path": folder / "tiny.pt", "out": folder / str(count)}
-    words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+    size = {"timestep_respacing": 2, "batch_size": MEMORY_BATCH, "num_samples": count}
+    run = {"device": "cpu", "overwrite": True, "model_path": folder / "tiny.pt", "out": folder / str(count)}
+    words = [str(word) for item in {**TINY, **size, **run}.items() for word in (f"--{item[0]}", item[1])]
     command = [
         sys.executable,
         "-c",
         TELL_PEAK_MEMORY,
-        str(Path(__file__).with_name("classifier_sample.py")),
+        Path(__file__).with_name("classifier_sample.py"),
         *words,
     ]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True, text=True
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
     return int(done.stdout.splitlines()[-1])
 
 

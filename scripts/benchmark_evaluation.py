@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import _beside  # noqa: F401
 import numpy as np
 import scipy.linalg
 import torch

@@ -4,7 +4,7 @@
 
 Each attempt runs on 1, 2 or 3 processes, drawn at random, and one of them is killed with signal 9 at a random
 time. After every attempt each file with a final name must be complete. In the end the npz must equal that of
-an undisturbed run byte for byte. Every flag that is not listed here goes on to scripts/classifier_sample.py.
+an undisturbed run byte for byte. Flags that are not listed here are those of scripts/classifier_sample.py.
 One thread per process: pixels depend on how sums are split over threads.
 """
 
@@ -16,6 +16,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import _beside  # noqa: F401
 import numpy as np
 from tqdm import tqdm
 
@@ -26,44 +27,38 @@ PATIENCE_SECONDS = 60  # within which the others end when one was killed
 
 
 def main():
-    parser = Parser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--processes", default="1-3", help="how many a run may have")
-    parser.add_argument("--longest", type=float, default=10.0, help="seconds that an attempt may live")
-    parser.add_argument("--num_samples", type=int, default=2000)
-    parser.add_argument("--batch_size", type=int, default=10)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of what is killed when; that of the samples stays 0"
-    )
-    parser.add_argument("--out", type=Path, default=Path("results/chaos"))
-    args, flags = parser.parse_known_args()
+    args, flags = create_argparser().parse_known_args()
     counts, chance = parse_numbers(args.processes, "--processes"), random.Random(args.seed)
-    flags = [
-        "--preset",
-        "digits",
-        "--num_samples",
-        args.num_samples,
-        "--batch_size",
-        args.batch_size,
-        *flags,
-        "--overwrite",
-    ]
+    numbers = ["--num_samples", args.num_samples, "--batch_size", args.batch_size]
+    flags = ["--preset", "digits", *numbers, *flags, "--overwrite"]
     whole, killed = args.out / "whole", args.out / "killed"
     finish(start(1, [*flags, "True", "--out", whole]))
 
-    overwrite, done = "True", 0
-    for _ in (bar := tqdm(range(args.kills), desc="kills")):
-        processes = chance.choice(counts)
-        group = start(processes, [*flags, overwrite, "--out", killed])
+    overwrite = "True"
+    for done in (bar := tqdm(range(args.kills), desc="kills")):
+        group = start(chance.choice(counts), [*flags, overwrite, "--out", killed])
         if not kill_one(group, chance, chance.uniform(0, args.longest)):
             raise ValueError(
                 f"the run was complete after {done} kills: give more --num_samples, or a shorter --longest"
             )
-        done, overwrite = done + 1, "False" if (killed / "run.json").exists() else overwrite
+        overwrite = "False" if (killed / "run.json").exists() else overwrite
         bar.set_postfix(complete=check_files(killed))
     finish(start(chance.choice(counts), [*flags, overwrite, "--out", killed]))
     compare(whole, killed)
-    print(f"{done} kills, {args.num_samples} samples: the same bytes as those of an undisturbed run")
+    print(f"{args.kills} kills, {args.num_samples} samples: the same bytes as those of an undisturbed run")
+
+
+def create_argparser():
+    parser = Parser(description=__doc__)
+    flag = parser.add_argument
+    flag("--kills", type=int, default=30)
+    flag("--processes", default="1-3", help="how many a run may have")
+    flag("--longest", type=float, default=10.0, help="seconds that an attempt may live")
+    flag("--num_samples", type=int, default=2000)
+    flag("--batch_size", type=int, default=10)
+    flag("--seed", type=int, default=0, help="of what is killed when; that of the samples stays 0")
+    flag("--out", type=Path, default=Path("results/chaos"))
+    return parser
 
 
 def start(processes, flags):
@@ -93,9 +88,8 @@ def kill_one(group, chance, delay):
     try:
         _, errors = group.communicate(timeout=delay)
         if group.returncode:
-            raise ValueError(
-                f"a run failed with exit code {group.returncode} before it was killed: ...{errors[-1000:]}"
-            )
+            code = group.returncode
+            raise ValueError(f"a run failed with exit code {code} before it was killed: ...{errors[-1000:]}")
         return False
     except subprocess.TimeoutExpired:
         pids = [group.pid, *workers(group.pid)]
@@ -144,12 +138,11 @@ def compare(whole, killed):
     (one,), (other,) = (list(folder.glob("samples_*.npz")) for folder in (whole, killed))
     if one.read_bytes() != other.read_bytes():
         with np.load(one, allow_pickle=False) as a, np.load(other, allow_pickle=False) as b:
-            differing = np.flatnonzero(
-                (a["arr_0"] != b["arr_0"]).any(axis=(1, 2, 3)) | (a["arr_1"] != b["arr_1"])
+            images, labels = (
+                (a[key] != b[key]).reshape(len(a[key]), -1).any(1) for key in ("arr_0", "arr_1")
             )
-        raise ValueError(
-            f"{other} differs from {one} in {len(differing)} samples, the first is {differing[:1]}"
-        )
+        differing = np.flatnonzero(images | labels)
+        raise ValueError(f"{other} differs from {one} in {len(differing)} samples, first in {differing[:1]}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ interrupted resumes when the same command is given again, on any number of proce
 those of guided-diffusion and EluCD, and a few more.
 """
 
+import _beside  # noqa: F401
+
 import classifiers
 from guided_diffusion.flags.adm import ADMFlags
 from guided_diffusion.flags.fields import parse

@@ -14,6 +14,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import _beside  # noqa: F401
+
 import classifiers
 from classifiers import load_classifier
 from evaluation.comparison import FEATURES, SMALLEST, DigitsQuality, hold_out, judge, summaries, with_error

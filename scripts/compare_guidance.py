@@ -13,6 +13,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import _beside  # noqa: F401
 import numpy as np
 
 import classifiers

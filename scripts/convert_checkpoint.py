@@ -10,6 +10,7 @@ their source: EDM's are CC BY-NC-SA 4.0.
 import json
 from pathlib import Path
 
+import _beside  # noqa: F401
 import torch
 
 from guided_diffusion.files.atomic import renamed_when_complete

@@ -7,6 +7,8 @@ there is the same. Ends with "ready", exit code 0, or with the number of problem
 sampled, and the output folder is left alone.
 """
 
+import _beside  # noqa: F401
+
 import classifiers
 from guided_diffusion.flags.fields import parse
 from guided_diffusion.flags.parser import Parser, run_main

@@ -25,6 +25,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import _beside  # noqa: F401
 from tqdm import tqdm
 
 from guided_diffusion.files.checkpoints import recorded_hashes

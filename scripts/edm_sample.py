@@ -8,6 +8,8 @@ same command is given again, on any number of processes (torchrun). The flags ar
 EluCD, and a few more.
 """
 
+import _beside  # noqa: F401
+
 import classifiers
 from guided_diffusion.flags.edm import EDMFlags
 from guided_diffusion.flags.fields import parse

@@ -17,6 +17,8 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+import _beside  # noqa: F401
+
 from evaluation.evaluator import Options, Reference, compare, evaluate, metric_label
 from evaluation.images import pick_images
 from evaluation.inception import WEIGHTS, find_inception_weights

@@ -10,6 +10,7 @@ the statistics are (protocol, features, weights_sha256, count).
 import sys
 from pathlib import Path
 
+import _beside  # noqa: F401
 import numpy as np
 
 from evaluation.features import extract

@@ -13,6 +13,7 @@ import importlib.util
 from collections import defaultdict
 from pathlib import Path
 
+import _beside  # noqa: F401
 import numpy as np
 
 from guided_diffusion.files.atomic import renamed_when_complete

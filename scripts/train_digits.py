@@ -14,6 +14,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import _beside  # noqa: F401
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("guided_diffusion", "classifiers", "evaluation")
 OURS = {*ROOMS, "scripts", "tests"}
 ALLOWED = {
-    "guided_diffusion": {"torch", "numpy", "tqdm", "safetensors", "PIL"},
+    "guided_diffusion": {"torch", "numpy", "tqdm", "safetensors", "PIL", "filelock"},
     "classifiers": {"torch", "torchvision"},
     "evaluation": {"torch", "numpy", "scipy", "pytorch_fid", "PIL", "tqdm", "matplotlib"},
 }

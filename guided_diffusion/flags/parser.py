@@ -15,14 +15,6 @@ NOT_GIVEN = object()  # the default of a flag in `fields.parse`
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
-class Stopped(KeyboardInterrupt):
-    """The program was asked to stop by the signal `signum`; its exit code is 128 + signum."""
-
-    def __init__(self, signum: int = signal.SIGINT):
-        self.signum = signum
-        super().__init__(signal.Signals(signum).name)
-
-
 class _Help(argparse.RawDescriptionHelpFormatter):
     """The description as written; every flag with its default."""
 

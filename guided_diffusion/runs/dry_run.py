@@ -1,9 +1,10 @@
-"""What can be known of a run before hours are spent on it: files, room, memory and time."""
+"""The dry run: what can be known of a run before hours are spent on it: files, room, memory and time."""
 
 import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -29,39 +30,34 @@ class _EnoughSteps(Exception):
 
 
 def dry_run(job: Job) -> None:
-    """Print one line per subject to stdout. Raises ProblemsFoundError if the run would fail. Leaves the
-    output folder alone.
+    """Print one line per subject to stdout. Raises ProblemsFoundError if the run would fail. Writes nothing
+    into the output folder.
     """
     device = dist_util.choose_device(job.device)
     report = _Report()
-    report.say(
-        "machine",
-        f"{machine.describe(device)}; {', '.join(f'{name} {number}' for name, number in machine.versions().items())}",
-    )
+    versions = ", ".join(f"{name} {number}" for name, number in machine.versions().items())
+    report.say("machine", f"{machine.describe(device)}; {versions}")
     for flag in job.files:
         report.check(f"--{flag}" if flag in job.flags else flag, _check_file, job, flag)
     missing = report.check("folder", _check_folder, job, device)
     if report.problems:
         report.say("networks", "not loaded before this is mended")
     else:
-        _examine_networks(job, device, report, *missing)
+        _check_networks(job, device, report, *missing)
     if report.problems:
         raise ProblemsFoundError(f"{report.problems} problem{'s' * (report.problems > 1)}: see above")
     print("ready")
 
 
-def _examine_networks(job, device, report, missing, joined):
-    """missing: the samples that are to be drawn. joined: whether the final files are there."""
-    sampler = report.check("networks", _load, job, device)
+def _check_networks(job, device, report, missing, joined):
+    """missing: how many samples are to be drawn. joined: whether the final files are there."""
+    sampler, tally = report.check("networks", _load, job, device) or (None, None)
     if not sampler:
         return
-    needed = (
-        0
-        if joined
-        else required_bytes(missing, job.num_samples, sampler.image_bytes, job.png_name is not None)
-    )
+    pngs = job.png_name is not None
+    needed = 0 if joined else required_bytes(missing, job.num_samples, sampler.image_bytes, pngs)
     report.check("disk", _check_disk, job, needed)
-    trial = report.check("steps", _try_steps, job, sampler, device)
+    trial = report.check("steps", _try_steps, job, sampler, tally, device)
     if trial:
         report.check("memory", _check_memory, job, trial, device)
         report.say("time", _estimate(job, trial, sampler.num_steps, missing))
@@ -95,11 +91,8 @@ def _check_file(job, flag):
     for expected, who in known:
         if not digest.startswith(expected):
             raise ValueError(f"{path} has sha256 {digest}, but {expected} is {who}: fetch it again")
-    trust = (
-        f"as {' and '.join(dict.fromkeys(who for _, who in known))}"
-        if known
-        else "nothing is known to hold it against"
-    )
+    who = " and ".join(dict.fromkeys(who for _, who in known))
+    trust = f"as {who}" if known else "its right hash is not known"
     return f"{path}, {path.stat().st_size:,} bytes, sha256 {digest[:16]}... ({trust})", None
 
 
@@ -118,10 +111,8 @@ def _check_folder(job, device):
             missing, joined = sum(map(len, store.missing())), store.samples_file() is not None
         else:
             require_no_leftovers(job.folder, pictures=job.png_name is not None)
-    return f"{job.folder}, {job.num_samples - missing:,} of {job.num_samples:,} samples are there", (
-        missing,
-        joined,
-    )
+    there = f"{job.num_samples - missing:,} of {job.num_samples:,} samples are there"
+    return f"{job.folder}, {there}", (missing, joined)
 
 
 def _check_disk(job, needed):
@@ -129,9 +120,10 @@ def _check_disk(job, needed):
 
 
 def _load(job, device):
-    sampler = job.build(device, Tally(device, job.log_guidance))
+    tally = Tally(device, job.log_guidance)
+    sampler = job.build(device, tally)
     dist_util.keep_freed_memory()
-    return "; ".join(["loaded, they fit the flags", *sampler.notes]), sampler
+    return "; ".join(["loaded, they fit the flags", *sampler.notes]), (sampler, tally)
 
 
 @dataclass(frozen=True)
@@ -142,21 +134,22 @@ class _Trial:
     memory_per_image: int
 
 
-def _try_steps(job, sampler, device):
+def _try_steps(job, sampler, tally, device):
     """One step to warm up and two that count: on a GPU of the run's batch, on a CPU of one image, and then
     one of two for the memory.
     """
     batch = _batch(job) if device.type == "cuda" else 1
-    marks = _marks(job, sampler, device, batch, 1 + TIMED_STEPS)
+    draw = partial(named_failure, rounded(job, sampler), tally=tally, name_of=job.name_of)
+    marks = _marks(draw, device, batch, 1 + TIMED_STEPS)
     marks = marks[1:] if len(marks) > 2 else marks  # a single step has to do, warm or not
     seconds, memory, per_image = (marks[-1] - marks[0]) / (len(marks) - 1), _memory(device), 0
     if batch < _batch(job):
-        _marks(job, sampler, device, batch + 1, 1)
+        _marks(draw, device, batch + 1, 1)
         per_image = _memory(device) - memory
     return f"{seconds:.3f} s each at batch {batch}", _Trial(batch, seconds, memory, per_image)
 
 
-def _marks(job, sampler, device, batch, steps):
+def _marks(draw, device, batch, steps):
     """The clock at the beginning of a batch and after each of at most so many steps."""
     marks = [time.perf_counter()]
 
@@ -168,7 +161,7 @@ def _marks(job, sampler, device, batch, steps):
             raise _EnoughSteps
 
     with suppress(_EnoughSteps):
-        named_failure(rounded(job, sampler), range(batch), tick, job.name_of)
+        draw(range(batch), tick)
     return marks
 
 
@@ -183,7 +176,8 @@ def _memory(device):
 def _check_memory(job, trial, device):
     whole = trial.memory + (_batch(job) - trial.batch) * trial.memory_per_image
     available = machine.available_memory(device)
-    text = f"{trial.memory / 1e9:.2f} GB at batch {trial.batch}, some {whole / 1e9:.2f} GB at batch {_batch(job)}"
+    text = f"{trial.memory / 1e9:.2f} GB at batch {trial.batch}"
+    text += f", some {whole / 1e9:.2f} GB at batch {_batch(job)}"
     if available is None:
         return text, None
     if whole - trial.memory > available:
@@ -194,7 +188,7 @@ def _check_memory(job, trial, device):
 def _estimate(job, trial, num_steps, missing):
     hours = trial.seconds / trial.batch * num_steps * missing / 3600
     amount = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-    scaled = (
-        "; scaled from batch 1, a larger batch may take less per image" if trial.batch < _batch(job) else ""
-    )
-    return f"some {amount} for {missing:,} images of {num_steps} steps in one process like this, by its first steps{scaled}"
+    text = f"some {amount} for {missing:,} images of {num_steps} steps in one process like this"
+    if trial.batch == _batch(job):
+        return f"{text}, by its first steps"
+    return f"{text}, by its first steps; scaled from batch 1, a larger batch may take less per image"

@@ -19,18 +19,20 @@ from tqdm.auto import tqdm
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.files.nonfinite import NonFiniteError
-from guided_diffusion.flags.parser import Stopped
 from guided_diffusion.runs.store import SampleStore
 from guided_diffusion.runs.tally import Tally
-from guided_diffusion.runs.workers import Crew
+from guided_diffusion.runs.workers import Workers
 
-# What to do about numbers that are not finite, by where they stand.
-FIXES = {
-    "guidance gradient": "; --on_nonfinite skip drops that guidance and goes on",
-    "network output": "; if the network runs in float16, try --use_fp16 False",
-}
 LINE_SECONDS = 30
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}, {rate_fmt}]"
+
+
+class Stopped(KeyboardInterrupt):
+    """The program was asked to stop by the signal `signum`; its exit code is 128 + signum."""
+
+    def __init__(self, signum: int = signal.SIGINT):
+        self.signum = signum
+        super().__init__(signal.Signals(signum).name)
 
 
 def sample_missing(
@@ -56,21 +58,23 @@ def sample_missing(
     missing, name = shared[0] or ([], "")
     if not missing:
         if rank == 0:
-            logger.log(
-                f"{store.folder}: {'complete, nothing to do' if store.samples_file() else 'all batches are there, to be joined'}"
+            done = (
+                "complete, nothing to do" if store.samples_file() else "all batches are there, to be joined"
             )
+            logger.log(f"{store.folder}: {done}")
         return
     with (
         _progress_bar(store, missing, num_steps, rank) as show,
-        Crew(dist_util.shared_store(), name, rank, dist.get_world_size(), show) as crew,
-        _stopping(crew),
+        Workers(dist_util.shared_store(), name, rank, dist.get_world_size(), show) as workers,
+        _stopping(workers),
     ):
-        for indices in _claimed(crew, missing):
+        for indices in _claimed(workers, missing):
             start = time.perf_counter()
-            images, labels = named_failure(sample, indices, partial(crew.progress, len(indices)), name_of)
+            tick = partial(workers.progress, len(indices))
+            images, labels = named_failure(sample, indices, tick, tally, name_of)
             stats, metrics = tally.take_batch()
             store.write(indices, images, labels, {"seconds": time.perf_counter() - start, **stats}, metrics)
-        _raise_if_stopped(crew.wait_for_all())
+        _raise_if_stopped(workers.wait_for_all())
     if tally.skipped:
         logger.log(f"guidance was dropped {tally.skipped} times for non-finite gradients")
 
@@ -81,7 +85,7 @@ def _progress_bar(store, missing, num_steps, rank) -> Iterator[Callable[[int], N
     total = sum(map(len, missing))
     if rank:
         yield None
-    elif sys.stderr.isatty():
+    elif sys.stderr is not None and sys.stderr.isatty():
         with tqdm(total=total, unit="image", desc=store.folder.name, bar_format=BAR) as bar:
             yield lambda steps: bar.update(steps / num_steps - bar.n)
     else:
@@ -97,31 +101,28 @@ def _progress_lines(total, num_steps):
         now, images = time.monotonic(), steps / num_steps
         if now - last >= LINE_SECONDS and images > 0:
             last, rate = now, images / (now - start)
-            logger.log(
-                f"{images:.0f}/{total} images, {rate:.2f} images/s, {timedelta(seconds=round((total - images) / rate))} left"
-            )
+            left = timedelta(seconds=round((total - images) / rate))
+            logger.log(f"{images:.0f}/{total} images, {rate:.2f} images/s, {left} left")
 
     return show
 
 
 @contextmanager
-def _stopping(crew):
+def _stopping(workers):
     """Let the first SIGINT or SIGTERM ask all processes to stop after their batch, and the next one stop this
     one at once.
     """
     first = []
 
     def handle(signum, frame):
-        if (
-            first and time.monotonic() - first[0] > 1
-        ):  # torchrun passes on what its terminal sent to all of them already
+        # Within a second it is the same wish: torchrun passes on what its terminal sent to all already.
+        if first and time.monotonic() - first[0] > 1:
             raise Stopped(signum)
         if not first:
             first.append(time.monotonic())
-            crew.ask_to_stop(signum)
-            logger.log(
-                f"{signal.Signals(signum).name}: stopping after this batch; once more stops at once, without it"
-            )
+            workers.ask_to_stop(signum)
+            name = signal.Signals(signum).name
+            logger.log(f"{name}: stopping after this batch; once more stops at once, without it")
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -134,11 +135,11 @@ def _stopping(crew):
             signal.signal(signum, handler)
 
 
-def _claimed(crew, missing):
+def _claimed(workers, missing):
     """Yield the batches that fall to this process. Raises Stopped once somebody asked to stop."""
     while True:
-        _raise_if_stopped(crew.stop_signal())
-        position = crew.claim()
+        _raise_if_stopped(workers.stop_signal())
+        position = workers.claim()
         if position >= len(missing):
             return
         yield missing[position]
@@ -149,27 +150,42 @@ def _raise_if_stopped(signum):
         raise Stopped(signum)
 
 
-def named_failure(sample, indices, tick, name_of=int):
+def named_failure(
+    sample: Callable,
+    indices: range,
+    tick: Callable[[], None],
+    tally: Tally,
+    name_of: Callable[[int], object] = int,
+) -> tuple[Tensor, Tensor]:
     """Call `sample`; batch positions in its errors become the samples' names, and want of memory names the
     batch size.
     """
-
-    def at(error):
-        return ", ".join(str(name_of(indices[i])) for i in error.positions)
-
     try:
         return sample(indices, tick)
     except NonFiniteError as error:
         level = "" if error.sigma is None else f" (sigma {error.sigma:g})"
         step = "" if error.step_index is None else f" at step {error.step_index}{level}"
-        fix = FIXES.get(error.what, "")
-        raise FloatingPointError(f"non-finite {error.what}{step} for sample {at(error)}{fix}") from error
+        names = ", ".join(str(name_of(indices[i])) for i in error.positions)
+        fix = _fix(error.what, tally.guided)
+        raise FloatingPointError(f"non-finite {error.what}{step} for sample {names}{fix}") from error
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
         raise ValueError(
-            f"out of memory with batches of {len(indices)} images: lower --batch_size, with another --out or --overwrite True"
+            f"out of memory with batches of {len(indices)} images: lower --batch_size, with another --out or"
+            " --overwrite True"
         ) from error
+
+
+def _fix(what, guided):
+    """What to do about numbers that are not finite, by where they stand. guided: whether guidance has moved
+    this batch before, so that its size may be the reason.
+    """
+    if what == "guidance gradient":
+        return "; --on_nonfinite skip drops that guidance"
+    if guided:
+        return "; guidance of this size may be the reason: lower --classifier_scale (or --max_guidance)"
+    return "; if the network runs in float16, try --use_fp16 False" if what == "network output" else ""
 
 
 def _is_out_of_memory(error):

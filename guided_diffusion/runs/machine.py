@@ -16,7 +16,8 @@ def describe(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    name = names[0] if names else platform.processor()
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def versions() -> dict[str, str]:
@@ -30,11 +31,9 @@ def versions() -> dict[str, str]:
 
 def peak_memory() -> int:
     """The largest resident memory of this process so far, in bytes."""
-    # Not getrusage's figure where there is another: on Linux a new process begins with the peak of the one
-    # that started it.
-    return (
-        _kilobytes("/proc/self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )  # in bytes on macOS
+    # On Linux getrusage's figure begins with the peak of the process that started this one. On macOS it is in
+    # bytes.
+    return _kilobytes("/proc/self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def resident_memory() -> int:
@@ -57,15 +56,8 @@ def _left_in_container(folder=Path("/sys/fs/cgroup")):
     if not (limit.exists() and used.exists() and statistics.exists()) or limit.read_text().strip() == "max":
         return None
     # Pages of files that were read are given up when memory is wanted.
-    reclaimable = next(
-        (
-            int(line.split()[1])
-            for line in statistics.read_text().splitlines()
-            if line.startswith("inactive_file ")
-        ),
-        0,
-    )
-    return int(limit.read_text()) - int(used.read_text()) + reclaimable
+    entries = dict(line.split() for line in statistics.read_text().splitlines())
+    return int(limit.read_text()) - int(used.read_text()) + int(entries.get("inactive_file", 0))
 
 
 def _kilobytes(path, key):

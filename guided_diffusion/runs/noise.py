@@ -5,18 +5,14 @@ A counter-based generator, Philox (Salmon et al., 2011), takes seed and index as
 two samples share a stream. It runs on the CPU, so that an accelerator changes nothing.
 """
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from guided_diffusion.flags.parser import parse_numbers
 
 # What a stream is for. It goes to the top of Philox's counter, 2**192 draws away from the next.
 _NOISE, _LABELS = 0, 1
@@ -129,51 +125,6 @@ def shuffled_labels(seed: int, indices: Sequence[int], pool: Sequence[int]) -> n
     rounds = {i // len(pool) for i in indices}
     order = {r: _generator(seed, r, _LABELS).permutation(np.asarray(pool, dtype=np.int64)) for r in rounds}
     return np.array([order[i // len(pool)][i % len(pool)] for i in indices], dtype=np.int64)
-
-
-def label_source(labels: str, seed: int, num_classes: int) -> Callable[[Sequence[int]], np.ndarray]:
-    """Return the function indices -> labels that `labels` describes.
-
-    "random"; "balanced"; a list such as "1,2,5-10"; or a file, .npy or text with whole numbers. Lists and
-    files are gone through again and again, shuffled. Raises ValueError for a class outside [0, num_classes),
-    FileNotFoundError for a file that is not there.
-    """
-    if labels == "random":
-        return lambda indices: random_labels(seed, indices, num_classes)
-    pool = _label_pool(labels, num_classes)
-    if not pool:
-        raise ValueError(f"labels {labels!r} names no class")
-    outside = [label for label in pool if not 0 <= label < num_classes]
-    if outside:
-        raise ValueError(
-            f"labels {labels!r}: class {outside[0]} is out of range, the classes are 0 to {num_classes - 1}"
-        )
-    return lambda indices: shuffled_labels(seed, indices, pool)
-
-
-def labels_file(labels: str) -> Path | None:
-    """The file that `labels` names; None where it is a word or a list."""
-    return None if labels in ("random", "balanced") or re.fullmatch(r"[-\d,\s]+", labels) else Path(labels)
-
-
-def _label_pool(labels: str, num_classes: int) -> list[int]:
-    if labels == "balanced":
-        return list(range(num_classes))
-    if labels_file(labels) is None:
-        return parse_numbers(labels, "labels")
-    if not Path(labels).is_file():
-        raise FileNotFoundError(
-            f"labels {labels!r}: no such file; write random, balanced, a list such as 1,2,5-10, or a file's path"
-        )
-    try:
-        if labels.endswith(".npy"):
-            array = np.load(labels, allow_pickle=False).ravel()
-            if array.dtype.kind not in "iu":
-                raise ValueError(f"it holds {array.dtype}")
-            return array.tolist()
-        return [int(word) for word in Path(labels).read_text().split()]
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"labels file {labels} does not hold whole numbers ({error})") from error
 
 
 def _generator(seed: int, index: int, purpose: int) -> np.random.Generator:

@@ -36,7 +36,7 @@ DISK_BLOCK = 4096  # what a file takes at least
 class SampleStore:
     """One folder for `num_samples` images, cut into shards of `shard_size` consecutive indices.
 
-    Opening a folder that holds the same settings continues its run. Raises ValueError where it holds another
+    Opening a folder that holds the same settings resumes its run. Raises ValueError where it holds another
     run's output, with the keys that differ, and OSError where it cannot be written. `record` is kept in
     run.json beside the settings, but not compared.
     png_name: index -> path of that sample's PNG in the folder; None for one npz.
@@ -51,12 +51,8 @@ class SampleStore:
         record: dict | None = None,
         png_name: Callable[[int], str] | None = None,
     ):
-        self.folder, self.num_samples, self.shard_size, self.png_name = (
-            Path(folder),
-            num_samples,
-            shard_size,
-            png_name,
-        )
+        self.folder, self.num_samples, self.shard_size = Path(folder), num_samples, shard_size
+        self.png_name = png_name
         self._shards = self.folder / "shards"
         settings = json.loads(json.dumps({**settings, "num_samples": num_samples, "shard_size": shard_size}))
         if (self.folder / "run.json").exists():
@@ -90,22 +86,14 @@ class SampleStore:
         `image_bytes` per image.
         """
         if not self.samples_file():
-            missing = sum(map(len, self.missing()))
-            require_room(
-                self.folder, required_bytes(missing, self.num_samples, image_bytes, self.png_name is not None)
-            )
+            missing, pngs = sum(map(len, self.missing())), self.png_name is not None
+            require_room(self.folder, required_bytes(missing, self.num_samples, image_bytes, pngs))
 
     def samples_file(self) -> Path | None:
         """The final npz or dataset.json, if it is there."""
+        mine = f"samples_{self.num_samples}x"
         done = finished_files(self.folder)
-        return next(
-            (
-                path
-                for path in done
-                if path.suffix == ".json" or path.name.startswith(f"samples_{self.num_samples}x")
-            ),
-            None,
-        )
+        return next((path for path in done if path.suffix == ".json" or path.name.startswith(mine)), None)
 
     def missing(self) -> list[range]:
         """The index ranges of the shards that are not complete."""
@@ -127,14 +115,11 @@ class SampleStore:
         arrays = {"arr_0": images.cpu().numpy(), "arr_1": labels.cpu().numpy().astype(np.int64)}
         if metrics:
             about = {"samples": [indices.start, indices.stop]}
-            arrays["metrics"] = np.frombuffer(
-                "".join(json.dumps(about | line) + "\n" for line in metrics).encode(), np.uint8
-            )
-        with (
-            _told_when_full(self.folder, images.nbytes),
-            renamed_when_complete(self._shard_file(indices)) as file,
-        ):
-            np.savez(file, **arrays, **{f"stat_{key}": np.float64(value) for key, value in stats.items()})
+            lines = "".join(json.dumps(about | line) + "\n" for line in metrics)
+            arrays["metrics"] = np.frombuffer(lines.encode(), np.uint8)
+        arrays |= {f"stat_{key}": np.float64(value) for key, value in stats.items()}
+        with _complete_or_told(self._shard_file(indices), images.nbytes) as file:
+            np.savez(file, **arrays)
 
     def finish(self) -> Path:
         """Join the shards into their final form, draw grid.png, add the totals to run.json, remove the
@@ -148,8 +133,7 @@ class SampleStore:
             shape = (self.num_samples, *self._read(next(self._ranges()), "arr_0").shape[1:])
             write_json(self.folder / "run.json", {**read_run(self.folder), "totals": self._totals()})
             self._join_metrics()
-            with _told_when_full(self.folder, math.prod(shape)):
-                final = self._write_pngs() if self.png_name else self._write_npz(shape)
+            final = self._write_pngs() if self.png_name else self._write_npz(shape)
         _remove_shards(self._shards)
         _remove_half_written(self.folder)
         return final
@@ -157,7 +141,7 @@ class SampleStore:
     def _write_npz(self, shape):
         save_grid(self.folder / "grid.png", [self._grid_images()])
         final = self.folder / f"samples_{'x'.join(map(str, shape))}.npz"
-        with renamed_when_complete(final) as file, zipfile.ZipFile(file, "w") as archive:
+        with _complete_or_told(final, math.prod(shape)) as file, zipfile.ZipFile(file, "w") as archive:
             _stream(archive, "arr_0", np.uint8, shape, (self._read(r, "arr_0") for r in self._ranges()))
             _stream(archive, "arr_1", np.int64, shape[:1], (self._read(r, "arr_1") for r in self._ranges()))
         return final
@@ -168,7 +152,7 @@ class SampleStore:
             for index, image, label in zip(r, self._read(r, "arr_0"), self._read(r, "arr_1"), strict=True):
                 path = self.folder / self.png_name(index)
                 path.parent.mkdir(exist_ok=True)
-                with renamed_when_complete(path) as file:
+                with _complete_or_told(path, image.nbytes) as file:
                     Image.fromarray(image).save(file, format="PNG")
                 labels.append([self.png_name(index), int(label)])
         write_json(self.folder / "dataset.json", {"labels": labels})
@@ -177,10 +161,7 @@ class SampleStore:
     def _join_metrics(self):
         lines = metrics_of_shards(self.folder)
         if first := next(lines, b""):
-            with (
-                _told_when_full(self.folder, len(first)),
-                renamed_when_complete(self.folder / "metrics.jsonl") as file,
-            ):
+            with _complete_or_told(self.folder / "metrics.jsonl", len(first)) as file:
                 file.writelines(chain([first], lines))
 
     def _ranges(self) -> Iterator[range]:
@@ -198,13 +179,8 @@ class SampleStore:
         totals = Counter()
         for indices in self._ranges():
             with np.load(self._shard_file(indices), allow_pickle=False) as shard:
-                totals.update(
-                    {
-                        key.removeprefix("stat_"): float(shard[key])
-                        for key in shard.files
-                        if key.startswith("stat_")
-                    }
-                )
+                keys = [key for key in shard.files if key.startswith("stat_")]
+                totals.update({key.removeprefix("stat_"): float(shard[key]) for key in keys})
         return dict(totals)
 
     def _grid_images(self, at_most=64):
@@ -217,16 +193,18 @@ class SampleStore:
 
 
 @contextmanager
-def _told_when_full(folder, size):
+def _complete_or_told(path, size):
+    """`renamed_when_complete`, where a full disk is an error that says what is wanted."""
     try:
-        yield
+        with renamed_when_complete(path) as file:
+            yield file
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        free = shutil.disk_usage(folder).free
-        left = f"some {size:,} bytes are to be written, and {free:,} are free"
+        free = shutil.disk_usage(path.parent).free
+        wanted = f"some {size:,} bytes are to be written, and {free:,} are free"
         raise OSError(
-            f"no space left in {folder}: {left}; make room, and the same command goes on"
+            f"no space left in {path.parent}: {wanted}; make room, and the same command resumes"
         ) from error
 
 
@@ -288,11 +266,8 @@ def _stream(archive, name, dtype, shape, chunks):
     # A fixed date: the bytes must not depend on when they were written.
     member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
     with archive.open(member, "w", force_zip64=True) as file:
-        header = {
-            "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-            "fortran_order": False,
-            "shape": shape,
-        }
+        descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for chunk in chunks:
             file.write(np.ascontiguousarray(chunk, dtype=dtype).tobytes())

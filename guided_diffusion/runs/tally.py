@@ -14,11 +14,12 @@ class Tally:
     """Keeps count over the batches of a run. Hand `observe` to the guidance, and wrap the guidance by
     `stopwatch`.
 
-    log_guidance: keep the figures of every step too.
+    log_guidance: keep the figures of every step too. skipped: how often an image's guidance was dropped, in
+    all batches. guided: whether guidance was observed in the batch that is being drawn.
     """
 
     def __init__(self, device: torch.device, log_guidance: bool = False):
-        self.stopwatch, self.skipped = Stopwatch(device), 0
+        self.stopwatch, self.skipped, self.guided = Stopwatch(device), 0, False
         self._log_guidance = log_guidance
         self._new_skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._lines: list[dict] = []
@@ -26,6 +27,7 @@ class Tally:
 
     def observe(self, seen: Observation) -> None:
         """Take note of one step. Nothing is fetched from the accelerator before the batch is over."""
+        self.guided = True
         self._new_skipped = self._new_skipped + seen.skipped.sum()
         if self._log_guidance:
             self._lines.append({"step": seen.index, "sigma": seen.sigma, **_figures(seen)})
@@ -38,11 +40,8 @@ class Tally:
         stats = {"guidance_seconds": seconds - self._seconds_before, "skipped_guidance": skipped}
         lines = [{key: _plain(value) for key, value in line.items()} for line in self._lines]
         self.skipped += skipped
-        self._new_skipped, self._lines, self._seconds_before = (
-            torch.zeros_like(self._new_skipped),
-            [],
-            seconds,
-        )
+        self._new_skipped, self._seconds_before = torch.zeros_like(self._new_skipped), seconds
+        self._lines, self.guided = [], False
         return stats, lines
 
 

@@ -1,8 +1,11 @@
 """What the processes of one run tell each other: who takes which piece of work, how far they are, who wants
 to stop, and that all live.
 
-Everything goes through the key-value store of `torch.distributed`, under plain python one of this process
-alone. No collective operation is needed, so that nobody waits for a process that is gone.
+Why this exists beside the collective operations of `torch.distributed`: a collective makes every process
+wait for all others, so that one that was killed stops the rest until a timeout, and a slow one holds the
+others up. Here each process takes its next piece of work when it is done with one, by an atomic counter in
+the key-value store, and a heartbeat there tells within a minute who is gone. Nobody waits for a dead process.
+Under plain python the store is one of this process alone.
 """
 
 import os
@@ -16,13 +19,11 @@ from contextlib import suppress
 import torch.distributed as dist
 
 BEAT_SECONDS = 5.0
-SILENCE_SECONDS = (
-    45.0  # after this a process is taken for dead: below the minute within which the others stop
-)
+SILENCE_SECONDS = 45.0  # after this a process is taken for dead
 PROGRESS_SECONDS = 0.5
 
 
-class Crew:
+class Workers:
     """The processes that work on one list, as a context manager; `name` must be the same on all of them, and
     new for every list.
 
@@ -39,20 +40,14 @@ class Crew:
         size: int,
         on_progress: Callable[[int], None] | None = None,
     ):
-        """on_progress: called every half second with the progress that all processes have reported
-        together.
-        """
-        self._store, self._rank, self._size, self._on_progress = (
-            dist.PrefixStore(name, store),
-            rank,
-            size,
-            on_progress,
-        )
+        """on_progress: called every half second with the sum of what all processes gave to `progress`."""
+        self._store, self._rank, self._size = dist.PrefixStore(name, store), rank, size
+        self._on_progress, self._watch = on_progress, _Watch()
         self._steps, self._told, self._lock, self._closing = 0, 0, threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._keep_in_touch, daemon=True)
         self._who = f"rank {rank} (process {os.getpid()} on {socket.gethostname()})"
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "Workers":
         self._store.set(f"who/{self._rank}", self._who)
         self._thread.start()
         return self
@@ -68,9 +63,8 @@ class Crew:
         elif self._size > 1:
             with suppress(dist.DistError):  # nobody is left to be told; the error itself says more
                 if self.stop_signal() is None:
-                    self._store.set(
-                        "failed", f"{self._who} failed: {' '.join(str(error).split()) or kind.__name__}"
-                    )
+                    text = " ".join(str(error).split()) or kind.__name__
+                    self._store.set("failed", f"{self._who} failed: {text}")
 
     def claim(self) -> int:
         """The position in the list that this process takes next, beyond its end when nothing is left. Nobody
@@ -92,8 +86,8 @@ class Crew:
         return int(self._ask(self._store.get, "stop")) if self._ask(self._store.check, ["stop"]) else None
 
     def wait_for_all(self) -> int | None:
-        """Wait until every process has called this; returns None, or the signal because of which one asked to
-        stop instead.
+        """Wait until every process has called this, and return None; or until one asked to stop, and return
+        the signal because of which it did.
         """
         self._ask(self._store.add, "arrived", 1)
         while self._ask(self._store.add, "arrived", 0) < self._size:
@@ -114,32 +108,32 @@ class Crew:
             raise
 
     def _wait_until_the_others_left(self):
-        """Rank 0 may hold the store: it must not go while somebody still reads it."""
+        """Rank 0 may hold the store: it must not end while another process still reads it."""
         deadline = time.monotonic() + SILENCE_SECONDS
-        while time.monotonic() < deadline and not all(
-            self._store.add(f"left/{rank}", 0) for rank in range(self._size)
-        ):
+        while time.monotonic() < deadline and not all(map(self._left, range(self._size))):
             time.sleep(0.05)
 
+    def _left(self, rank):
+        return self._store.add(f"left/{rank}", 0) > 0
+
     def _keep_in_touch(self):
-        watch, next_beat, trouble = _Watch(), time.monotonic(), None
+        next_beat, trouble = time.monotonic(), None
         while not self._closing.wait(PROGRESS_SECONDS):
             try:
                 self._report_progress()
                 if self._size > 1 and time.monotonic() >= next_beat:
                     next_beat += BEAT_SECONDS
                     self._store.add(f"beat/{self._rank}", 1)
-                    trouble = self._trouble(watch)
+                    trouble = self._trouble()
             except dist.DistError as error:
-                trouble = (
-                    f"the store of rank 0 does not answer, so rank 0 is gone ({str(error).splitlines()[0]})"
-                )
+                reason = str(error).splitlines()[0]
+                trouble = f"the store of rank 0 does not answer, so rank 0 is gone ({reason})"
             if trouble and not self._closing.is_set():
                 if self._rank == 0:
                     time.sleep(
                         2 * BEAT_SECONDS
-                    )  # the store may end with this process: let the others read it first
-                _end(f"{self._who} stops: {trouble}; the same command goes on from what is finished")
+                    )  # the store may end with this process: let the others read it
+                _end(f"{self._who} stops: {trouble}; the same command resumes from what is finished")
 
     def _report_progress(self):
         with self._lock:
@@ -148,24 +142,21 @@ class Crew:
         if self._on_progress:
             self._on_progress(total)
 
-    def _trouble(self, watch):
+    def _trouble(self):
         """What happened to another process, None if all is well."""
         if self._store.check(["failed"]):
             return self._store.get("failed").decode()
         for rank in range(self._size):
-            if rank == self._rank or self._store.add(f"left/{rank}", 0):
+            if rank == self._rank or self._left(rank):
                 continue
-            silence = watch.silence(rank, self._store.add(f"beat/{rank}", 0))
+            silence = self._watch.silence(rank, self._store.add(f"beat/{rank}", 0))
             if silence > SILENCE_SECONDS:
-                who = (
-                    self._store.get(f"who/{rank}").decode()
-                    if self._store.check([f"who/{rank}"])
-                    else f"rank {rank}"
-                )
-                return (
-                    f"{who} has not been heard of for {silence:.0f} s, it was killed or its machine is gone"
-                )
+                return f"{self._name(rank)} was not heard for {silence:.0f} s: killed, or its machine is gone"
         return None
+
+    def _name(self, rank):
+        key = f"who/{rank}"
+        return self._store.get(key).decode() if self._store.check([key]) else f"rank {rank}"
 
 
 class _Watch:
@@ -182,9 +173,10 @@ class _Watch:
 
 
 def _end(message):
-    """End the process from a thread: the main one may be in the middle of a batch, or wait for somebody who
+    """End the process from a thread: the main one may be in the middle of a batch, or wait for a process that
     is gone.
     """
-    sys.stderr.write(f"\nerror: {message}\n")
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        sys.stderr.write(f"\nerror: {message}\n")
+        sys.stderr.flush()
     os._exit(1)

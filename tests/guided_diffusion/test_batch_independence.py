@@ -8,8 +8,9 @@ import torch
 
 from classifiers import load_classifier
 from guided_diffusion.files.pixels import to_uint8
+from guided_diffusion.flags.labels import label_source
 from guided_diffusion.guidance import ClassifierGuidance
-from guided_diffusion.runs.noise import SampleNoise, label_source
+from guided_diffusion.runs.noise import SampleNoise
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 
 SAMPLES, SIZE, STEPS, SEED = 16, 16, 10, 11

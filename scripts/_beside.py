@@ -1,0 +1,44 @@
+"""Imported first by every script, before any package of the project: `import _beside  # noqa: F401`.
+
+It lets a script run with the packages beside it, wherever it is called from, installed or not, and whatever
+other `guided_diffusion` is on the path: openai's, another clone, a folder in PYTHONPATH. And it opens the
+standard streams that the caller closed (`2>&-`): else the next file that is opened becomes standard error,
+and what a library says ends up in it.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def open_closed_streams():
+    """Let those of stdin, stdout and stderr that are closed lead to nowhere, here and in what this starts."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+            os.set_inheritable(descriptor, True)
+        if getattr(sys, name) is None:
+            nowhere = open(os.devnull, "w" if descriptor else "r", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, nowhere)
+
+
+def prefer_packages_beside():
+    """Put the packages beside the scripts first. Ends the program where others were loaded before."""
+    sys.path.insert(0, str(ROOT))
+    for name in ("guided_diffusion", "classifiers", "evaluation"):
+        found = importlib.util.find_spec(name)
+        place = found and Path(found.origin or next(iter(found.submodule_search_locations))).resolve()
+        if not place or ROOT not in place.parents:
+            sys.exit(f"error: this script needs {ROOT / name}, and Python finds {place or 'none'} instead")
+
+
+open_closed_streams()
+prefer_packages_beside()
