@@ -97,7 +97,7 @@ def load_network(config: ADMFlags, device: torch.device) -> tuple[Network, Any]:
         model, diffusion = create_from_flags(config.record())
     load_into(model, load_state_dict(config.model_path), config.model_path)
     # The file's tensors took the place of the network's own, and with it their memory format.
-    model.to(device, memory_format=torch.channels_last).eval()
+    model.to(device, memory_format=torch.channels_last).eval().reuse_activations()
     if config.use_fp16:
         model.convert_to_fp16()
 

@@ -48,7 +48,7 @@ def png_name(config: EDMFlags, index: int) -> str:
 def build(config: EDMFlags, classifiers: Any, device: torch.device, tally: Tally) -> Sampler:
     """Load the networks; returns the Sampler. Raises ValueError for flags that the network contradicts."""
     torch.manual_seed(0)  # for --classifier_path random; the samples' noise has generators of its own
-    net = load_edm_network(config.network).to(device)
+    net = load_edm_network(config.network).to(device).reuse_activations()
     if config.use_fp16 is not None:
         net.use_fp16 = config.use_fp16
     _refuse_for_network(config, net)
