@@ -8,10 +8,21 @@ INIT = Path(__file__).with_name("guided_diffusion") / "__init__.py"
 setup(
     name="elucd",
     version=re.search(r'__version__ = "(.*)"', INIT.read_text())[1],
-    description="Off-the-shelf classifier guidance for diffusion models, with an honest account of how good the result is",
+    description="Off-the-shelf classifier guidance for diffusion models, "
+    "with an honest account of how good the result is",
     license="MIT",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_packages(include=["guided_diffusion*", "classifiers*", "evaluation*"]),
+    packages=[
+        *find_packages(include=["guided_diffusion*", "classifiers*", "evaluation*"]),
+        # Data only, beside the packages as in a checkout: the table of files and the small networks.
+        "pretrained_models",
+        "pretrained_models.digits",
+    ],
+    package_data={
+        "pretrained_models": ["files.json", "README.md"],
+        "pretrained_models.digits": ["*.safetensors", "*.npz", "*.json"],
+    },
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
@@ -21,10 +32,11 @@ setup(
         "tqdm",
         "pytorch-fid",
         "safetensors",
+        "filelock",
     ],
     extras_require={
         "plot": ["matplotlib"],
-        "test": ["pytest", "scikit-learn", "matplotlib"],
+        "test": ["pytest", "setuptools>=70.1", "scikit-learn", "matplotlib"],
         "train": ["scikit-learn"],
         "dev": ["pytest", "scikit-learn", "matplotlib", "ruff==0.17.*", "mypy==2.*"],
     },

@@ -50,7 +50,8 @@ def smooth_relus(network: nn.Module, beta: float) -> int:
     names = sorted({type(m).__name__ for m in network.modules() if isinstance(m, _KINKED)})
     if names:
         raise ValueError(
-            f"{type(network).__name__} has {', '.join(names)} activations, which cannot be smoothed; use softplus_beta inf"
+            f"{type(network).__name__} has {', '.join(names)} activations, which cannot be smoothed; "
+            "use softplus_beta inf"
         )
     count = 0
     for module in network.modules():

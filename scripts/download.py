@@ -4,17 +4,13 @@
     python scripts/download.py resnet50-0676ba61.pth --dir /data/weights
 
 What can be fetched is data: pretrained_models/files.json. A file gets its final name only when it is complete
-and verified; until then it is FILE.part, and the same command goes on from there. Results go to stdout, the
-rest to stderr.
-Exit codes: 0 all files are there, 1 some are not, 2 the command line is wrong, 130 stopped by Ctrl-C.
+and verified; until then it is FILE.part, and the same command resumes it. Results go to stdout, the rest to
+stderr. Exit codes: 0 all files are there, 1 some are not, 2 the command line is wrong, 130 stopped by Ctrl-C.
 """
 
-import argparse
 import contextlib
 import fcntl
-import hashlib
 import http.client
-import json
 import os
 import re
 import shutil
@@ -28,15 +24,11 @@ from pathlib import Path
 import _beside  # noqa: F401
 from tqdm import tqdm
 
-from guided_diffusion.files.checkpoints import recorded_hashes
+from guided_diffusion.files import pretrained
+from guided_diffusion.flags.parser import Parser, run_main
 
-PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained_models"
 TIMEOUT_S = 60
-RETRY_WAITS_S = (
-    1,
-    4,
-    15,
-)  # seconds before the second, third and fourth try; counted anew whenever bytes arrive
+RETRY_WAITS_S = 1, 4, 15  # before the second, third and fourth try; counted anew whenever bytes arrive
 CHUNK_BYTES = 1 << 16  # what a reset connection costs at most
 NETWORK_ERRORS = (
     ConnectionError,
@@ -55,21 +47,16 @@ class Transient(Failure):
 
 
 class Job:
-    """One file to provide: its row of the table, the folder it goes to, and the sha256 that the user gave, or
+    """One file to provide: its row of the table, the folder for it, and the sha256 that the user gave, or
     None.
     """
 
-    def __init__(self, name, entry, folder, given=None):
-        self.name, self.folder, self.given = name, folder, given
-        self.url, self.bytes, self.licence = entry["url"], entry["bytes"], entry["licence"]
-        self.published = entry["sha256"] or entry.get(
-            "sha256_prefix", ""
-        )  # 64 hex digits, the first few, or none
-        self.paths = [folder / other for other in (name, *entry["also_named"])]
-        self.part = folder / f"{name}.part"
-        self.etag = (
-            folder / f"{name}.part.etag"
-        )  # of the version that .part began with: two must not be glued together
+    def __init__(self, row, folder, given=None):
+        self.row, self.name, self.folder, self.given = row, row.name, folder, given
+        self.paths = [folder / name for name in row.names]
+        self.part = folder / f"{self.name}.part"
+        # Which version the .part began with, as the server calls it: two must not be glued together.
+        self.etag = folder / f"{self.name}.part.etag"
 
     def discard(self):
         self.part.unlink(missing_ok=True)
@@ -79,58 +66,38 @@ class Job:
         """Bytes in the .part, 0 where there is none."""
         return self.part.stat().st_size if self.part.exists() else 0
 
+    def known(self, path):
+        """[(sha256 or its beginning, who says so)]: all must hold. What the user gives outranks what was
+        recorded.
+        """
+        recorded = pretrained.recorded_hashes(path.parent).get(path.name, {}).get("sha256")
+        own = (
+            (self.given, "--sha256")
+            if self.given
+            else (recorded, f"recorded in {path.parent / 'hashes.json'}")
+        )
+        return [(digest, who) for digest, who in ((self.row.sha256, "published"), own) if digest]
 
-def write_record(folder, name, digest, size):
-    records = {**recorded_hashes(folder), name: {"sha256": digest, "bytes": size}}
-    (folder / "hashes.json.part").write_text(json.dumps(records, indent=2, sort_keys=True) + "\n")
-    os.replace(folder / "hashes.json.part", folder / "hashes.json")
-
-
-def known_hashes(job, name):
-    """[(sha256 or its beginning, who says so)]: all must hold. What the user gives outranks what was
-    recorded.
-    """
-    recorded = recorded_hashes(job.folder).get(name, {}).get("sha256")
-    own = (job.given, "--sha256") if job.given else (recorded, f"recorded in {job.folder / 'hashes.json'}")
-    return [(text, who) for text, who in ((job.published, "published"), own) if text]
-
-
-def verify(job, path):
-    """(sha256, bytes, what they were held against) of `path`; Failure if they are not those known of the
-    file.
-    """
-    size, digest = path.stat().st_size, hashlib.sha256()
-    if job.bytes not in (None, size):
-        raise Failure(f"expected {job.bytes:,} bytes, got {size:,}")
-    with open(path, "rb") as source:
-        while chunk := source.read(CHUNK_BYTES):
-            digest.update(chunk)
-    known = known_hashes(job, path.name.removesuffix(".part"))
-    for expected, who in known:
-        if not digest.hexdigest().startswith(expected):
-            raise Failure(f"sha256 expected {expected} ({who}), got {digest.hexdigest()}")
-    return (
-        digest.hexdigest(),
-        size,
-        " and ".join(f"sha256 {who}" for _, who in known) or "no hash known to check it by",
-    )
+    def verify(self, path, name=None):
+        """(sha256, what it was held against) of `path`, which has or will have `name`; ValueError if it is
+        another.
+        """
+        known = self.known(self.folder / (name or path.name))
+        digest = pretrained.verify(path, known, self.row.bytes)
+        return digest, " and ".join(f"sha256 {who}" for _, who in known) or "no hash known to check it by"
 
 
 def connect(job, offset):
     """Response to a GET from byte `offset` on; an HTTP error is a response too. Failure where nothing
     answers.
     """
-    request = urllib.request.Request(
-        job.url, headers={"User-Agent": "download.py", "Accept-Encoding": "identity"}
-    )
+    headers = {"User-Agent": "download.py", "Accept-Encoding": "identity"}
     if offset:
-        request.add_header("Range", f"bytes={offset}-")
+        headers["Range"] = f"bytes={offset}-"
         if job.etag.exists() and (version := job.etag.read_text()):
-            request.add_header(
-                "If-Range", version
-            )  # a file that has changed is then sent whole, with status 200
+            headers["If-Range"] = version  # a file that has changed is then sent whole, with status 200
     try:
-        return urllib.request.urlopen(request, timeout=TIMEOUT_S)
+        return urllib.request.urlopen(urllib.request.Request(job.row.url, headers=headers), timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         return error
     except urllib.error.URLError as error:  # who is offline from the start need not wait for retries
@@ -161,24 +128,23 @@ def refuse_early(job, response, start, total):
     free = shutil.disk_usage(job.folder).free
     if response.headers.get_content_type() == "text/html":  # a network's login page, say
         raise Failure("the answer is a web page")
-    if total is None and job.bytes is None and not known_hashes(job, job.name):
+    if total is None and job.row.bytes is None and not job.known(job.paths[0]):
         raise Failure("neither length nor hash is known, so a cut could not be noticed (give --sha256)")
     if total is not None and total - start > free:
         raise OSError(f"needs {total - start:,} more bytes, only {free:,} are free in {job.folder}")
 
 
 def save(job, response, start, total):
-    """Append the body to the .part (from byte 0: anew). Transient if it ends early; what has arrived
-    stays.
-    """
+    """Append the body to the .part, or begin it anew. Transient if it ends early; what has arrived stays."""
     if start == 0:
         job.discard()
         etag = response.headers.get("ETag", "W/")  # weak ones are not for If-Range
         job.etag.write_text(response.headers.get("Last-Modified", "") if etag.startswith("W/") else etag)
+    scale = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
     bar = tqdm(
-        desc=job.name, total=total, initial=start, unit="B", unit_scale=True, unit_divisor=1024, disable=None
-    )
-    with bar, open(job.part, "ab") as out:  # disable=None: quiet where stderr is no terminal
+        desc=job.name, total=total, initial=start, disable=None, **scale
+    )  # quiet where stderr is no terminal
+    with bar, open(job.part, "ab") as out:
         while chunk := response.read(CHUNK_BYTES):
             out.write(chunk)
             bar.update(len(chunk))
@@ -189,7 +155,7 @@ def save(job, response, start, total):
 def attempt(job):
     """One connection; afterwards the .part is complete, or an exception tells why not."""
     offset = job.kept()
-    if offset and offset == job.bytes:
+    if offset and offset == job.row.bytes:
         return  # an earlier run stopped just before the check
     try:
         with connect(job, offset) as response:
@@ -202,8 +168,8 @@ def attempt(job):
 
 def by_hand(job):
     """The way out without the network: what to fetch, where to put it, what its hash is."""
-    known = [f"sha256 {'begins with ' * (len(text) < 64)}{text}" for text, _ in known_hashes(job, job.name)]
-    return f"fetch {job.url} and put it at {job.paths[0]} ({', '.join(known) or 'no hash is known'})"
+    known = [f"sha256 {'begins with ' * (len(text) < 64)}{text}" for text, _ in job.known(job.paths[0])]
+    return f"fetch {job.row.url} and put it at {job.paths[0]} ({', '.join(known) or 'no hash is known'})"
 
 
 def fetch(job):
@@ -226,13 +192,14 @@ def finish(job):
     stuck.
     """
     try:
-        digest, size, trust = verify(job, job.part)
-    except Failure as error:
+        digest, trust = job.verify(job.part, job.name)
+    except ValueError as error:
         job.discard()
-        raise Failure(f"{error}; from {job.url}; nothing was kept") from None
+        raise Failure(f"{error}; from {job.row.url}; nothing was kept") from None
+    size = job.kept()
     with open(job.part, "rb+") as handle:
         os.fsync(handle.fileno())
-    write_record(job.folder, job.name, digest, size)
+    pretrained.record_hash(job.folder, job.name, digest, size)
     os.replace(job.part, job.paths[0])
     job.discard()
     print(f"{job.name}: ok, {size:,} bytes, sha256 {digest} ({trust})", flush=True)
@@ -243,26 +210,29 @@ def provide(job):
     here = next(filter(Path.is_file, job.paths), None)
     try:
         if here:
-            digest, size, trust = verify(job, here)
+            digest, trust = job.verify(here)
             with contextlib.suppress(OSError):  # a shared folder may be read-only
-                write_record(job.folder, here.name, digest, size)
+                pretrained.record_hash(job.folder, here.name, digest, here.stat().st_size)
             print(f"{here.name}: ok, already here ({trust})", flush=True)
         else:
-            print(f"{job.name}: licence: {job.licence}", file=sys.stderr)
+            print(f"{job.name}: licence: {job.row.licence}", file=sys.stderr)
             fetch(job)
             finish(job)
         return True
-    except (Failure, OSError) as error:  # a bad file that was there is the user's, so it is not removed
-        print(
-            f"{job.name}: {error}{f'; move {here} away to fetch it again' if here else ''}", file=sys.stderr
-        )
+    except (
+        Failure,
+        ValueError,
+        OSError,
+    ) as error:  # a bad file that was there is the user's, so it is not removed
+        advice = f"; move {here} away to fetch it again" if here else ""
+        print(f"{job.name}: {error}{advice}", file=sys.stderr)
         return False
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """Makes the folder and keeps others out: a second download would write into the same .part. OSError
-    there.
+    """Make the folder and keep others out, who would write into the same .part. OSError where another is in
+    it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -278,15 +248,11 @@ def locked(folder):
 
 
 def parse(argv, table):
-    """(args, jobs). Where the command line cannot be meant: one line and SystemExit(2)."""
-    parser = argparse.ArgumentParser(
-        prog="download.py", description="Fetch pretrained files.", allow_abbrev=False
-    )
-    parser.error = lambda message: parser.exit(2, f"download.py: {message}\n")
+    """(args, jobs). Where the command line cannot be meant: one line and exit code 2."""
+    parser = Parser(prog="download.py", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="PRESET|FILENAME", help="see --list")
-    parser.add_argument(
-        "--dir", type=Path, default=PRETRAINED, help="where the files go (default: %(default)s)"
-    )
+    folder = pretrained.PRETRAINED_DIR
+    parser.add_argument("--dir", type=Path, default=folder, help="where the files go (default: %(default)s)")
     parser.add_argument(
         "--sha256", metavar="HEX", type=str.lower, help="64 hex digits that the one file must have"
     )
@@ -294,60 +260,48 @@ def parse(argv, table):
         "--list", action="store_true", help="print the presets and the files, with their licences"
     )
     args = parser.parse_args(argv)
-    known = {
-        other: [name] for name, entry in table["files"].items() for other in (name, *entry["also_named"])
-    }
-    known.update(table["presets"])
-    if unknown := [name for name in args.names if name not in known]:
-        parser.error(f"unknown {unknown[0]!r}: choose from {', '.join([*table['presets'], *table['files']])}")
-    names = dict.fromkeys(file for name in args.names for file in known[name])
-    jobs = [Job(name, table["files"][name], args.dir.absolute(), args.sha256) for name in names]
+    files = {alias: [row] for row in table.files.values() for alias in row.names}
+    files |= {preset: [table.files[name] for name in names] for preset, names in table.presets.items()}
+    if unknown := [name for name in args.names if name not in files]:
+        parser.error(f"unknown {unknown[0]!r}: choose from {', '.join([*table.presets, *table.files])}")
+    rows = dict.fromkeys(row for name in args.names for row in files[name])
+    jobs = [Job(row, args.dir.absolute(), args.sha256) for row in rows]
     if args.list == bool(args.names):
         parser.error("give names of presets or files, or --list")
     if args.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", args.sha256):
         parser.error(f"--sha256 {args.sha256!r} is not 64 hex digits")
     if args.sha256 and len(jobs) != 1:
         parser.error(f"--sha256 goes with exactly one file, not {len(jobs)}")
-    if args.sha256 and not args.sha256.startswith(jobs[0].published):
+    if args.sha256 and not args.sha256.startswith(jobs[0].row.sha256):
         parser.error(
-            f"--sha256 {args.sha256} contradicts the published {jobs[0].published} of {jobs[0].name}"
+            f"--sha256 {args.sha256} contradicts the published {jobs[0].row.sha256} of {jobs[0].name}"
         )
     return args, jobs
 
 
-def main(argv=None, table=None):
-    """Exit code. `table` replaces the content of files.json."""
-    table = table or json.loads((PRETRAINED / "files.json").read_text())
+def print_table(table):
+    for preset, names in table.presets.items():
+        print(f"{preset}: {', '.join(names) or 'nothing to fetch'}")
+    for row in table.files.values():
+        print(f"{row.name}: {row.what}; {row.licence}; {row.url}")
+
+
+def main(argv=None):
+    table = pretrained.read_table()
     args, jobs = parse(argv, table)
     if args.list:
-        lines = [
-            f"{preset}: {', '.join(names) or 'nothing to fetch'}"
-            for preset, names in table["presets"].items()
-        ]
-        print(
-            "\n".join(
-                lines + [f"{n}: {e['what']}; {e['licence']}; {e['url']}" for n, e in table["files"].items()]
-            )
-        )
-        return 0
+        return print_table(table)
     if not jobs:
-        print(f"{', '.join(args.names)}: ok, nothing to fetch, the files come with the repository")
-        return 0
+        return print(f"{', '.join(args.names)}: ok, nothing to fetch, the files come with the repository")
     try:
         with locked(args.dir):
-            recorded_hashes(args.dir)  # a broken one shows before the download, not after
+            pretrained.recorded_hashes(args.dir)  # a broken one shows before the download, not after
             missing = [job for job in jobs if not provide(job)]
-            return 1 if missing else 0
     except OSError as error:
-        print(f"--dir {args.dir}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "stopped: what has arrived is kept in FILE.part, the same command goes on from there",
-            file=sys.stderr,
-        )
-        return 130
+        raise OSError(f"--dir {args.dir}: {error}") from None
+    if missing:
+        sys.exit(1)  # each has said why
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, resumable=True)

@@ -2,10 +2,14 @@
 
 A snapshot is a pickle of a dict whose "ema" is a network that saved itself through `torch_utils.persistence`:
 the name of its class, the source text of its module, its constructor's arguments, and its attributes.
-Unpickling it would execute that text; here the pickle is only read (pickle_data.py). The bytes of each tensor
-are themselves a file of torch's older format: its head is read in the same way, its values by torch with
-`weights_only=True`. What the file declares is checked against what it holds before anything is allocated.
-This module imports pickle_data and no other of the project.
+Unpickling it would execute that text. Why there is a reader of our own: torch's `weights_only` refuses these
+files, and allowing it their globals would run them, so no library reads them as data. `read_snapshot` is the
+only door to it; what is behind the door (here and in pickle_data.py) follows a pickle's instructions without
+importing or calling anything.
+
+The bytes of each tensor are themselves a file of torch's older format: its head is read in the same way, its
+values by torch with `weights_only=True`. What the file declares is checked against what it holds before
+anything is allocated, so that a small file can never ask for much memory.
 """
 
 import io
@@ -130,7 +134,9 @@ def read_snapshot(path: str | Path) -> Snapshot:
     try:
         with open(path, "rb") as file:
             content = read_pickle(Window(file, 0, size), _NAMES, _TORCH_MODULE, most=_MOST_INSTRUCTIONS)
-            class_name, state = _module(expect(content, dict)["ema"])
+            if "ema" not in expect(content, dict):
+                raise ValueError(f'no network "ema" in it, but {", ".join(list(content)[:5]) or "nothing"}')
+            class_name, state = _module(content["ema"])
             return Snapshot(class_name, _arguments(state), _tensors(path, file, size, state))
     except RefusedError as error:
         raise ValueError(
@@ -200,6 +206,7 @@ def _tensors(path: Path, file: BinaryIO, size: int, state: dict) -> dict[str, St
         if name in tensors:
             raise ValueError(f"{name} twice")
         stored = _stored(path, file, tensor)
+        # Views of one storage would be read in full for each, so that each counts with the whole of it.
         total += stored.span.length
         if total > size:
             raise ValueError("the tensors together are larger than the file")
@@ -222,7 +229,7 @@ def _entries(state: dict, prefix: str = "", depth: int = 0) -> Iterator[tuple[st
             if kind != "_modules":
                 yield prefix + name, value
                 continue
-            yield prefix + name, None
+            yield prefix + name, None  # a module counts as an entry, or empty ones could go on for ever
             if value is not None:
                 yield from _entries(_module(value)[1], f"{prefix}{name}.", depth + 1)
 
@@ -242,6 +249,7 @@ def _stored(path, file, record):
         or any(metadata)
     ):
         raise ValueError("a tensor of impossible shape")
+    # The furthest number that the view reaches; strides of 0 repeat numbers, so the count is checked as well.
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if math.prod(shape) > numel or (0 not in shape and last >= numel):
         raise ValueError(
@@ -259,6 +267,7 @@ def _storage(file, span):
         _refuse_zip(window)
     file.seek(span.start)
     allowed = {*_DTYPES, PERSISTENT_ID}
+    # Five pickles, one after another: magic number, version, machine, the storage's description, its keys.
     head = [read_pickle(window, allowed, most=_MOST_IN_HEAD) for _ in range(5)]
     if head[0] != _MAGIC or head[1] != _VERSION or expect(head[2], dict).get("little_endian") is not True:
         raise ValueError("a storage that is not in torch's format")
@@ -266,6 +275,7 @@ def _storage(file, span):
     if kind != "storage" or head[4] != [key] or view is not None or expect(numel, int) < 0:
         raise ValueError("a storage of another kind")
     dtype = _DTYPES[expect(name, Name).name]
+    # Then the count again, and the numbers; what follows them would be another storage, which none has.
     if int.from_bytes(window.read(8), "little") != numel or window.left() != numel * dtype.itemsize:
         raise ValueError(f"a storage of {numel:,} numbers in {window.left():,} bytes")
     return dtype, numel

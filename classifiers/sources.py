@@ -1,0 +1,131 @@
+"""Where classifiers come from: torchvision, this project, a file of the user's. Each gives a
+`ClassifierSpec`.
+"""
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from classifiers.cifar_resnet import CIFARResNet
+from classifiers.input_transform import InputTransform
+
+
+@dataclass(frozen=True)
+class ClassifierSpec:
+    """One entry: builder(num_classes) -> network, and its weights as name -> url or file in
+    pretrained_models/, the default first.
+
+    image_size: pixels of the images that the weights were trained on, None where it is not known. trained_on:
+    how those were normalised, None where they were raw. takes_raw: whether classifier_input "paper" feeds it
+    the raw image, as the paper does torchvision's networks; False where that means nothing, and `trained_on`
+    is fed.
+    """
+
+    name: str
+    build: Callable[[int], nn.Module]
+    weights_files: Mapping[str, str]
+    image_size: int | None
+    trained_on: InputTransform | None
+    licence: str
+    takes_raw: bool = True
+
+
+def find_classifier(name: str) -> ClassifierSpec:
+    """Look a name up; raises ValueError that lists the choices."""
+    if ".py:" in name:
+        return _from_file(name)
+    if name in OWN:
+        return OWN[name]
+    choices = torchvision.models.list_models(module=torchvision.models)
+    if name not in choices:
+        listed = ", ".join([*OWN, *choices])
+        raise ValueError(f"unknown classifier {name!r}; choose FILE.py:builder or one of {listed}")
+    return _from_torchvision(name)
+
+
+def modern_name(name: str) -> str:
+    """The name that torchvision gives a tensor today: its DenseNet files still say norm.1 for norm1."""
+    return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.", r"\1\2.", name)
+
+
+def _from_torchvision(name):
+    table = {w.name: w for w in torchvision.models.get_model_weights(name)}
+    default = torchvision.models.get_model_weights(name).DEFAULT
+    preset = default.transforms()
+    # What torchvision itself sets for the published weights of these two.
+    published = {"transform_input": True, "init_weights": False}
+    options = published if name in ("googlenet", "inception_v3") else {}
+    return ClassifierSpec(
+        name=name,
+        build=lambda num_classes: torchvision.models.get_model(
+            name, weights=None, num_classes=num_classes, **options
+        ),
+        weights_files={key: table[key].url for key in [default.name, *table]},
+        image_size=preset.crop_size[0],
+        trained_on=InputTransform(preset.crop_size[0], tuple(preset.mean), tuple(preset.std)),
+        licence="BSD-3-Clause (torchvision); trained on ImageNet, whose terms allow research only",
+    )
+
+
+def _from_file(name):
+    file, _, function = name.rpartition(":")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no file {file}, named by classifier {name!r}")
+    module_spec = importlib.util.spec_from_file_location(f"own_classifier_{Path(file).stem}", file)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses, for one, look their module up there
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(
+            f"{file} has no function {function!r}; write FILE.py:builder, where builder(num_classes) returns "
+            "the network"
+        )
+    return ClassifierSpec(name, getattr(module, function), {}, None, None, "your own")
+
+
+def _digits_guide(num_classes):
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
+
+
+def _digits_judge(num_classes):
+    return torchvision.models.DenseNet(
+        growth_rate=16, block_config=(4, 4), num_init_features=32, num_classes=num_classes
+    )
+
+
+def _digits(name, build):
+    file = f"digits/{name.removeprefix('digits_')}.safetensors"
+    licence = "MIT; trained on the digits of scikit-learn (UCI, CC BY 4.0)"
+    return ClassifierSpec(name, build, {"digits": file}, 16, None, licence)
+
+
+def _cifar(depth, file):
+    url = f"https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/{file}"
+    return ClassifierSpec(
+        name=f"cifar_resnet{depth}",
+        build=partial(CIFARResNet, (depth - 2) // 6),
+        weights_files={"CIFAR10": url},
+        image_size=32,
+        trained_on=InputTransform(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        licence="BSD-2-Clause (akamaster/pytorch_resnet_cifar10); trained on CIFAR-10",
+        takes_raw=False,
+    )
+
+
+DIGITS = {
+    spec.name: spec
+    for spec in (_digits("digits_guide", _digits_guide), _digits("digits_judge", _digits_judge))
+}
+OWN = {
+    **DIGITS,
+    "cifar_resnet20": _cifar(20, "resnet20-12fca82f.th"),
+    "cifar_resnet56": _cifar(56, "resnet56-4bfd9763.th"),
+}
