@@ -6,126 +6,111 @@ Weights are random where the preset's files are absent: the time of a step does 
 the network's rate is set against that of one plain convolution, and bfloat16 against float32, all in one run.
 On CUDA it reports images per second over batch sizes. Run it with nothing else on the machine; the lines it
 prints are meant for docs/benchmarks.md.
---evaluation hands over to scripts/benchmark_evaluation.py, --engine to scripts/benchmark_engine.py.
+--evaluation measures what scripts/benchmark_evaluation.py does, --engine what scripts/benchmark_engine.py does.
 """
 
-import runpy
 import statistics
-import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import _beside  # noqa: F401
+import benchmark_engine
+import benchmark_evaluation
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from classifiers.registry import load_classifier, weights_path
+import classifiers
 from guided_diffusion import dist_util
-from guided_diffusion.files.checkpoints import load_into, load_state_dict
-from guided_diffusion.flags.parser import Parser, parse_flags, parse_numbers, run_main
+from guided_diffusion.files.checkpoints import load_state_dict
+from guided_diffusion.files.state_dicts import load_into
+from guided_diffusion.flags.adm import ADMFlags
+from guided_diffusion.flags.fields import Flags, Need, at_least, configure, flag, parse
+from guided_diffusion.flags.parser import parse_numbers, run_main
 from guided_diffusion.flags.presets import PRESETS
-from guided_diffusion.guidance import ClassifierGuidance
-from guided_diffusion.runs import machine
+from guided_diffusion.runs import adm, machine
 from guided_diffusion.runs.noise import SampleNoise
 from guided_diffusion.runs.stopwatch import Stopwatch
 from guided_diffusion.script_util import create_from_flags
 
 BATCH = 4  # of the CPU figures; memory is measured at batch 1
+ON_CUDA = Need(
+    lambda config: config.place.type == "cuda", lambda config: "on the CPU, and is for CUDA: drop it"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkFlags(Flags):
+    """The measurement."""
+
+    preset: str = flag("imagenet128-resnet101", "a preset with an off-the-shelf classifier")
+    device: str = flag("", "cpu or cuda; by default CUDA where there is one")
+    repeats: int = flag(
+        5, "timed steps per figure, after one that is not; the median counts", check=at_least(1)
+    )
+    batch_sizes: str = flag("1,8,16,32,64", "on CUDA", needs=ON_CUDA)
+    compile: bool = flag(False, "on CUDA: torch.compile the network", needs=ON_CUDA)
+    reuse_activations: bool = flag(True, "in-place work in the network where no graph is recorded")
+    evaluation: bool = flag(False, "measure scripts/evaluate.py's work instead, on the CPU")
+    engine: bool = flag(False, "measure what a run needs around its steps instead, on the CPU")
+
+    @property
+    def place(self) -> torch.device:
+        """The device that is measured."""
+        return dist_util.choose_device(self.device)
+
+    def check(self) -> None:
+        super().check()
+        others = sorted(self.given - {"evaluation", "engine"})
+        if (self.evaluation or self.engine) and (others or (self.evaluation and self.engine)):
+            raise ValueError(
+                f"--{(others or ['engine'])[0]} does not go with --evaluation or --engine: drop it"
+            )
 
 
 def main():
-    args = parse_flags(create_argparser(), None, PRESETS)
-    for other in ("evaluation", "engine"):
-        if getattr(args, other):
-            return hand_over(other, args)
-    device = dist_util.choose_device(args.device)
-    refuse_contradictions(args, device)
+    config = parse(BenchmarkFlags, __doc__, PRESETS)
+    if config.evaluation or config.engine:
+        return (benchmark_evaluation if config.evaluation else benchmark_engine).measure()
+    device = config.place
     print(f"machine: {machine.describe(device)}")
-    step = GuidedStep(args, device)
+    step = GuidedStep(config, device)
     print(
-        f"preset {args.preset}: {step.weights} weights, {step.gflop(1):.1f} GFLOP per image and forward pass of the network"
+        f"preset {config.preset}: {step.weights} weights, {step.gflop(1):.1f} GFLOP per image and forward pass of "
+        "the network"
     )
     if device.type == "cpu":
         dist_util.keep_freed_memory()
-        report_cpu(step, args.repeats)
+        report_cpu(step, config.repeats)
     else:
-        report_cuda(step, parse_numbers(args.batch_sizes, "--batch_sizes"), args.repeats)
-
-
-def create_argparser():
-    parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--preset", default="imagenet128-resnet101", help="a preset with an off-the-shelf classifier"
-    )
-    parser.add_argument("--device", default="", help="cpu or cuda; by default CUDA where there is one")
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        default=5,
-        help="timed steps per figure, after one that is not; the median counts",
-    )
-    parser.add_argument("--batch_sizes", default="1,8,16,32,64", help="on CUDA")
-    parser.add_argument("--compile", action="store_true", help="on CUDA: torch.compile the network")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--evaluation", action="store_true", help="measure scripts/evaluate.py's work instead, on the CPU"
-    )
-    instead.add_argument(
-        "--engine", action="store_true", help="measure what a run needs around its steps instead, on the CPU"
-    )
-    return parser
-
-
-def hand_over(other, args):
-    """Run scripts/benchmark_evaluation.py or benchmark_engine.py, which take none of the flags here."""
-    flags = sorted(args.given - {other})
-    if flags:
-        raise ValueError(f"--{flags[0]} is about sampling: drop it or --{other}")
-    sys.argv = sys.argv[:1]
-    runpy.run_path(str(Path(__file__).with_name(f"benchmark_{other}.py")), run_name="__main__")
-
-
-def refuse_contradictions(args, device):
-    for flag in ("compile", "batch_sizes"):
-        if device.type == "cpu" and flag in args.given:
-            raise ValueError(f"--{flag} is for CUDA, and this runs on the CPU: drop it")
-    if args.repeats < 1:
-        raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
+        report_cuda(step, parse_numbers(config.batch_sizes, "--batch_sizes"), config.repeats)
 
 
 class GuidedStep:
-    """One ancestral step of a preset with guidance, and how long its parts took; float32 until `halve` is
-    called.
-    """
+    """One ancestral step of a preset with guidance, and how long its parts took; float32 until `halve` is called."""
 
-    def __init__(self, args, device):
-        flags = PRESETS[args.preset]
-        self.size = flags["image_size"]
-        if "classifier_type" not in flags:
+    def __init__(self, benchmark, device):
+        preset = PRESETS[benchmark.preset]
+        self.weights = "trained" if Path(preset["model_path"]).is_file() else "random"
+        given = {"preset": benchmark.preset}
+        if self.weights == "random":
+            given["classifier_path"] = "random"
+        config = configure(ADMFlags, PRESETS, given)
+        if not config.guided_off_the_shelf:
             raise ValueError(
-                f"preset {args.preset} has no off-the-shelf classifier; choose one that has, such as imagenet128-resnet101"
+                f"preset {benchmark.preset} has no off-the-shelf classifier; "
+                "choose one that has, such as imagenet128-resnet101"
             )
-        classes = flags.get("num_classes", 1000)
-        self.weights = "trained" if Path(flags["model_path"]).is_file() else "random"
+        config = replace(config, use_fp16=False, classifier_use_fp16=False)
+        self.device, self.size = device, config.image_size
         with torch.device("meta" if self.weights == "trained" else "cpu"):
-            self.model, self.diffusion = create_from_flags(flags)
+            self.model, self.diffusion = create_from_flags(config.record())
         if self.weights == "trained":
-            load_into(self.model, load_state_dict(flags["model_path"]), flags["model_path"])
-        self.device = device
-        self.model.to(device, memory_format=torch.channels_last).eval().convert_to_fp32()
-        self.classifier = load_classifier(
-            flags["classifier_type"],
-            "random" if self.weights == "random" else weights_path(flags["classifier_type"], None),
-            num_classes=classes,
-            softplus_beta=flags["softplus_beta"],
-        ).to(device)
-        self.guidance = ClassifierGuidance(
-            self.classifier,
-            marginal_temperature=flags["margin_temperature_discount"],
-            classifier_scale=flags["classifier_scale"],
-            gamma_factor=flags["gamma_factor"],
-        )
-        self.network = torch.compile(self.model, dynamic=False) if args.compile else self.model
+            load_into(self.model, load_state_dict(config.model_path), config.model_path)
+        self.model.to(device, memory_format=torch.channels_last).eval()
+        self.model.reuse_activations(benchmark.reuse_activations)
+        self.classifier = adm.load_guide(config, classifiers, device)
+        self.guidance = config.build_guidance(self.classifier, None)
+        self.network = torch.compile(self.model, dynamic=False) if benchmark.compile else self.model
 
     def halve(self):
         self.model.convert_to_fp16()

@@ -30,6 +30,7 @@ class SamplingFlags(Flags):
     """Sampling."""
 
     model_path: str = flag("", "the U-Net's checkpoint")
+    checkpoint_key: str = flag("", "which state dict, where that file holds several, such as ema")
     num_samples: int = flag(10000, "images in all", check=at_least(1))
     sampler: str = flag("ddpm", "ddpm is ancestral; euler and heun solve the ODE", choices=SAMPLERS)
     steps: int | None = flag(

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from guided_diffusion.denoisers import DiscreteDenoiser, GuidedDenoiser
-from guided_diffusion.files.checkpoints import existing_file, load_into, load_state_dict
+from guided_diffusion.files.checkpoints import load_state_dict
+from guided_diffusion.files.pretrained import existing_file
+from guided_diffusion.files.state_dicts import load_into
 from guided_diffusion.flags.adm import LOOPS, ADMFlags
 from guided_diffusion.flags.fields import defaults_of
 from guided_diffusion.flags.labels import label_source, labels_file
 from guided_diffusion.flags.networks import NoisyClassifierFlags
-from guided_diffusion.guidance import Guidance, noisy_classifier_gradient, wrapper
+from guided_diffusion.guidance import noisy_classifier_gradient, wrapper
 from guided_diffusion.runs.job import Job, Sampler
 from guided_diffusion.runs.noise import DRAWN_BY_INDEX, DrawnAhead, SampleNoise
 from guided_diffusion.runs.tally import Tally
@@ -95,7 +97,9 @@ def load_network(config: ADMFlags, device: torch.device) -> tuple[Network, Any]:
     """The network as a function (x, t, y) -> output, and its process."""
     with torch.device("meta"):
         model, diffusion = create_from_flags(config.record())
-    load_into(model, load_state_dict(config.model_path), config.model_path)
+    weights = load_state_dict(config.model_path, config.checkpoint_key or None)
+    load_into(model, weights, config.model_path)
+    del weights
     # The file's tensors took the place of the network's own, and with it their memory format.
     model.to(device, memory_format=torch.channels_last).eval().reuse_activations()
     if config.use_fp16:
@@ -114,7 +118,7 @@ def load_guides(
 ) -> Mapping[str, Callable]:
     """What the loops are to be given: guidance, cond_fn, or nothing."""
     if config.guided_off_the_shelf:
-        guidance = load_guidance(config, classifiers, device, tally)
+        guidance = config.build_guidance(load_guide(config, classifiers, device), tally.observe)
         return {"guidance": wrapper(tally.stopwatch.wrap)(guidance)}
     if config.guided_by_noisy_classifier and config.classifier_scale != 0:
         gradient = noisy_classifier_gradient(
@@ -124,8 +128,8 @@ def load_guides(
     return {}
 
 
-def load_guidance(config: ADMFlags, classifiers: Any, device: torch.device, tally: Tally) -> Guidance:
-    """The rule of the flags, around its classifier."""
+def load_guide(config: ADMFlags, classifiers: Any, device: torch.device) -> torch.nn.Module:
+    """The off-the-shelf classifier that the flags describe."""
     classifier = classifiers.load_classifier(
         config.classifier_type,
         config.classifier_path or None,
@@ -133,10 +137,9 @@ def load_guidance(config: ADMFlags, classifiers: Any, device: torch.device, tall
         softplus_beta=config.softplus_beta,
         classifier_input=config.classifier_input,
         image_size=config.image_size,
+        checkpoint_key=config.classifier_checkpoint_key or None,
     ).to(device)
-    if config.classifier_use_fp16 and device.type != "cpu":
-        classifier.half()
-    return config.build_guidance(classifier, tally.observe)
+    return classifier.half() if config.classifier_use_fp16 and device.type != "cpu" else classifier
 
 
 def load_noisy_classifier(config: ADMFlags, device: torch.device) -> torch.nn.Module:
@@ -146,7 +149,8 @@ def load_noisy_classifier(config: ADMFlags, device: torch.device) -> torch.nn.Mo
     flags |= {"image_size": config.image_size, "classifier_use_fp16": half}
     with torch.device("meta"):
         classifier = create_classifier(**flags, num_classes=config.num_classes)
-    load_into(classifier, load_state_dict(config.classifier_path), config.classifier_path)
+    weights = load_state_dict(config.classifier_path, config.classifier_checkpoint_key or None)
+    load_into(classifier, weights, config.classifier_path)
     classifier.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if half:
         classifier.convert_to_fp16()

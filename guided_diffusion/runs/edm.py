@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from guided_diffusion.denoisers import GuidedDenoiser
 from guided_diffusion.edm import edm_sampler, load_edm_network, time_steps
-from guided_diffusion.files.checkpoints import existing_file
+from guided_diffusion.files.pretrained import existing_file
 from guided_diffusion.flags.edm import EDMFlags
 from guided_diffusion.guidance import Guidance, wrapper
 from guided_diffusion.runs.job import Job, Sampler
@@ -131,6 +131,7 @@ def load_guidance(
         softplus_beta=config.softplus_beta,
         classifier_input=config.classifier_input,
         image_size=net.img_resolution,
+        checkpoint_key=config.classifier_checkpoint_key or None,
     ).to(device)
     return wrapper(tally.stopwatch.wrap)(config.build_guidance(classifier, tally.observe))
 
