@@ -55,6 +55,9 @@ class GuidanceFlags(Flags):
     classifier_path: str = flag(
         "", "weights of a noisy classifier, or of --classifier_type: a file, IMAGENET1K_V2, random"
     )
+    classifier_checkpoint_key: str = flag(
+        "", "which state dict, where the file of --classifier_path holds several", needs=A_CLASSIFIER
+    )
     classifier_scale: float = flag(1.0, "factor of the gradient; 0 is unguided", check=finite, needs=SCALABLE)
     softplus_beta: float = flag(
         float("inf"),

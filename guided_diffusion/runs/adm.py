@@ -17,6 +17,7 @@ from guided_diffusion.flags.adm import LOOPS, ADMFlags
 from guided_diffusion.flags.fields import defaults_of
 from guided_diffusion.flags.labels import label_source, labels_file
 from guided_diffusion.flags.networks import NoisyClassifierFlags
+from guided_diffusion.flags.trained import unlike_training
 from guided_diffusion.guidance import noisy_classifier_gradient, wrapper
 from guided_diffusion.runs.job import Job, Sampler
 from guided_diffusion.runs.noise import DRAWN_BY_INDEX, DrawnAhead, SampleNoise
@@ -49,7 +50,16 @@ def make_job(config: ADMFlags, classifiers: Any) -> Job:
         num_samples=config.num_samples,
         rounding="adm",
         drawn_by=DRAWN_BY_INDEX | drawn_by,
+        remarks=partial(unlike_training_of, config),
     )
+
+
+def unlike_training_of(config: ADMFlags) -> dict[str, Any]:
+    """What the run's record says of flags that a known network was not trained with; reads the files' names or hashes."""
+    differing = unlike_training(config.model_path, config)
+    if config.guided_by_noisy_classifier:
+        differing |= unlike_training(config.classifier_path, config)
+    return {"trained_with": differing} if differing else {}
 
 
 def build(
@@ -160,6 +170,11 @@ def load_noisy_classifier(config: ADMFlags, device: torch.device) -> torch.nn.Mo
 def _notes(config, device):
     """What the log should say at the start: flags without effect, and precisions that are not what they are called."""
     idle, lines = config.without_effect(), []
+    for name, value in unlike_training_of(config).get("trained_with", {}).items():
+        lines.append(
+            f"WARNING: --{name} {getattr(config, name)!r}, but this network was trained with {value!r}: "
+            "the samples will be wrong"
+        )
     if idle:
         lines.append(f"without effect in this run: {', '.join(f'--{name}' for name in idle)}")
     if device.type == "cpu" and config.use_fp16:

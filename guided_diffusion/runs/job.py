@@ -50,7 +50,8 @@ class Job:
     None for none, and raises FileNotFoundError; the flag's value is then not compared, but the file's hash.
     build: loads the networks. rounding: a key of ROUNDING. drawn_by: who draws noise and labels, for the
     record. overwrite: start anew, unless this is another attempt of a job that did so. png_name: as
-    `SampleStore`'s. name_of: what errors call a sample, by its index.
+    `SampleStore`'s. name_of: what errors call a sample, by its index. remarks:
+    what else the record says.
     """
 
     folder: Path
@@ -67,6 +68,7 @@ class Job:
     log_guidance: bool = False
     png_name: Callable[[int], str] | None = None
     name_of: Callable[[int], object] = int
+    remarks: Callable[[], Mapping[str, Any]] = dict
 
     @classmethod
     def of(cls, config: Any, **fields: Any) -> "Job":
@@ -104,6 +106,7 @@ class Job:
             "not_compared": {**others, "device": machine.describe(device)},
             "rounding": ROUNDING[self.rounding],
             "drawn_by": dict(self.drawn_by),
+            **self.remarks(),
         }
         return SampleStore(self.folder, settings, self.num_samples, self.batch_size, record, self.png_name)
 
