@@ -73,8 +73,9 @@ def edm_sampler(
     step, in order, the last step and S_churn = 0 included. guidance: called once per step at x_cur / s, its
     shift times s goes to x_hat and so through Euler's step and Heun's; `step.index` is i, 0 .. num_steps - 1.
     y: (N,) int64, its wanted classes, by default those of `class_labels`.
-    solver, disc, schedule, scaling: the other columns of the paper's table 1, see solvers.STEPS and schedules. on_step(i, x): called after
-    each step. Raises NonFiniteError where the trajectory leaves the finite numbers.
+    solver, disc, schedule, scaling: the other columns of the paper's table 1, see solvers.STEPS and
+    schedules. on_step(i, x): called after each step. Raises NonFiniteError where the trajectory leaves the
+    finite numbers.
     """
     _check_options(S_churn, solver)
     require_input(guidance, "noisy", "edm_sampler")
@@ -166,7 +167,8 @@ class NoiseProcess:
     def __init__(self, schedule: str, scaling: str, sigma_min: float, sigma_max: float):
         if schedule not in SCHEDULES or scaling not in SCALINGS:
             raise ValueError(
-                f"schedule {schedule!r} with scaling {scaling!r}: choose of {', '.join(SCHEDULES)} and {', '.join(SCALINGS)}"
+                f"schedule {schedule!r} with scaling {scaling!r}: choose of {', '.join(SCHEDULES)} "
+                f"and {', '.join(SCALINGS)}"
             )
         self._schedule = {
             "vp": lambda: vp_between(sigma_min, sigma_max),

@@ -61,7 +61,7 @@ class DiffusionProcess:
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
             raise ValueError(
-                "betas must be numbers above 0 and below 1; the linear schedule has such for diffusion_steps above 20"
+                "betas must be above 0 and below 1; the linear schedule has such for diffusion_steps above 20"
             )
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type

@@ -50,7 +50,8 @@ def karras_sigmas(num_steps, sigma_min, sigma_max, rho):
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     if not (0 < sigma_min <= sigma_max < math.inf and 0 < rho < math.inf):
         raise ValueError(
-            f"noise levels need 0 < sigma_min <= sigma_max < inf and 0 < rho < inf, got {sigma_min}, {sigma_max}, rho {rho}"
+            "noise levels need 0 < sigma_min <= sigma_max < inf and 0 < rho < inf, "
+            f"got {sigma_min}, {sigma_max}, rho {rho}"
         )
     return np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps, dtype=np.float64) ** rho
 
@@ -155,7 +156,8 @@ def noise_levels(
         vp = vp_between(sigma_min, sigma_max)
         if vp.beta_d + vp.beta_min < 0:  # the slope of its exponent at t = 1
             raise ValueError(
-                f"vp has no falling levels from {sigma_max:g} to {sigma_min:g}: give a smaller sigma_min, such as 0.01"
+                f"vp has no falling levels from {sigma_max:g} to {sigma_min:g}: "
+                "give a smaller sigma_min, such as 0.01"
             )
         return np.array([vp.sigma(t) for t in 1 + progress * (EPSILON_S - 1)])
     levels = np.array(iddpm_levels(1000, 0.001, 0.008))
@@ -163,7 +165,8 @@ def noise_levels(
     within = levels[(levels >= sigma_min * (1 - slack)) & (levels <= sigma_max * (1 + slack))]
     if len(within) < num_steps:
         raise ValueError(
-            f"iddpm has {len(within)} levels from {sigma_min:g} to {sigma_max:g}, fewer than {num_steps} steps"
+            f"iddpm has {len(within)} levels from {sigma_min:g} to {sigma_max:g}, "
+            f"fewer than {num_steps} steps"
         )
     return within[np.rint((len(within) - 1) * progress).astype(int)]
 

@@ -234,11 +234,13 @@ def _channel_multipliers(image_size, channel_mult):
     else:
         sizes = ", ".join(map(str, _CHANNEL_MULT))
         raise ValueError(
-            f"image_size {image_size} has no default channel_mult ({sizes} have); a U-Net takes --channel_mult, such as 1,2,2"
+            f"image_size {image_size} has no default channel_mult ({sizes} have); "
+            "a U-Net takes --channel_mult, such as 1,2,2"
         )
     if image_size % 2 ** (len(multipliers) - 1):
         raise ValueError(
-            f"image_size {image_size} cannot be halved {len(multipliers) - 1} times, as channel_mult {multipliers} asks"
+            f"image_size {image_size} cannot be halved {len(multipliers) - 1} times, "
+            f"as channel_mult {multipliers} asks"
         )
     return multipliers
 

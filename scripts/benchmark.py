@@ -6,7 +6,7 @@ Weights are random where the preset's files are absent: the time of a step does 
 the network's rate is set against that of one plain convolution, and bfloat16 against float32, all in one run.
 On CUDA it reports images per second over batch sizes. Run it with nothing else on the machine; the lines it
 prints are meant for docs/benchmarks.md.
---evaluation measures what scripts/benchmark_evaluation.py does, --engine what scripts/benchmark_engine.py does.
+--evaluation and --engine measure what benchmark_evaluation.py and benchmark_engine.py do.
 """
 
 import statistics
@@ -75,8 +75,8 @@ def main():
     print(f"machine: {machine.describe(device)}")
     step = GuidedStep(config, device)
     print(
-        f"preset {config.preset}: {step.weights} weights, {step.gflop(1):.1f} GFLOP per image and forward pass of "
-        "the network"
+        f"preset {config.preset}: {step.weights} weights, {step.gflop(1):.1f} GFLOP per image "
+        "and forward pass of the network"
     )
     if device.type == "cpu":
         dist_util.keep_freed_memory()
@@ -86,7 +86,9 @@ def main():
 
 
 class GuidedStep:
-    """One ancestral step of a preset with guidance, and how long its parts took; float32 until `halve` is called."""
+    """One ancestral step of a preset with guidance, and how long its parts took; float32 until `halve` is
+    called.
+    """
 
     def __init__(self, benchmark, device):
         preset = PRESETS[benchmark.preset]
@@ -160,7 +162,8 @@ def report_cpu(step, repeats):
     print(f"float32 step, batch {BATCH}:  {parts(*full)}")
     print(f"bfloat16 step, batch {BATCH}: {parts(*half)}")
     print(
-        f"network, float32: {rate:.0f} GFLOP/s, {rate / plain:.0%} of a plain 3x3 convolution's {plain:.0f} GFLOP/s"
+        f"network, float32: {rate:.0f} GFLOP/s, {rate / plain:.0%} of a plain 3x3 convolution's "
+        f"{plain:.0f} GFLOP/s"
     )
     print(f"bfloat16 makes the guided step {full[0] / half[0]:.2f} times as fast")
     print(f"guidance takes {full[2] / full[0]:.1%} of the float32 step")
@@ -174,7 +177,8 @@ def report_cuda(step, batch_sizes, repeats):
         memory = torch.cuda.max_memory_allocated() / 2**30
         rate = batch_size / times[0] / step.diffusion.num_timesteps
         print(
-            f"float16 step, batch {batch_size}: {parts(*times)}; {rate:.2f} images/s; peak memory {memory:.2f} GiB"
+            f"float16 step, batch {batch_size}: {parts(*times)}; {rate:.2f} images/s; "
+            f"peak memory {memory:.2f} GiB"
         )
 
 

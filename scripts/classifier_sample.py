@@ -1,6 +1,6 @@
 """Sample an ADM diffusion model, guided by an off-the-shelf classifier, by a noisy classifier, or by nothing.
 
-    python scripts/classifier_sample.py --preset imagenet128-resnet101 --num_samples 1000 --out results/resnet101
+    python scripts/classifier_sample.py --preset imagenet128-resnet101 --num_samples 1000 --out results/new
 
 Writes samples_NxHxWx3.npz (arr_0 uint8 images, arr_1 int64 labels), grid.png and run.json. A run that was
 interrupted resumes when the same command is given again, on any number of processes (torchrun). The flags are

@@ -4,10 +4,11 @@ comes out.
     python scripts/compare_edm.py --preset digits-edm --seeds 0-2 --out results/digits-edm
 
 Every flag that is not listed here is one of scripts/edm_sample.py, and goes to the rows in which it means
-something; each row is a run of its own. All rows of a seed start from the same noise and want the same classes. The accuracy is by a
-judge, a classifier of another architecture and seed than the guide, the other metrics are by the features of
-a third network, against the digits that the networks learned from. Writes comparison.json beside the runs,
-and, where matplotlib is installed, comparison.png: the metrics over the number of network evaluations.
+something; each row is a run of its own. All rows of a seed start from the same noise and want the same
+classes. The accuracy is by a judge, a classifier of another architecture and seed than the guide, the other
+metrics are by the features of a third network, against the digits that the networks learned from. Writes
+comparison.json beside the runs, and, where matplotlib is installed, comparison.png: the metrics over the
+number of network evaluations.
 """
 
 import importlib.util

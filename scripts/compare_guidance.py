@@ -3,10 +3,11 @@ compare what comes out.
 
     python scripts/compare_guidance.py --preset digits --seeds 0-2 --out results/digits
 
-Every flag that is not listed here is one of scripts/classifier_sample.py; each row of the tables is a run. The first table is by a judge, a classifier of another architecture and seed than the
-guide. The second is by the features of a third network, against the digits that the networks learned from;
-its last row, digits that no network has seen, is what a perfect generator would get. Writes comparison.json
-and comparison.png beside the runs.
+Every flag that is not listed here is one of scripts/classifier_sample.py; each row of the tables is a run.
+The first table is by a judge, a classifier of another architecture and seed than the guide. The second is by
+the features of a third network, against the digits that the networks learned from; its last row, digits that
+no network has seen, is what a perfect generator would get. Writes comparison.json and comparison.png beside
+the runs.
 """
 
 import sys
@@ -129,11 +130,13 @@ def draw(path, folders, columns=20):
 
 def print_judgement(rows):
     print(
-        f"\n{'network':<18} {'guidance':<9} {'wanted class':>15} {'log-probability':>16} {'s per image':>12} {'guidance time':>14}"
+        f"\n{'network':<18} {'guidance':<9} {'wanted class':>15} {'log-probability':>16} "
+        f"{'s per image':>12} {'guidance time':>14}"
     )
     for row in rows:
         seconds, share = row["seconds_per_image"]["mean"], row["guidance_share"]["mean"]
-        cells = f"{with_error(row['hit'], '.1%'):>15} {with_error(row['log_prob'], '.2f'):>16} {seconds:>12.4f} {share:>14.0%}"
+        judged = f"{with_error(row['hit'], '.1%'):>15} {with_error(row['log_prob'], '.2f'):>16}"
+        cells = f"{judged} {seconds:>12.4f} {share:>14.0%}"
         print(f"{row['network']:<18} {row['guidance']:<9} {cells}")
 
 

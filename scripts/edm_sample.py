@@ -2,10 +2,10 @@
 
     python scripts/edm_sample.py --preset imagenet64-edm-resnet101 --steps 18 --outdir results/edm18
 
-Writes one PNG per seed and dataset.json with the labels, or with --format npz samples_NxHxWx3.npz (arr_0 uint8 images,
-arr_1 int64 labels, in the order of --seeds) and grid.png; and run.json. A run that was interrupted resumes when the
-same command is given again, on any number of processes (torchrun). The flags are those of EDM's generate.py and
-EluCD, and a few more.
+Writes one PNG per seed and dataset.json with the labels, or with --format npz samples_NxHxWx3.npz (arr_0
+uint8 images, arr_1 int64 labels, in the order of --seeds) and grid.png; and run.json. A run that was
+interrupted resumes when the same command is given again, on any number of processes (torchrun). The flags are
+those of EDM's generate.py and EluCD, and a few more.
 """
 
 import _beside  # noqa: F401

@@ -6,9 +6,9 @@
 
     config = parse(MyFlags, description, presets={})
 
-A script's configuration inherits from the groups that it has; the first line of a group's docstring is its title in
---help. A field may say when it means something (`needs`), so that a flag without effect is refused or named, from
-the field alone.
+A script's configuration inherits from the groups that it has; the first line of a group's docstring is its
+title in --help. A field may say when it means something (`needs`), so that a flag without effect is refused or
+named, from the field alone.
 """
 
 import math
@@ -25,8 +25,8 @@ Check = Callable[[Any], str | None]
 class Need:
     """When a flag means something.
 
-    met: config -> bool. text: config -> what is missing where it is not, and what to do, after "--FLAG given "; None
-    where such a flag does not end the run, but is named at the start as without effect.
+    met: config -> bool. text: config -> what is missing where it is not, and what to do, after "--FLAG given
+    "; None where such a flag does not end the run, but is named at the start as without effect.
     """
 
     met: Callable[[Any], bool]
@@ -47,13 +47,13 @@ def flag(
 ) -> Any:
     """A dataclass field that is a flag.
 
-    kind: how its text is read; by default as the default's type. names: how it is written where that is not the
-    field's name, the first one for the record. check: value -> what is wrong with it, or None. compared: whether it
-    decides about the samples, so that a run with another value may not resume in the same folder. builds: see
-    `guided_diffusion.flags.guidance`.
+    kind: how its text is read; by default as the default's type. names: how it is written where that is not
+    the field's name, the first one for the record. check: value -> what is wrong with it, or None. compared:
+    whether it decides about the samples, so that a run with another value may not resume in the same folder.
+    builds: see `guided_diffusion.flags.guidance`.
     """
-    metadata = {"help": help, "kind": kind, "names": tuple(names), "choices": tuple(choices), "check": check}
-    metadata |= {"needs": needs, "compared": compared, "builds": builds}
+    metadata: dict[str, Any] = {"help": help, "kind": kind, "names": tuple(names), "choices": tuple(choices)}
+    metadata |= {"check": check, "needs": needs, "compared": compared, "builds": builds}
     return field(default=default, metadata=metadata)
 
 
@@ -78,7 +78,9 @@ class Flags:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], given: frozenset[str]) -> Any:
-        """A checked configuration of these values over the defaults; the place to resolve two names of one thing."""
+        """A checked configuration of these values over the defaults; the place to resolve two names of one
+        thing.
+        """
         config = cls(**values, given=given)
         config.check()
         return config
@@ -170,8 +172,8 @@ def configure(
     given: Mapping[str, Any],
     fixed: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A checked configuration of given flags over their preset. With `fixed`, that of one cell of a comparison: the
-    fixed values win, and given flags that mean nothing beside them are left out.
+    """A checked configuration of given flags over their preset. With `fixed`, that of one cell of a
+    comparison: the fixed values win, and given flags that mean nothing beside them are left out.
     """
     fixed = fixed or {}
     preset = presets.get({**given, **fixed}.get("preset", ""), {})

@@ -6,7 +6,8 @@ A rule is added here as one field. Its keyword says which part of guidance it ch
     strength=    (strength, value) -> strength       how far to go, see guidance/strength.py
     guidance=    (guidance, value) -> guidance       when or how, see guidance/wrappers.py
 
-The function is called where the value is not the default. The fields are applied in the order in which they stand.
+The function is called where the value is not the default. The fields are applied in the order in which they
+stand.
 """
 
 from collections.abc import Callable

@@ -70,7 +70,7 @@ def run_main(main: Callable[[], None], resumable: bool = False) -> None:
     """Call a script's main: what a user can mend ends in one line on stderr and exit code 1, Ctrl-C in 130,
     SIGTERM in 143.
 
-    resumable: whether the same command goes on where this one was stopped; Ctrl-C then says so.
+    resumable: whether the same command resumes where this one was stopped; Ctrl-C then says so.
     """
     try:
         main()
@@ -81,9 +81,8 @@ def run_main(main: Callable[[], None], resumable: bool = False) -> None:
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: {str(error).splitlines()[0]} Lower --batch_size, into another --out")
     except KeyboardInterrupt as error:
-        sys.stderr.write(
-            f"\ninterrupted{'; what is finished is kept, the same command goes on from there' if resumable else ''}\n"
-        )
+        hint = "; what is finished is kept, the same command resumes there" if resumable else ""
+        sys.stderr.write(f"\ninterrupted{hint}\n")
         sys.exit(128 + getattr(error, "signum", signal.SIGINT))
 
 

@@ -58,7 +58,8 @@ _EDM_64 = {
     "seeds": "0-49999",
     "steps": 10,
 }
-# EDM's own line for CIFAR-10 (18 steps, 50,000 images); the strength of its guidance is ImageNet's, not tuned.
+# EDM's own line for CIFAR-10 (18 steps, 50,000 images); the strength of its guidance is ImageNet's, not
+# tuned.
 _EDM_CIFAR10 = {
     "network": str(PRETRAINED_DIR / "edm-cifar10-32x32-cond-vp.pkl"),
     "seeds": "0-49999",
@@ -109,6 +110,4 @@ def script_of(preset: str) -> str:
     for script, presets in SCRIPTS.items():
         if preset in presets:
             return script
-    raise ValueError(
-        f"unknown preset {preset!r}; choose {', '.join(name for presets in SCRIPTS.values() for name in presets)}"
-    )
+    raise ValueError(f"unknown preset {preset!r}; python scripts/presets.py lists them")

@@ -1,5 +1,5 @@
-"""What known networks were trained with: a wrong --num_heads or --noise_schedule fits every tensor, and spoils the
-samples all the same.
+"""What known networks were trained with: a wrong --num_heads or --noise_schedule fits every tensor, and
+spoils the samples all the same.
 
 The published ones are guided-diffusion's command lines.
 """

@@ -9,7 +9,7 @@ int64, the wanted classes; step is a `GuidanceStep`, made by the sampler. One id
 
     step         where the sampler stands; which input a rule looks at
     directions   (logits, y) -> (N,), what is to grow
-    gradient     the gradient of a direction with respect to the classifier's input, with the policy and the observer
+    gradient     its gradient with respect to the classifier's input, with the policy and the observer
     strength     step -> number or tensor, how far to go
     classifier   the rules made of these: ClassifierGuidance, released_edm_guidance
     wrappers     guidance -> guidance, about when or how

@@ -74,8 +74,9 @@ def released_edm_guidance(
     gradient there, at unit RMS, times r and `released_edm_schedule`. It does not look at the variances of the
     step. max_guidance 0 is off; the schedule's floor applies above. An image whose gradient is zero gets no
     shift.
-    direction, strength: in the place of `log_prob` at the temperatures and of the released schedule. on_nonfinite,
-    observe: see `ClassifierGradient`; x is observed after the division, the gradient as it came from the classifier.
+    direction, strength: in the place of `log_prob` at the temperatures and of the released schedule.
+    on_nonfinite, observe: see `ClassifierGradient`; x is observed after the division, the gradient as it came
+    from the classifier.
     """
     if not 0 <= max_guidance < math.inf:
         raise ValueError(f"max_guidance must be 0 (off) or a positive number, got {max_guidance}")

@@ -29,7 +29,8 @@ Network = Callable[..., Tensor]
 
 
 def make_job(config: ADMFlags, classifiers: Any) -> Job:
-    """What the flags ask for. classifiers: the package of that name, or what loads and finds classifiers as it does.
+    """What the flags ask for. classifiers: the package of that name, or what loads and finds classifiers as
+    it does.
 
     Nothing is loaded. Raises ValueError for labels that cannot be.
     """
@@ -55,7 +56,9 @@ def make_job(config: ADMFlags, classifiers: Any) -> Job:
 
 
 def unlike_training_of(config: ADMFlags) -> dict[str, Any]:
-    """What the run's record says of flags that a known network was not trained with; reads the files' names or hashes."""
+    """What the run's record says of flags that a known network was not trained with; reads the files' names
+    or hashes.
+    """
     differing = unlike_training(config.model_path, config)
     if config.guided_by_noisy_classifier:
         differing |= unlike_training(config.classifier_path, config)
@@ -168,7 +171,9 @@ def load_noisy_classifier(config: ADMFlags, device: torch.device) -> torch.nn.Mo
 
 
 def _notes(config, device):
-    """What the log should say at the start: flags without effect, and precisions that are not what they are called."""
+    """What the log should say at the start: flags without effect, and precisions that are not what they are
+    called.
+    """
     idle, lines = config.without_effect(), []
     for name, value in unlike_training_of(config).get("trained_with", {}).items():
         lines.append(
@@ -185,6 +190,7 @@ def _notes(config, device):
         and "classifier_use_fp16" not in config.not_compared()
     ):
         lines.append(
-            "--classifier_use_fp16 on a CPU: the classifier stays in float32, bfloat16 gradients are off by over 10%"
+            "--classifier_use_fp16 on a CPU: the classifier stays in float32, "
+            "bfloat16 gradients are off by over 10%"
         )
     return lines

@@ -18,7 +18,8 @@ from guided_diffusion.runs.tally import Tally
 
 
 def make_job(config: EDMFlags, classifiers: Any) -> Job:
-    """What the flags ask for. classifiers: the package of that name, or what loads and finds classifiers as it does.
+    """What the flags ask for. classifiers: the package of that name, or what loads and finds classifiers as
+    it does.
 
     Nothing is loaded.
     """
@@ -76,7 +77,9 @@ def build(config: EDMFlags, classifiers: Any, device: torch.device, tally: Tally
 
 
 def _sampler_options(config, net):
-    """The arguments of `edm_sampler`. Raises ValueError for what cannot be, before the folder is this run's."""
+    """The arguments of `edm_sampler`. Raises ValueError for what cannot be, before the folder is this
+    run's.
+    """
     low, high = config.levels()
     times = {
         **{name: getattr(config, name) for name in ("rho", "disc", "schedule", "scaling")},
@@ -99,17 +102,20 @@ def _refuse_for_network(config, net):
     """Raise ValueError for a network that is not for pictures, and for flags that mean nothing to it."""
     if net.img_channels != 3:
         raise ValueError(
-            f"{config.network} has img_channels {net.img_channels}, and only images of 3 channels can be written"
+            f"{config.network} has img_channels {net.img_channels}, "
+            "and only images of 3 channels can be written"
         )
     if net.label_dim and "num_classes" in config.given:
         raise ValueError(
-            f"--num_classes {config.num_classes} is for networks without labels, and this has {net.label_dim}: drop it"
+            f"--num_classes {config.num_classes} is for networks without labels, "
+            f"and this has {net.label_dim}: drop it"
         )
     if not net.label_dim and config.unconditional:
         raise ValueError(f"--unconditional True: {config.network} has no labels in any case, drop it")
     if not net.label_dim and config.class_idx is not None and not config.use_classifier:
         raise ValueError(
-            f"--class {config.class_idx} needs a network with labels or a classifier: add --use_classifier True"
+            f"--class {config.class_idx} needs a network with labels or a classifier: "
+            "add --use_classifier True"
         )
     num_classes = net.label_dim or config.num_classes
     if config.class_idx is not None and not 0 <= config.class_idx < num_classes:
@@ -137,7 +143,9 @@ def load_guidance(
 
 
 def _notes(config, net, device):
-    """What the log should say at the start: flags without effect, and a precision that is not what it is called."""
+    """What the log should say at the start: flags without effect, and a precision that is not what it is
+    called.
+    """
     lines = []
     if idle := config.without_effect():
         lines.append(f"without effect in this run: {', '.join(f'--{name}' for name in idle)}")

@@ -46,8 +46,9 @@ class Job:
     """A run as its flags describe it, with nothing loaded yet.
 
     flags: all of them after defaults, by name. not_compared: those that do not decide about the samples:
-    a run with another value of them may resume in the same folder. files: by flag, a function that returns the file, or
-    None for none, and raises FileNotFoundError; the flag's value is then not compared, but the file's hash.
+    a run with another value of them may resume in the same folder. files: by flag, a function that returns
+    the file, or None for none, and raises FileNotFoundError; the flag's value is then not compared, but the
+    file's hash.
     build: loads the networks. rounding: a key of ROUNDING. drawn_by: who draws noise and labels, for the
     record. overwrite: start anew, unless this is another attempt of a job that did so. png_name: as
     `SampleStore`'s. name_of: what errors call a sample, by its index. remarks:
