@@ -14,9 +14,10 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from comparison import FEATURES, SMALLEST, DigitsQuality, hold_out, judge, summaries, with_error
+
 from classifiers.registry import load_classifier
-from evaluation.comparison import FEATURES, SMALLEST, DigitsQuality, hold_out, judge, summaries, with_error
-from evaluation.evaluator import metric_key, metric_label
+from evaluation.metrics import metric_key, metric_label
 from guided_diffusion.edm import SOLVERS
 from guided_diffusion.files.atomic import renamed_when_complete, write_json
 from guided_diffusion.flags.parser import Parser, call_script, parse_numbers, run_main

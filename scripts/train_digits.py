@@ -24,7 +24,7 @@ from sklearn.model_selection import train_test_split
 from tqdm import trange
 
 from classifiers.registry import DIGITS
-from evaluation.digits_features import DigitsNetwork
+from evaluation.networks.digits import DigitsNetwork
 from guided_diffusion.edm import EDMPrecond
 from guided_diffusion.files.atomic import renamed_when_complete, write_json
 from guided_diffusion.files.checkpoints import PRETRAINED_DIR, sha256

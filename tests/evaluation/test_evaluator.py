@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluation.networks.digits import DigitsFeatures, DigitsNetwork
 
 from evaluation import evaluator as module
-from evaluation.digits_features import DigitsFeatures, DigitsNetwork
 from evaluation.evaluator import (
     METRICS,
     Options,

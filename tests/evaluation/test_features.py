@@ -8,13 +8,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from evaluation.networks.digits import DigitsFeatures, DigitsNetwork
+from guided_diffusion.files.image_sets import open_images
 from safetensors.torch import save_file
 from test_images import png, write_zip
 
 from evaluation import features as module
-from evaluation.digits_features import DigitsFeatures, DigitsNetwork
 from evaluation.features import extract
-from evaluation.images import open_images
 from evaluation.moments import moments_of
 
 N = 37

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from guided_diffusion.files.image_sets import open_images, pick_images
 from PIL import Image
 
 from evaluation import report
 from evaluation.evaluator import METRICS, Result
 from evaluation.frechet import ErrorBar, Extrapolation
-from evaluation.images import open_images, pick_images
 from evaluation.report import WARNING, markdown_table, require_matplotlib, table, to_json, write_report
 
 ROOT = Path(__file__).resolve().parents[2]

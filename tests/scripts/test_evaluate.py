@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluation.networks.digits import DigitsFeatures, DigitsNetwork
 from helpers import ROOT, call, load_script
 from PIL import Image
 from safetensors.torch import save_file
-
-from evaluation.digits_features import DigitsFeatures, DigitsNetwork
 
 evaluate = load_script("evaluate")
 RANDOM = np.random.RandomState(6)

@@ -7,11 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from evaluation.networks.digits import DigitsFeatures, DigitsNetwork
 from helpers import call, load_script
 from PIL import Image
 from safetensors.torch import save_file
-
-from evaluation.digits_features import DigitsFeatures, DigitsNetwork
 
 make_reference = load_script("make_reference")
 evaluate = load_script("evaluate")

@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from evaluation import comparison
-from evaluation.comparison import (
+from comparison import (
     HELD_OUT,
     REFERENCE,
     DigitsQuality,
@@ -21,6 +19,8 @@ from evaluation.comparison import (
     summaries,
     with_error,
 )
+
+import comparison
 from evaluation.frechet import frechet_distance
 from evaluation.networks import feature_network
 
