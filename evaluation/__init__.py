@@ -1,7 +1,7 @@
 """Numbers about a set of images. Reads files and arrays, never a model of this project."""
 
 from evaluation.frechet import frechet_distance
-from evaluation.inception import InceptionFeatures
+from evaluation.networks.inception import InceptionFeatures
 from evaluation.precision_recall import density_coverage, precision_recall
 from evaluation.scores import inception_score, kernel_distance
 

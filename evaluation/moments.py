@@ -1,11 +1,10 @@
-"""Mean and covariance: of features that arrive in batches, and of published statistics files.
+"""Mean and covariance, also of features that arrive in batches.
 
 A covariance here is `numpy.cov`'s, divided by N - 1, in float64 whatever the dtype of the features.
 """
 
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,17 +41,18 @@ class Gaussian:
             )
         for name, array in (("mu", mu), ("sigma", sigma)):
             if not np.isfinite(array).all():
-                raise ValueError(
-                    f"{source}: {name} holds {np.count_nonzero(~np.isfinite(array))} NaN or infinite entries; compute it anew"
-                )
+                bad = np.count_nonzero(~np.isfinite(array))
+                raise ValueError(f"{source}: {name} holds {bad} NaN or infinite entries; compute it anew")
         asymmetry = float(np.abs(sigma - sigma.T).max())
         if asymmetry > SYMMETRY_TOLERANCE * np.abs(sigma).max():
             raise ValueError(
-                f"{source}: sigma is not symmetric (entries differ by up to {asymmetry:.3g}), so it is no covariance"
+                f"{source}: sigma is not symmetric (entries differ by up to {asymmetry:.3g}), "
+                "so it is no covariance"
             )
         if sigma.diagonal().min() < 0:
             raise ValueError(
-                f"{source}: sigma has the variance {sigma.diagonal().min():.3g} on its diagonal, so it is no covariance"
+                f"{source}: sigma has the variance {sigma.diagonal().min():.3g} on its diagonal, "
+                "so it is no covariance"
             )
         return cls(mu, (sigma + sigma.T) / 2)
 
@@ -105,6 +105,17 @@ class Moments:
         self.mean = self.mean + delta * (count / total)
         self.count = total
 
+    def state(self) -> dict[str, Any]:
+        """Arrays by name, from which `of_state` makes the same moments, bit for bit."""
+        return {"count": np.array(self.count), "mean": self.mean, "scatter": self._scatter}
+
+    @classmethod
+    def of_state(cls, count: ArrayLike, mean: NDArray, scatter: NDArray) -> "Moments":
+        """The inverse of `state`."""
+        moments = cls(len(mean))
+        moments.count, moments.mean, moments._scatter = int(np.asarray(count)), mean, scatter
+        return moments
+
     def covariance(self) -> NDArray[np.float64]:
         """(D, D), divided by N - 1 as `numpy.cov` does. Raises ValueError for fewer than two points."""
         if self.count < 2:
@@ -124,41 +135,6 @@ def moments_of(features: ArrayLike) -> Moments:
     moments = Moments(features.shape[1])
     moments.update(features)
     return moments
-
-
-def load_statistics(path: str | Path) -> tuple[Gaussian, Gaussian | None]:
-    """Read the Gaussian of the pooled features (`mu`, `sigma`) and of the spatial ones (`mu_s`, `sigma_s`),
-    None where there are none.
-
-    The file is an npz in the layout of guided-diffusion's references or pytorch-fid's statistics; other
-    arrays in it stay unread. Raises FileNotFoundError, and ValueError for a file that is no npz, lacks an
-    array, or holds one that `Gaussian.checked` refuses.
-    """
-    try:
-        archive = np.load(path, allow_pickle=False)
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no npz file, or a damaged one") from error
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError(f"{path} is a single array; statistics are an npz with mu and sigma")
-    with archive:
-        if "mu_s" not in archive and "sigma_s" not in archive:
-            return _read_gaussian(path, archive, "mu", "sigma"), None
-        return _read_gaussian(path, archive, "mu", "sigma"), _read_gaussian(path, archive, "mu_s", "sigma_s")
-
-
-def _read_gaussian(path, archive, mu, sigma):
-    for name in (mu, sigma):
-        if name not in archive:
-            raise ValueError(
-                f"{path} has no {name}; statistics are an npz with mu and sigma, this one holds {', '.join(archive.files)}"
-            )
-    try:
-        arrays = archive[mu], archive[sigma]
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path}: {mu} or {sigma} is damaged, or holds Python objects, which are refused"
-        ) from error
-    return Gaussian.checked(*arrays, f"{path} ({mu}, {sigma})")
 
 
 def to_numpy(array: ArrayLike) -> NDArray:

@@ -8,10 +8,10 @@ computed tile by tile, so that memory does not grow with their number.
 
 The dtypes. float64 and float32: the mean of the real features is subtracted first, which changes no distance
 but keeps its digits.
-float16: as in guided-diffusion's evaluator, features, products and distances are rounded to float16 (sums stay float32), and a tile that
-overflows is computed in float32; distances tie then, which raises precision and recall by a few thousandths and lowers density. None,
-the default: float64 where a set is float64, else float32.
-"""
+float16: as in guided-diffusion's evaluator, features, products and distances are rounded to float16 (sums
+stay float32), and a tile that overflows is computed in float32; distances tie then, which raises precision
+and recall by a few thousandths and lowers density. None, the default: float64 where a set is float64, else
+float32."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -220,7 +220,8 @@ def _check_pair(real, fake, neighbours):
     for name, features in (("real", real), ("fake", fake)):
         if len(features) <= max(neighbours):
             raise ValueError(
-                f"{len(features)} {name} images; {max(neighbours)} neighbours of each need at least {max(neighbours) + 1}"
+                f"{len(features)} {name} images; {max(neighbours)} neighbours of each need at least "
+                f"{max(neighbours) + 1}"
             )
         if not torch.stack(features.aminmax()).isfinite().all():  # no mask as large as the features
             raise ValueError(f"{name} features hold NaN or infinity")

@@ -84,7 +84,8 @@ def kernel_distance(
         raise ValueError(f"{subsets} subsets of {subset_size} images; it takes at least 1 of at least 2")
     if subset_size > min(len(real), len(fake)):
         raise ValueError(
-            f"subsets of {subset_size} out of {len(real)} real and {len(fake)} fake images; pass a smaller subset_size"
+            f"subsets of {subset_size} out of {len(real)} real and {len(fake)} fake images; "
+            "pass a smaller subset_size"
         )
     random_state = np.random.RandomState(seed)
     distances = []

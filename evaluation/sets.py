@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from evaluation.features import FeatureNetwork, Features, extract
-from evaluation.images import Images, open_images
-from evaluation.moments import Gaussian, load_statistics, moments_of
+from evaluation.moments import Gaussian, moments_of
+from evaluation.statistics_files import NEEDED, load_statistics, other_container
 from guided_diffusion.files.checkpoints import sha256
+from guided_diffusion.files.image_sets import archive_kind, open_images
+from guided_diffusion.files.images import Images
 
 NEIGHBOURS = 3  # of precision and recall
 DENSITY_NEIGHBOURS = 5  # of density and coverage
@@ -81,8 +83,11 @@ class MeasuredSet:
         return moments_of(self._measured().pool3).gaussian()
 
     def spatial(self) -> Gaussian | None:
-        """The Gaussian of the spatial features; None where the statistics came without."""
-        return self.statistics.spatial if self.statistics else self._measured().spatial.gaussian()
+        """The Gaussian of the spatial features; None where the statistics or the network came without."""
+        if self.statistics:
+            return self.statistics.spatial
+        moments = self._measured().spatial
+        return moments.gaussian() if moments else None
 
     def _measured(self) -> Features:
         assert self.features
@@ -99,6 +104,8 @@ def open_set(
     few images; else what `open_images` raises.
     """
     path = Path(path)
+    if instead := other_container(path):
+        raise ValueError(f"{path} {instead}; give images, or statistics: {NEEDED}")
     arrays = _arrays_of(path)
     name = name or path.resolve().name
     if not {"mu", "sigma"} & arrays.keys():
@@ -108,23 +115,22 @@ def open_set(
     if not ours:
         return OpenedSet(path, name, images, None, notes)
     pool, spatial = load_statistics(path)
-    if spatial is None:
-        notes.append(f"{name} has no spatial statistics (mu_s, sigma_s): sFID is n/a")
     count = arrays.get("count")
-    return OpenedSet(
-        path, name, images, Statistics(pool, spatial, count if isinstance(count, int) else None), notes
-    )
+    statistics = Statistics(pool, spatial, count if isinstance(count, int) else None)
+    return OpenedSet(path, name, images, statistics, notes)
 
 
 def _arrays_of(path):
     """The names of the arrays in an npz, with the value of the short ones that tell where the statistics come
     from.
     """
+    if path.is_dir() or archive_kind(path) != "npz":
+        return {}
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist() if path.suffix == ".npz"]
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
     except (OSError, zipfile.BadZipFile):
-        return {}  # a folder, or something that open_images knows how to refuse
+        return {}  # open_images knows how to refuse it
     arrays = dict.fromkeys(names)
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -147,7 +153,8 @@ def require_enough(path: str | Path, count: int) -> None:
     if count <= DENSITY_NEIGHBOURS:
         held = f"{count} image{'s' if count != 1 else ''}"
         raise ValueError(
-            f"{path} holds {held}; the metrics look at {DENSITY_NEIGHBOURS} neighbours of each: give {DENSITY_NEIGHBOURS + 1} or more"
+            f"{path} holds {held}; the metrics look at {DENSITY_NEIGHBOURS} neighbours of each: "
+            f"give {DENSITY_NEIGHBOURS + 1} or more"
         )
 
 
@@ -159,23 +166,22 @@ def _whose(path, name, arrays, network, has_images):
     if protocol is None and {"mu_s", "arr_0"} & arrays.keys():
         protocol = "adm"
     if protocol is None:
-        return [
-            f"{name} does not say of which protocol its statistics are: taken as {network.protocol}"
-        ], True
+        unsaid = f"{name} does not say of which protocol its statistics are: taken as {network.protocol}"
+        return [unsaid], True
     weights = arrays.get("weights_sha256")
     if protocol == network.protocol and weights in (None, network.sha256):
         return [], True
-    if protocol != network.protocol:
-        whose = f"of the protocol {protocol}, not {network.protocol}"
-    else:
-        whose = f"of a feature network with other weights (sha256 {str(weights)[:8]}..., not {network.sha256[:8]}...)"
+    whose = f"of the protocol {protocol}, not {network.protocol}"
+    if protocol == network.protocol:
+        hashes = f"sha256 {str(weights)[:8]}..., not {network.sha256[:8]}..."
+        whose = f"of a feature network with other weights ({hashes})"
     if not has_images:
         raise ValueError(
-            f"{path} holds statistics {whose}, and no images (arr_0) to compute others from: give a reference that fits"
+            f"{path} holds statistics {whose}, and no images (arr_0) to compute others from: "
+            "give a reference that fits"
         )
-    return [
-        f"the statistics in {name} are {whose}: not used, but computed from its images, which may be a subset of what they were of"
-    ], False
+    instead = "not used, but computed from its images, which may be a subset of what they were of"
+    return [f"the statistics in {name} are {whose}: {instead}"], False
 
 
 def require_comparable(
@@ -191,21 +197,19 @@ def require_comparable(
     dimensions = [_dimension(opened, network) for opened in (reference, samples)]
     if dimensions[0] != dimensions[1]:
         raise ValueError(
-            f"{reference.path} has features of {dimensions[0]} dimensions and {samples.path} of {dimensions[1]}: "
-            "these are of different networks; compute the statistics anew with scripts/make_reference.py"
+            f"{reference.path} has features of {dimensions[0]} dimensions and {samples.path} of "
+            f"{dimensions[1]}: these are of different networks; compute the statistics anew with "
+            "scripts/make_reference.py"
         )
 
 
 def require_same_resolution(reference: OpenedSet | MeasuredSet, samples: OpenedSet | MeasuredSet) -> None:
     """Raise ValueError for images of two sizes; a set without images fits to any."""
     if reference.resolution and samples.resolution and reference.resolution != samples.resolution:
-        sizes = [
-            f"{opened.resolution[0]}x{opened.resolution[1]}"
-            for opened in (reference, samples)
-            if opened.resolution
-        ]
+        (h, w), (height, width) = reference.resolution, samples.resolution
         raise ValueError(
-            f"the reference {reference.name} is {sizes[0]} and {samples.name} is {sizes[1]} (HxW): resize one, or pass --allow_resolution"
+            f"the reference {reference.name} is {h}x{w} and {samples.name} is {height}x{width} (HxW): "
+            "resize one, or pass --allow_resolution"
         )
 
 
@@ -241,6 +245,7 @@ def measure(
         "features": network.name,
         "protocol": network.protocol,
         "weights_sha256": network.sha256,
+        "outputs": list(getattr(network, "outputs", ())) or None,  # where there are images, what it gave
         "count": None,
         "resolution": None,
         "fingerprint": None,
@@ -254,5 +259,14 @@ def measure(
     provenance["statistics"] = "in the file" if opened.statistics else "of the images"
     provenance["statistics_count"] = opened.statistics.count if opened.statistics else provenance["count"]
     provenance["file_sha256"] = sha256(opened.path) if opened.path.is_file() else None
-    notes = opened.notes + (features.provenance["notes"] if features else [])
+    notes = [*opened.notes, *_notes_on_spatial(opened, provenance["outputs"])]
+    notes += features.provenance["notes"] if features else []
     return MeasuredSet(opened.name, features, opened.statistics, notes, provenance)
+
+
+def _notes_on_spatial(opened, outputs):
+    """That a file lacks what its network, as far as is known, would give."""
+    given = outputs is None or "spatial" in outputs
+    if not given or not opened.statistics or opened.statistics.spatial:
+        return []
+    return [f"{opened.name} has no spatial statistics (mu_s, sigma_s): sFID is n/a"]

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import _beside  # noqa: F401
 import benchmark_engine
 import benchmark_evaluation
 import torch

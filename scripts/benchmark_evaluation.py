@@ -26,10 +26,10 @@ from PIL import Image
 
 from evaluation.features import PART_SIZE, extract
 from evaluation.frechet import frechet_distance
-from evaluation.images import open_images
-from evaluation.inception import INPUT_SIZE, InceptionFeatures, inception_network
 from evaluation.moments import moments_of
+from evaluation.networks.inception import INPUT_SIZE, InceptionFeatures, inception_network
 from evaluation.precision_recall import precision_recall
+from guided_diffusion.files.image_sets import open_images
 from guided_diffusion.flags.parser import Parser, run_main
 from guided_diffusion.runs import machine
 
@@ -40,7 +40,9 @@ PICTURES = 160
 FURTHER = (
     20 * PART_SIZE
 )  # images less than SAMPLES, in whole parts: as many wait for their part to be complete then
-REAL_BATCHES = 64  # one batch in so many is Inception's where memory is measured; it divides a part, at whose end memory is highest
+# One batch in so many is Inception's where memory is measured; it divides a part, at whose end memory is
+# highest.
+REAL_BATCHES = 64
 REPEATS = 5  # the median counts
 
 
@@ -101,8 +103,9 @@ def report_precision_recall():
         2e-9 * DIMENSION * n / t for n, t in ((pairs, seconds), (REFERENCE * SAMPLES, plain_seconds))
     )
     print(
-        f"precision and recall, {REFERENCE} reference and {SAMPLES} sample features of {DIMENSION} dimensions, float32: {seconds:.2f} s; "
-        f"with one inner product per pair of images {rate:.1f} GFLOP/s, {rate / plain_rate:.0%} of the {plain_rate:.1f} GFLOP/s of a plain "
+        f"precision and recall, {REFERENCE} reference and {SAMPLES} sample features of {DIMENSION} "
+        f"dimensions, float32: {seconds:.2f} s; with one inner product per pair of images {rate:.1f} GFLOP/s, "
+        f"{rate / plain_rate:.0%} of the {plain_rate:.1f} GFLOP/s of a plain "
         f"matrix product of the two; peak resident memory of the process {memory / 1e9:.2f} GB"
     )
 
@@ -140,8 +143,9 @@ def report_extraction(folder):
         times.append((middle - start, time.perf_counter() - middle))
     rate, plain_rate = (PICTURES / statistics.median(column) for column in zip(*times[1:], strict=True))
     print(
-        f"feature extraction from {PICTURES} cold PNG files of 128x128, {network.protocol} protocol: {rate:.1f} images/s, "
-        f"{rate / plain_rate:.0%} of the bare Inception network's {plain_rate:.1f} images/s, both at batch {network.batch_size}"
+        f"feature extraction from {PICTURES} cold PNG files of 128x128, {network.protocol} protocol: "
+        f"{rate:.1f} images/s, {rate / plain_rate:.0%} of the bare Inception network's {plain_rate:.1f} "
+        f"images/s, both at batch {network.batch_size}"
     )
 
 

@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 
 import _beside  # noqa: F401
+from comparison import FEATURES, SMALLEST, DigitsQuality, hold_out, judge, summaries, with_error
 
 import classifiers
 from classifiers import load_classifier
-from evaluation.comparison import FEATURES, SMALLEST, DigitsQuality, hold_out, judge, summaries, with_error
-from evaluation.evaluator import metric_key, metric_label
+from evaluation.metrics import metric_key, metric_label
 from guided_diffusion.files.atomic import renamed_when_complete, write_json
 from guided_diffusion.flags.edm import EDMFlags
 from guided_diffusion.flags.fields import configure, given_flags

@@ -15,13 +15,13 @@ from itertools import product
 from pathlib import Path
 
 import _beside  # noqa: F401
+import comparison
 import numpy as np
+from comparison import FEATURES, METRICS, DigitsQuality, hold_out, summaries, with_error
 
 import classifiers
 from classifiers.registry import find_classifier, load_classifier
-from evaluation import comparison
-from evaluation.comparison import FEATURES, METRICS, DigitsQuality, hold_out, summaries, with_error
-from evaluation.evaluator import metric_key, metric_label
+from evaluation.metrics import metric_key, metric_label
 from guided_diffusion.files.atomic import write_json
 from guided_diffusion.files.grid import save_grid
 from guided_diffusion.files.run_folder import read_run, read_samples

@@ -1,7 +1,8 @@
 """Evaluate sets of images against a reference: FID, sFID, Inception Score, precision, recall, density,
 coverage, KID.
 
-    python scripts/evaluate.py pretrained_models/VIRTUAL_imagenet128_labeled.npz results/resnet101 results/resnet50 --report results/report
+    python scripts/evaluate.py pretrained_models/VIRTUAL_imagenet128_labeled.npz results/resnet101 \\
+        results/resnet50 --report results/report
     python scripts/evaluate.py real.npz a.npz b.npz --features digits --bootstrap 200 --compare a.npz b.npz
 
 A set is an npz, a folder or a zip of images, an output folder of this project, or an npz with statistics. The
@@ -18,16 +19,22 @@ from dataclasses import asdict
 from pathlib import Path
 
 import _beside  # noqa: F401
+from network_flags import add_network_flags, network_of
 
-from evaluation.evaluator import Options, Reference, compare, evaluate, metric_label
-from evaluation.images import pick_images
-from evaluation.inception import WEIGHTS, find_inception_weights
-from evaluation.networks import add_network_flags, feature_network
-from evaluation.report import require_matplotlib, table, to_json, write_report
+from evaluation.evaluator import evaluate
+from evaluation.metrics import metric_label
+from evaluation.networks import feature_network
+from evaluation.networks.inception import WEIGHTS, find_inception_weights
+from evaluation.reference import Reference
+from evaluation.report import require_matplotlib, to_json, write_report
+from evaluation.resampling import Options, compare
 from evaluation.sets import measure, open_set, require_comparable, require_images_only
+from evaluation.tables import table
 from guided_diffusion.dist_util import choose_device
 from guided_diffusion.files.atomic import write_json
 from guided_diffusion.files.checkpoints import PRETRAINED_DIR
+from guided_diffusion.files.console import print_result
+from guided_diffusion.files.image_sets import pick_images
 from guided_diffusion.flags.parser import Parser, run_main
 
 COMPARE_RESAMPLES = 200
@@ -142,10 +149,6 @@ def check_flags(args):
         raise ValueError(f"--json {args.json} is a folder; give a file")
 
 
-def network_of(args):
-    return feature_network(args.features, args.protocol, args.weights, choose_device(args.device))
-
-
 def open_all(args, network):
     """{path: OpenedSet}, the reference's under None; what can be known to be wrong without a feature is
     refused here.
@@ -227,18 +230,21 @@ def compare_two(args, reference, a, b):
 
 
 def write_outputs(args, opened, reference, results, comparison):
-    verdict = ["", comparison["verdict"]] if comparison else []
-    text = [table(results), *(f"note: reference: {note}" for note in reference.notes), *verdict]
-    print("\n".join(text), file=sys.stderr if args.json == "-" else sys.stdout)
-    if args.json == "-":
-        print(json.dumps(to_json(results, reference.notes, comparison), indent=2))
-    elif args.json:
-        write_json(args.json, to_json(results, reference.notes, comparison))
+    """The files first: whatever is wrong with the terminal or the pipe behind stdout, they are there."""
+    content = to_json(results, reference.notes, comparison)
+    if args.json and args.json != "-":
+        write_json(args.json, content)
     if args.report:
         sets = [samples for path, samples in opened.items() if path is not None and samples.images]
         grids = {samples.name: pick_images(samples.images, GRID_IMAGES, args.seed) for samples in sets}
         page = write_report(args.report, results, grids, reference.notes, comparison)
-        print(f"report: {page}", file=sys.stderr)
+    verdict = ["", comparison["verdict"]] if comparison else []
+    text = [table(results), *(f"note: reference: {note}" for note in reference.notes), *verdict]
+    print_result("\n".join(text), to_stderr=args.json == "-")
+    if args.json == "-":
+        print_result(json.dumps(content, indent=2))
+    if args.report:
+        print_result(f"report: {page}", to_stderr=True)
 
 
 def selfcheck(args):
@@ -255,7 +261,7 @@ def selfcheck(args):
     reference, samples = (measure_with(args, network, open_set(path, network)) for path in paths[:2])
     result = evaluate(Reference(reference), samples)
     lines = compare_with_published(result.metrics)
-    print("\n".join(lines))
+    print_result("\n".join(lines))
     if any("DIFFERS" in line for line in lines):
         raise ValueError("the self-check failed: see the figures that differ")
 
@@ -288,7 +294,8 @@ def compare_with_published(metrics):
         value = math.nan if metrics[metric] is None else metrics[metric]
         agrees = abs(value - published) <= tolerance  # false for NaN
         lines.append(
-            f"{metric}: {value:.6f}, published {published}, tolerance {tolerance}: {'agrees' if agrees else 'DIFFERS'}"
+            f"{metric}: {value:.6f}, published {published}, tolerance {tolerance}: "
+            f"{'agrees' if agrees else 'DIFFERS'}"
         )
     return lines
 

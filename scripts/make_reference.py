@@ -2,24 +2,22 @@
 
     python scripts/make_reference.py /data/imagenet128 pretrained_models/my_reference.npz
 
-The npz holds the mean and covariance of the features of all images (mu, sigma; spatial: mu_s, sigma_s); a
-random subset of the images in their order (arr_0), from which precision and recall are computed; and of what
-the statistics are (protocol, features, weights_sha256, count).
-"""
+The npz holds the mean and covariance of the features of all images (mu, sigma; mu_s, sigma_s of spatial
+features, which Inception has); a random subset of the images in their order (arr_0), from which precision and
+recall are computed; and of what the statistics are (protocol, features, weights_sha256, count)."""
 
-import sys
 from pathlib import Path
 
 import _beside  # noqa: F401
 import numpy as np
+from network_flags import add_network_flags, network_of
 
 from evaluation.features import extract
-from evaluation.images import open_images, pick_images
 from evaluation.moments import moments_of
-from evaluation.networks import add_network_flags, feature_network
 from evaluation.sets import DENSITY_NEIGHBOURS, require_enough
-from guided_diffusion.dist_util import choose_device
 from guided_diffusion.files.atomic import renamed_when_complete
+from guided_diffusion.files.console import print_result
+from guided_diffusion.files.image_sets import open_images, pick_images
 from guided_diffusion.flags.parser import Parser, run_main
 
 
@@ -36,27 +34,32 @@ def main():
     check_flags(args)
     images = open_images(args.images, skip_unreadable=args.skip_unreadable)
     require_enough(args.images, images.entries)
-    network = feature_network(args.features, args.protocol, args.weights, choose_device(args.device))
+    network = network_of(args)
     features = extract(images, network, batch_size=args.batch_size, cache=args.cache)
     for note in features.provenance["notes"]:
-        print(f"note: {note}", file=sys.stderr)
-    pool, spatial = moments_of(features.pool3).gaussian(), features.spatial.gaussian()
+        print_result(f"note: {note}", to_stderr=True)
+    arrays = {
+        **statistics_of(features),
+        "arr_0": pick_images(images, args.num_images, args.seed),
+        "protocol": np.array(network.protocol),
+        "features": np.array(network.name),
+        "weights_sha256": np.array(network.sha256),
+        "count": np.array(features.count),
+    }
     with renamed_when_complete(args.out) as file:
-        np.savez(
-            file,
-            mu=pool.mu,
-            sigma=pool.sigma,
-            mu_s=spatial.mu,
-            sigma_s=spatial.sigma,
-            arr_0=pick_images(images, args.num_images, args.seed),
-            protocol=np.array(network.protocol),
-            features=np.array(network.name),
-            weights_sha256=np.array(network.sha256),
-            count=np.array(features.count),
-        )
-    print(
-        f"{args.out}: statistics of {features.count} images, {min(features.count, args.num_images)} of them inside"
-    )
+        np.savez(file, **arrays)
+    inside = min(features.count, args.num_images)
+    print_result(f"{args.out}: statistics of {features.count} images, {inside} of them inside")
+
+
+def statistics_of(features):
+    """mu and sigma of the pooled features; mu_s and sigma_s where the network has spatial ones."""
+    pool = moments_of(features.pool3).gaussian()
+    statistics = {"mu": pool.mu, "sigma": pool.sigma}
+    if features.spatial:
+        spatial = features.spatial.gaussian()
+        statistics |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma}
+    return statistics
 
 
 def check_flags(args):

@@ -9,14 +9,14 @@ gradient was not finite. A line is the mean over the images, the band around it 
 to the highest. A run that is not finished is drawn as far as it is.
 """
 
-import importlib.util
 from collections import defaultdict
 from pathlib import Path
 
 import _beside  # noqa: F401
 import numpy as np
 
-from guided_diffusion.files.atomic import renamed_when_complete
+from guided_diffusion.files.console import print_result
+from guided_diffusion.files.figures import plain_style, plain_text, require_matplotlib, save_figure
 from guided_diffusion.files.run_folder import finished_files, read_metrics
 from guided_diffusion.flags.parser import Parser, run_main
 
@@ -39,15 +39,14 @@ def main():
     )
     parser.add_argument("--out", type=Path, help="the picture; by default guidance.png in the first folder")
     args = parser.parse_args()
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('the plot needs matplotlib, which is not installed: pip install -e ".[plot]"')
+    require_matplotlib("the plot needs")
     out = args.out or default_out(args.folders[0])
     runs = [read_lines(folder) for folder in args.folders]
     axis = common_axis(args.folders, runs)
-    draw(
-        out, {name: curves(lines, axis) for name, lines in zip(names(args.folders), runs, strict=True)}, axis
-    )
-    print(out)
+    drawn = {name: curves(lines, axis) for name, lines in zip(names(args.folders), runs, strict=True)}
+    with plain_style():
+        save_figure(draw(drawn, axis), out)
+    print_result(str(out))
 
 
 def default_out(folder):
@@ -64,7 +63,8 @@ def read_lines(folder):
     lines = list(read_metrics(folder))
     if not lines:
         raise ValueError(
-            f"{folder} has no record of its guidance: run with --log_guidance True, into another --out or with --overwrite True"
+            f"{folder} has no record of its guidance: run with --log_guidance True, into another --out or "
+            "with --overwrite True"
         )
     return lines
 
@@ -76,7 +76,8 @@ def common_axis(folders, runs):
     without = [folder for folder, lines in zip(folders, runs, strict=True) if lines[0]["sigma"] is None]
     if without and len(without) < len(runs):
         raise ValueError(
-            f"{without[0]} was guided by a noisy classifier, whose record has no noise levels: plot it without the others"
+            f"{without[0]} was guided by a noisy classifier, whose record has no noise levels: "
+            "plot it without the others"
         )
     return "step" if without else "sigma"
 
@@ -114,7 +115,8 @@ def summary(lines, key):
     return np.average(values[finite], weights=weights[finite]), values[finite].min(), values[finite].max()
 
 
-def draw(path, runs, axis):
+def draw(runs, axis):
+    """A figure with a panel for each of PANELS and a line for each run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -122,7 +124,7 @@ def draw(path, runs, axis):
     for axes, (key, title) in zip(panels.flat, PANELS.items(), strict=True):
         for name, (places, values) in runs.items():
             mean, lowest, highest = values[key]
-            (line,) = axes.plot(places, mean, marker=".", markersize=4, linewidth=1.2, label=name)
+            (line,) = axes.plot(places, mean, marker=".", markersize=4, linewidth=1.2, label=plain_text(name))
             axes.fill_between(places, lowest, highest, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set_title(title, fontsize=10)
         highest = max(np.nanmax(values[key], initial=0) for _, values in runs.values())
@@ -139,8 +141,7 @@ def draw(path, runs, axis):
     figure.legend(
         handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False, fontsize=9
     )
-    with renamed_when_complete(path) as file:
-        figure.savefig(file, format="png", dpi=130)
+    return figure
 
 
 if __name__ == "__main__":

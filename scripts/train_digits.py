@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 
 from classifiers.registry import DIGITS
-from evaluation.digits_features import DigitsNetwork
+from evaluation.networks.digits import DigitsNetwork
 from guided_diffusion.edm import EDMPrecond
 from guided_diffusion.files.atomic import renamed_when_complete, write_json
 from guided_diffusion.files.checkpoints import PRETRAINED_DIR, sha256

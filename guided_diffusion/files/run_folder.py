@@ -1,13 +1,16 @@
 """The output folder of a run: settings, one shard per batch, and in the end one npz in the published layout,
 or a PNG for every sample.
 
-    run.json                      the settings and what else is worth a record, written first; totals are added last
-    log.txt, grid.png             what was said, and a look at the first images (not beside PNGs, where it would count as one)
-    shards/000000-000016.npz      images, labels and metrics of a fixed range of sample indices, while the run lasts
+    run.json                      the settings and what else is worth a record, written first; totals last
+    log.txt, grid.png             what was said, and a look at the first images (not beside PNGs, where it
+                                  would count as one)
+    shards/000000-000016.npz      images, labels and metrics of a fixed range of sample indices, while the run
+                                  lasts
     run.lock                      whose folder it is, while the run lasts
     metrics.jsonl                 what guidance did at each step of each batch, if that was asked for
     samples_NxHxWx3.npz           arr_0: uint8 NHWC, arr_1: int64 labels, in index order
-    000000.png ... dataset.json   instead of that npz; the labels are in the json, which comes last, in the layout of EDM's datasets
+    000000.png ... dataset.json   instead of that npz; the labels are in the json, which comes last, in the
+                                  layout of EDM's datasets
 
 A file with one of these names is complete: it is written under another name in the same folder, then renamed.
 """
@@ -93,7 +96,8 @@ def require_no_leftovers(folder: Path, pictures: bool) -> None:
         )
     if pictures and (others := pngs(folder)):
         raise ValueError(
-            f"{folder} holds pictures, such as {others[0].name}, but no run.json that says whose: choose another --out"
+            f"{folder} holds pictures, such as {others[0].name}, but no run.json that says whose: "
+            "choose another --out"
         )
 
 

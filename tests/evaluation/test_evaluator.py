@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from evaluation import evaluator as module
-from evaluation.digits_features import DigitsFeatures, DigitsNetwork
 from evaluation.evaluator import (
     METRICS,
     Options,
@@ -27,6 +26,7 @@ from evaluation.evaluator import (
 )
 from evaluation.frechet import frechet_distance, frechet_infinity
 from evaluation.networks import feature_network
+from evaluation.networks.digits import DigitsFeatures, DigitsNetwork
 from evaluation.precision_recall import density_coverage, precision_recall
 from evaluation.scores import inception_score, kernel_distance
 from evaluation.sets import measure, open_set, require_comparable

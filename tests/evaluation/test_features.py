@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from test_images import png, write_zip
 
 from evaluation import features as module
-from evaluation.digits_features import DigitsFeatures, DigitsNetwork
 from evaluation.features import extract
-from evaluation.images import open_images
 from evaluation.moments import moments_of
+from evaluation.networks.digits import DigitsFeatures, DigitsNetwork
+from guided_diffusion.files.image_sets import open_images
 
 N = 37
 IMAGES = np.random.RandomState(3).randint(0, 256, (N, 16, 16, 3), dtype=np.uint8)

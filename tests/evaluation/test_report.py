@@ -15,8 +15,8 @@ from PIL import Image
 from evaluation import report
 from evaluation.evaluator import METRICS, Result
 from evaluation.frechet import ErrorBar, Extrapolation
-from evaluation.images import open_images, pick_images
 from evaluation.report import WARNING, markdown_table, require_matplotlib, table, to_json, write_report
+from guided_diffusion.files.image_sets import open_images, pick_images
 
 ROOT = Path(__file__).resolve().parents[2]
 VALUES = dict(zip(METRICS, (2.19, 5.09, 141.4767, 0.79, 0.58, 0.9, 0.8, -0.00012), strict=True))

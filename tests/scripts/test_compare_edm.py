@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from comparison import HELD_OUT, DigitsQuality
 from helpers import ROOT, Result, call, contents, load_samples, load_script
 from PIL import Image
 
 from classifiers.registry import load_classifier
-from evaluation.comparison import HELD_OUT, DigitsQuality
 from guided_diffusion.files.checkpoints import PRETRAINED_DIR
 
 compare = load_script("compare_edm")

@@ -13,7 +13,7 @@ from helpers import ROOT, call, load_script
 from PIL import Image
 from safetensors.torch import save_file
 
-from evaluation.digits_features import DigitsFeatures, DigitsNetwork
+from evaluation.networks.digits import DigitsFeatures, DigitsNetwork
 
 evaluate = load_script("evaluate")
 RANDOM = np.random.RandomState(6)

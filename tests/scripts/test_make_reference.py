@@ -11,7 +11,7 @@ from helpers import call, load_script
 from PIL import Image
 from safetensors.torch import save_file
 
-from evaluation.digits_features import DigitsFeatures, DigitsNetwork
+from evaluation.networks.digits import DigitsFeatures, DigitsNetwork
 
 make_reference = load_script("make_reference")
 evaluate = load_script("evaluate")

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.evaluator import Options, Reference, evaluate, metric_key
+from evaluation.evaluator import evaluate
+from evaluation.metrics import metric_key
 from evaluation.networks import feature_network
+from evaluation.reference import Reference
+from evaluation.resampling import Options
 from evaluation.sets import DENSITY_NEIGHBOURS, measure, open_set
 from guided_diffusion.files.atomic import renamed_when_complete
 from guided_diffusion.files.checkpoints import PRETRAINED_DIR

@@ -3,11 +3,12 @@ are defined.
 
 Two protocols, which differ in how an image becomes the network's 299x299 input:
 
-    adm          guided-diffusion's: TensorFlow 1 bilinear resize of 0..255 (source coordinate = i * in / out), then (x - 128) / 128
+    adm          guided-diffusion's: TensorFlow 1 bilinear resize of 0..255 (source coordinate
+                 = i * in / out), then (x - 128) / 128
     pytorch-fid  pytorch-fid's: half-pixel bilinear resize of 0..1, then 2x - 1
 
 Numbers of one must not be compared with numbers of the other. The blocks are those of the package
-pytorch_fid; torchvision comes through it.
+pytorch_fid, the rest of the network is torchvision's.
 """
 
 from collections.abc import Mapping
@@ -15,42 +16,39 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from numpy.typing import NDArray
 from pytorch_fid import inception as published
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluation.features import read_weights
+from evaluation.networks.weights import read_weights
 from guided_diffusion.files.checkpoints import find_pretrained, load_into, sha256
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d"  # its beginning, which the published name carries
 INPUT_SIZE = 299
 SPATIAL_CHANNELS = 7
-LAYERS = (
-    *(
-        "Conv2d_1a_3x3",
-        "Conv2d_2a_3x3",
-        "Conv2d_2b_3x3",
-        "maxpool1",
-        "Conv2d_3b_1x1",
-        "Conv2d_4a_3x3",
-        "maxpool2",
-    ),
-    *(
-        "Mixed_5b",
-        "Mixed_5c",
-        "Mixed_5d",
-        "Mixed_6a",
-        "Mixed_6b",
-        "Mixed_6c",
-        "Mixed_6d",
-        "Mixed_6e",
-        "Mixed_7a",
-        "Mixed_7b",
-        "Mixed_7c",
-    ),
-)
+LAYERS = [
+    "Conv2d_1a_3x3",
+    "Conv2d_2a_3x3",
+    "Conv2d_2b_3x3",
+    "maxpool1",
+    "Conv2d_3b_1x1",
+    "Conv2d_4a_3x3",
+    "maxpool2",
+    "Mixed_5b",
+    "Mixed_5c",
+    "Mixed_5d",
+    "Mixed_6a",
+    "Mixed_6b",
+    "Mixed_6c",
+    "Mixed_6d",
+    "Mixed_6e",
+    "Mixed_7a",
+    "Mixed_7b",
+    "Mixed_7c",
+]
 
 
 def find_inception_weights(path: str | Path | None = None) -> Path:
@@ -66,7 +64,8 @@ def find_inception_weights(path: str | Path | None = None) -> Path:
     path = find_pretrained(WEIGHTS, url=published.FID_WEIGHTS_URL) if path is None else Path(path)
     if path.name == WEIGHTS and not (digest := sha256(path)).startswith(WEIGHTS_SHA256):
         raise ValueError(
-            f"{path} is not the published file (sha256 {digest[:8]}..., not {WEIGHTS_SHA256}...); get it from {published.FID_WEIGHTS_URL}"
+            f"{path} is not the published file (sha256 {digest[:8]}..., not {WEIGHTS_SHA256}...); "
+            f"get it from {published.FID_WEIGHTS_URL}"
         )
     return path
 
@@ -75,7 +74,7 @@ def inception_network() -> nn.Module:
     """The network with the names and shapes of the published weights, its own weights random: nothing is
     downloaded.
     """
-    network = published.torchvision.models.inception_v3(
+    network = torchvision.models.inception_v3(
         weights=None, num_classes=1008, aux_logits=False, init_weights=False
     )
     network.Mixed_5b = published.FIDInceptionA(192, pool_features=32)
@@ -126,6 +125,7 @@ class InceptionFeatures:
     """
 
     name = "inception-2015-12-05"
+    outputs = ("pool3", "spatial", "logits")
 
     def __init__(
         self,

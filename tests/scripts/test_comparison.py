@@ -6,12 +6,11 @@ import math
 import statistics
 from pathlib import Path
 
+import comparison
 import numpy as np
 import pytest
 import torch
-
-from evaluation import comparison
-from evaluation.comparison import (
+from comparison import (
     HELD_OUT,
     REFERENCE,
     DigitsQuality,
@@ -21,6 +20,7 @@ from evaluation.comparison import (
     summaries,
     with_error,
 )
+
 from evaluation.frechet import frechet_distance
 from evaluation.networks import feature_network
 

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from evaluation.features import read_weights
-from guided_diffusion.files.checkpoints import load_into
+from evaluation.networks.weights import read_weights
+from guided_diffusion.files.checkpoints import PRETRAINED_DIR, load_into
 
 SIZE = 16
-SPATIAL_CHANNELS = 7  # of the 4x4 map, as many as sFID takes of Inception's
+DIGITS_WEIGHTS = PRETRAINED_DIR / "digits" / "features.safetensors"
 
 
 class DigitsNetwork(nn.Module):
@@ -29,14 +29,11 @@ class DigitsNetwork(nn.Module):
         self.fc = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.features(x)[1])
+        return self.fc(self.pool(x))
 
-    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """((N, 64, 4, 4), (N, 64)): the map before the last stage, and the average over space of the map
-        after it.
-        """
-        maps = self.stages(x)
-        return maps, self.last(maps).mean(dim=(2, 3))
+    def pool(self, x: Tensor) -> Tensor:
+        """(N, 64): the average over space of the last map."""
+        return self.last(self.stages(x)).mean(dim=(2, 3))
 
 
 def _stage(before, after, pooled):
@@ -58,14 +55,15 @@ def normalise(images: NDArray[np.uint8] | Tensor) -> Tensor:
 
 
 class DigitsFeatures:
-    """Called on (N, 16, 16, 3) uint8 images, numpy or torch, it returns float32 arrays: `pool3` (N, 64),
-    `logits` (N, 10), and `spatial` (N, 112), the first 7 channels of the 4x4 map in NHWC order.
+    """Called on (N, 16, 16, 3) uint8 images, numpy or torch, it returns float32 arrays: `pool3` (N, 64)
+    and `logits` (N, 10).
 
     `weights` is a file or a state dict. Raises ValueError for weights that do not fit and for images of
     another size.
     """
 
     name, protocol, batch_size = "digits", "digits", 256
+    outputs = ("pool3", "logits")
 
     def __init__(self, weights: str | Path | Mapping[str, Tensor], device: str | torch.device = "cpu"):
         state_dict, self.sha256 = read_weights(weights)
@@ -77,12 +75,7 @@ class DigitsFeatures:
     @torch.inference_mode()
     def __call__(self, images: NDArray[np.uint8] | Tensor) -> dict[str, NDArray[np.float32]]:
         if tuple(images.shape[1:]) != (SIZE, SIZE, 3) or images.dtype not in (np.uint8, torch.uint8):
-            raise ValueError(
-                f"the digits features need uint8 images (N, {SIZE}, {SIZE}, 3), not {images.dtype} {tuple(images.shape)}"
-            )
-        maps, pool = self.network.features(normalise(torch.as_tensor(images).to(self.device)))
-        spatial = maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-        return {
-            key: value.cpu().numpy()
-            for key, value in {"pool3": pool, "spatial": spatial, "logits": self.network.fc(pool)}.items()
-        }
+            given = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"the digits features need uint8 images (N, {SIZE}, {SIZE}, 3), not {given}")
+        pool = self.network.pool(normalise(torch.as_tensor(images).to(self.device)))
+        return {"pool3": pool.cpu().numpy(), "logits": self.network.fc(pool).cpu().numpy()}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.inception import (
+from evaluation.networks.inception import (
     WEIGHTS,
     InceptionFeatures,
     adm_input,
@@ -116,5 +116,5 @@ def test_finding_weights(tmp_path, monkeypatch):
             ValueError, match=r"not the published file \(sha256 .*\.\.\., not 6726825d\.\.\.\)"
         ):
             find_inception_weights(path)
-    monkeypatch.setattr("evaluation.inception.sha256", lambda path: "6726825d" + 56 * "0")
+    monkeypatch.setattr("evaluation.networks.inception.sha256", lambda path: "6726825d" + 56 * "0")
     assert find_inception_weights() == tmp_path / WEIGHTS

@@ -1,0 +1,74 @@
+"""Feature networks: which there are, what a user may say about them, and the one that a name stands for."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from evaluation.features import FeatureNetwork
+from evaluation.networks.digits import DIGITS_WEIGHTS, DigitsFeatures
+from evaluation.networks.inception import PROTOCOLS, InceptionFeatures, find_inception_weights
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """What everything that extracts features lets its user choose, with the defaults. `metadata` holds the
+    help, and `choices` and `metavar` where there are some.
+    """
+
+    features: str = field(
+        default="inception",
+        metadata={"help": "inception, digits, or FILE.safetensors with weights of the digits network"},
+    )
+    protocol: str | None = field(
+        default=None,
+        metadata={
+            "help": "how images become Inception's input; adm by default",
+            "choices": tuple(PROTOCOLS),
+        },
+    )
+    weights: str | None = field(
+        default=None,
+        metadata={"help": "Inception weights, by default those in pretrained_models/", "metavar": "FILE"},
+    )
+    batch_size: int | None = field(
+        default=None,
+        metadata={"help": "images per call of the network; a default that fits the device"},
+    )
+    device: str = field(
+        default="", metadata={"help": "cpu, cuda, cuda:1; by default the accelerator if there is one"}
+    )
+    cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "keep the features there: a killed run resumes, the next one extracts nothing",
+            "metavar": "DIR",
+        },
+    )
+
+
+def feature_network(
+    features: str = "inception",
+    protocol: str | None = None,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+) -> FeatureNetwork:
+    """The network that --features names; `protocol` (adm by default) and `weights` are Inception's.
+
+    Raises ValueError where they are given with another network, for other names, and what the networks raise;
+    FileNotFoundError that says which weights to put where.
+    """
+    if features == "inception":
+        return InceptionFeatures(find_inception_weights(weights), protocol or "adm", device)
+    if protocol or weights:
+        raise ValueError(
+            f"--protocol and --weights are Inception's; with --features {features} leave them out"
+        )
+    if features == "digits":
+        return DigitsFeatures(DIGITS_WEIGHTS, device)
+    if features.endswith(".safetensors"):
+        return DigitsFeatures(features, device)
+    raise ValueError(
+        f"unknown --features {features}; write inception, digits, or FILE.safetensors with weights of the "
+        "digits network"
+    )

@@ -1,0 +1,69 @@
+"""The set that others are compared with: factored and thinned out once."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.frechet import FrechetReference
+from evaluation.sets import MeasuredSet
+
+MAX_REFERENCE_IMAGES = 10_000  # as in guided-diffusion's evaluation
+ENOUGH_IMAGES = 10_000  # from here on little is left of the bias of precision, recall and Inception Score
+
+
+@dataclass
+class Reference:
+    """A measured set to which others are compared: its covariances are factored once.
+
+    `features` are those of at most 10,000 of its images, drawn with `seed`; None where it has no images.
+    `spatial` is None where it has no spatial features. `notes` are about the reference.
+    """
+
+    measured: MeasuredSet
+    seed: int = 0
+    pool: FrechetReference = field(init=False)
+    spatial: FrechetReference | None = field(init=False)
+    features: NDArray[np.float32] | None = field(init=False)
+    notes: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        spatial = self.measured.spatial()
+        self.pool = FrechetReference(self.measured.pool())
+        self.spatial = FrechetReference(spatial) if spatial else None
+        self.notes = self.measured.notes + notes_on_covariances(self.measured)
+        self.features = self.measured.features.pool3 if self.measured.features else None
+        if self.features is None:
+            return
+        count = len(self.features)
+        if count < ENOUGH_IMAGES:
+            fewer = f"{count} images, fewer than {ENOUGH_IMAGES:,}"
+            self.notes.append(f"{fewer}: precision and recall depend on their number")
+        elif count > MAX_REFERENCE_IMAGES:
+            taken = f"{MAX_REFERENCE_IMAGES:,} of {count:,} images"
+            self.notes.append(f"all but FID, sFID and IS take {taken}")
+            self.features = some_rows(self.features, MAX_REFERENCE_IMAGES, self.seed)
+
+
+def some_rows(features: NDArray, count: int, seed: int) -> NDArray:
+    """`count` random rows in their order; all of them where there are no more."""
+    if len(features) == count:
+        return features
+    return features[np.sort(np.random.RandomState(seed).choice(len(features), count, replace=False))]
+
+
+def notes_on_covariances(measured: MeasuredSet) -> list[str]:
+    """A line for each covariance that is singular because it is of too few images."""
+    dimensions = {}
+    if measured.statistics:
+        dimensions["pooled"] = measured.statistics.pool.mu.size
+    elif measured.features:
+        dimensions["pooled"] = measured.features.pool3.shape[1]
+        if measured.features.spatial:
+            dimensions["spatial"] = measured.features.spatial.mean.size
+    count = measured.statistics.count if measured.statistics else measured.count
+    return [
+        f"{count} images are not more than the {dimension} {kind} features: singular covariance"
+        for kind, dimension in dimensions.items()
+        if count is not None and count <= dimension
+    ]
