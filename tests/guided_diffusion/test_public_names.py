@@ -16,8 +16,8 @@ from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 LOOP = """model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
     device=None, progress=False"""
 LOOP_KEYWORDS = "guidance=None, randn_like=None, variance_max='schedule'"
-UNET = """image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout=0,
-    channel_mult=(1, 2, 4, 8), conv_resample=True, dims=2"""
+UNET = """image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions,
+    dropout=0, channel_mult=(1, 2, 4, 8), conv_resample=True, dims=2"""
 UNET_TAIL = """use_checkpoint=False, use_fp16=False, num_heads=1, num_head_channels=-1, num_heads_upsample=-1,
     use_scale_shift_norm=False, resblock_updown=False, use_new_attention_order=False"""
 EDM = "img_resolution, img_channels, label_dim=0, use_fp16=False"
@@ -62,6 +62,7 @@ SIGNATURES = {
         "setup_dist": "",
         "dev": "",
         "load_state_dict": "path, map_location='cpu'",
+        "sync_params": "params",
     },
     "guided_diffusion.logger": {"configure": "dir=None", "log": "*args", "get_dir": ""},
     # This project
@@ -79,8 +80,9 @@ SIGNATURES = {
         "GuidedDenoiser": "net, guidance, y",
     },
     "guided_diffusion.edm": {
-        "edm_sampler": """net, latents, class_labels=None, randn_like=torch.randn_like, *, guidance=None, y=None,
-            num_steps=18, sigma_min=0.002, sigma_max=80, rho=7, S_churn=0, S_min=0, S_max=math.inf, S_noise=1""",
+        "edm_sampler": """net, latents, class_labels=None, randn_like=torch.randn_like, *, guidance=None,
+            y=None, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7, S_churn=0, S_min=0, S_max=math.inf,
+            S_noise=1""",
         "EDMPrecond": f"{EDM}, sigma_min=0, sigma_max=math.inf, sigma_data=0.5, model_type='DhariwalUNet'",
         "VPPrecond": f"{EDM}, beta_d=19.9, beta_min=0.1, M=1000, epsilon_t=1e-5, model_type='SongUNet'",
         "VEPrecond": f"{EDM}, sigma_min=0.02, sigma_max=100, model_type='SongUNet'",

@@ -175,6 +175,7 @@ def test_flags_have_the_type_of_their_default(capsys):
     assert args_to_dict(parser.parse_args([]), defaults) == defaults
     args = parser.parse_args(["--i=3", "--f=2", "--b=yes", "--s=7", "--n=8"])
     assert typed(args_to_dict(args, defaults)) == typed({"i": 3, "f": 2.0, "b": True, "s": "7", "n": "8"})
+    assert parser.parse_args(["--b"]).b is True
     for flag, value in (("--b", "maybe"), ("--i", "1.5")):
         with pytest.raises(SystemExit) as caught:
             parser.parse_args([flag, value])
