@@ -10,6 +10,7 @@ those of guided-diffusion and EluCD, and a few more.
 import _beside  # noqa: F401
 
 import classifiers
+from guided_diffusion.files.console import print_result
 from guided_diffusion.flags.adm import ADMFlags
 from guided_diffusion.flags.fields import parse
 from guided_diffusion.flags.parser import run_main
@@ -25,7 +26,7 @@ def main(flags=ADMFlags):
     if config.dry_run:
         dry_run(job)
     elif path := run(job):
-        print(path)
+        print_result(str(path))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ comparison.json beside the runs, and, where matplotlib is installed, comparison.
 number of network evaluations.
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -21,7 +20,9 @@ from comparison import FEATURES, SMALLEST, DigitsQuality, hold_out, judge, summa
 import classifiers
 from classifiers import load_classifier
 from evaluation.metrics import metric_key, metric_label
-from guided_diffusion.files.atomic import renamed_when_complete, write_json
+from guided_diffusion.files.atomic import write_json
+from guided_diffusion.files.console import print_result
+from guided_diffusion.files.figures import plain_style, save_figure
 from guided_diffusion.flags.edm import EDMFlags
 from guided_diffusion.flags.fields import configure, given_flags
 from guided_diffusion.flags.parser import Parser, parse_numbers, run_main
@@ -76,10 +77,13 @@ def main():
         runs[tuple(key)].append(config.folder)
     rows = measured(runs, folder, seeds, args, classifier)
     write_json(folder / "comparison.json", rows)
-    draw(folder / "comparison.png", rows)
-    print_table(rows, len(seeds))
-    if (folder / "comparison.png").exists():
-        print(f"curves: {folder / 'comparison.png'}")
+    try:
+        with plain_style():
+            draw(folder / "comparison.png", rows)
+    except ValueError as error:
+        print(f"no curves: {error}", file=sys.stderr)
+    curves = folder / "comparison.png"
+    print_result("\n".join([*table(rows, len(seeds)), *([f"curves: {curves}"] if curves.exists() else [])]))
 
 
 def create_argparser():
@@ -154,19 +158,17 @@ def measured(runs, folder, seeds, args, classifier):
     return [*rows, *summaries({("real", "", None): real}, KEY, quality)]
 
 
-def print_table(rows, seeds):
-    header = f"{'network':<18} {'guidance':<9} {'steps':>5} {'evaluations':>11} "
-    print(header + " ".join(f"{label:>15}" for label in CURVES.values()))
+def table(rows, seeds):
+    """The lines of the table."""
+    head = " ".join(f"{label:>15}" for label in CURVES.values())
+    lines = [f"{'network':<18} {'guidance':<9} {'steps':>5} {'evaluations':>11} {head}"]
     for row in rows:
         steps = f"{row['steps'] or '':>5} {row.get('evaluations', ''):>11}"
         cells = [with_error(row[key], form_of(key)) if key in row else "" for key in CURVES]
-        print(
-            f"{row['network']:<18} {row['guidance']:<9} {steps} " + " ".join(f"{cell:>15}" for cell in cells)
-        )
-    count = f"{rows[0]['images']['mean']:.0f} images"
-    print(
-        f"{count} in each run" + (f", {seeds} runs each; ± is their standard deviation" if seeds > 1 else "")
-    )
+        numbers = " ".join(f"{cell:>15}" for cell in cells)
+        lines.append(f"{row['network']:<18} {row['guidance']:<9} {steps} {numbers}")
+    spread = f", {seeds} runs each; ± is their standard deviation" if seeds > 1 else ""
+    return [*lines, f"{rows[0]['images']['mean']:.0f} images in each run{spread}"]
 
 
 def form_of(key):
@@ -175,9 +177,6 @@ def form_of(key):
 
 def draw(path, rows):
     """One panel per metric, one curve per network and form, over the number of network evaluations."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print('no curves: they are drawn with matplotlib, pip install -e ".[plot]"', file=sys.stderr)
-        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
@@ -213,8 +212,7 @@ def draw(path, rows):
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    with renamed_when_complete(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 if __name__ == "__main__":

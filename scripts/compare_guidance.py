@@ -23,6 +23,7 @@ import classifiers
 from classifiers.registry import find_classifier, load_classifier
 from evaluation.metrics import metric_key, metric_label
 from guided_diffusion.files.atomic import write_json
+from guided_diffusion.files.console import print_result
 from guided_diffusion.files.grid import save_grid
 from guided_diffusion.files.run_folder import read_run, read_samples
 from guided_diffusion.flags.adm import ADMFlags
@@ -62,10 +63,8 @@ def main():
     measured = measure_all(runs, seeds)
     write_json(folder / "comparison.json", {"judge": judged, "features": measured})
     draw(folder / "comparison.png", {key: outs[0] for key, outs in runs.items()})
-    print_judgement(judged)
-    if measured:
-        print_quality(measured)
-    print(f"pictures from the same noise: {folder / 'comparison.png'}")
+    lines = ["", *judgement(judged), *(["", *quality(measured)] if measured else [])]
+    print_result("\n".join([*lines, f"pictures from the same noise: {folder / 'comparison.png'}"]))
 
 
 def refuse(args, seeds, given):
@@ -128,41 +127,34 @@ def draw(path, folders, columns=20):
     save_grid(path, groups, scale=max(1, 48 // groups[0].shape[1]), columns=len(groups[0]), titles=titles)
 
 
-def print_judgement(rows):
-    print(
-        f"\n{'network':<18} {'guidance':<9} {'wanted class':>15} {'log-probability':>16} "
+def judgement(rows):
+    """The lines of the first table."""
+    lines = [
+        f"{'network':<18} {'guidance':<9} {'wanted class':>15} {'log-probability':>16} "
         f"{'s per image':>12} {'guidance time':>14}"
-    )
+    ]
     for row in rows:
         seconds, share = row["seconds_per_image"]["mean"], row["guidance_share"]["mean"]
         judged = f"{with_error(row['hit'], '.1%'):>15} {with_error(row['log_prob'], '.2f'):>16}"
-        cells = f"{judged} {seconds:>12.4f} {share:>14.0%}"
-        print(f"{row['network']:<18} {row['guidance']:<9} {cells}")
+        lines.append(f"{row['network']:<18} {row['guidance']:<9} {judged} {seconds:>12.4f} {share:>14.0%}")
+    return lines
 
 
-def print_quality(rows):
+def quality(rows):
+    """The lines of the second table."""
     labels = [metric_label(metric, FEATURES) for metric in METRICS]
-    print(f"\n{'network':<18} {'guidance':<9} {'images':>6} " + " ".join(f"{label:>15}" for label in labels))
+    head = " ".join(f"{label:>15}" for label in labels)
+    lines = [f"{'network':<18} {'guidance':<9} {'images':>6} {head}"]
     for row in rows:
         distance, *others = (row[metric_key(metric, FEATURES)] for metric in METRICS)
         # Of one run, the spread of its resamples stands in for that of the seeds.
-        cells = [
-            with_error(
-                {
-                    **distance,
-                    "std": row["resampled_std"]["mean"] if distance["std"] is None else distance["std"],
-                },
-                ".2f",
-            )
-        ]
-        cells += [with_error(cell, ".3f") for cell in others]
-        print(
-            f"{row['network']:<18} {row['guidance']:<9} {row['images']['mean']:>6.0f} "
-            + " ".join(f"{cell:>15}" for cell in cells)
-        )
-
+        std = row["resampled_std"]["mean"] if distance["std"] is None else distance["std"]
+        cells = [with_error({**distance, "std": std}, ".2f"), *(with_error(cell, ".3f") for cell in others)]
+        numbers = " ".join(f"{cell:>15}" for cell in cells)
+        lines.append(f"{row['network']:<18} {row['guidance']:<9} {row['images']['mean']:>6.0f} {numbers}")
     one = len(rows[0]["images"]["runs"]) == 1
-    print(f"± is the standard deviation over {'resamples of the images' if one else 'the seeds'}")
+    lines.append(f"± is the standard deviation over {'resamples of the images' if one else 'the seeds'}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ those of EDM's generate.py and EluCD, and a few more.
 import _beside  # noqa: F401
 
 import classifiers
+from guided_diffusion.files.console import print_result
 from guided_diffusion.flags.edm import EDMFlags
 from guided_diffusion.flags.fields import parse
 from guided_diffusion.flags.parser import run_main
@@ -26,7 +27,7 @@ def main(flags=EDMFlags):
     if config.dry_run:
         dry_run(job)
     elif path := run(job):
-        print(path)
+        print_result(str(path))
 
 
 if __name__ == "__main__":

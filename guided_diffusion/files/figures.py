@@ -53,4 +53,4 @@ def plain_text(name: str) -> str:
 def save_figure(figure: Any, path: str | Path, **options: Any) -> None:
     """Write a figure as a PNG that is complete or absent; `options` are `Figure.savefig`'s."""
     with renamed_when_complete(path) as file:
-        figure.savefig(file, format="png", dpi=130, **options)
+        figure.savefig(file, format="png", **{"dpi": 130, **options})
