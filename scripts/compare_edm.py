@@ -12,10 +12,22 @@ number of network evaluations.
 """
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import _beside  # noqa: F401
-from comparison import FEATURES, SMALLEST, DigitsQuality, hold_out, judge, summaries, with_error
+from comparison import (
+    FEATURES,
+    SMALLEST,
+    DigitsQuality,
+    cells,
+    distinct_numbers,
+    hold_out,
+    judge,
+    require_other_judge,
+    summaries,
+    with_error,
+)
 
 import classifiers
 from classifiers import load_classifier
@@ -24,8 +36,8 @@ from guided_diffusion.files.atomic import write_json
 from guided_diffusion.files.console import print_result
 from guided_diffusion.files.figures import plain_style, save_figure
 from guided_diffusion.flags.edm import EDMFlags
-from guided_diffusion.flags.fields import configure, given_flags
-from guided_diffusion.flags.parser import Parser, parse_numbers, run_main
+from guided_diffusion.flags.fields import given_flags
+from guided_diffusion.flags.parser import Parser, run_main
 from guided_diffusion.flags.presets import EDM_PRESETS
 from guided_diffusion.runs import edm
 from guided_diffusion.runs.job import run
@@ -37,17 +49,6 @@ FORMS = {
     "released": {"use_classifier": True, "guidance_form": "released"},
     "score": {"use_classifier": True, "guidance_form": "score"},
 }
-# What tells the rows apart, or is the same for all of them.
-OWN_FLAGS = (
-    "unconditional",
-    "use_classifier",
-    "guidance_form",
-    "out",
-    "format",
-    "subdirs",
-    "dry_run",
-    "class_idx",
-)
 KEY = ("network", "guidance", "steps")
 DISTANCE = metric_key("fid", FEATURES)
 CURVES = {
@@ -61,20 +62,22 @@ CURVES = {
 def main():
     parser = create_argparser()
     args, rest = parser.parse_known_args()
-    steps = parse_numbers(args.steps, "--steps")
-    seeds = parse_numbers(args.seeds, "--seeds")
+    steps, seeds = distinct_numbers(args.steps, "--steps"), distinct_numbers(args.seeds, "--seeds")
     given = given_flags(EDMFlags, None, EDM_PRESETS, ["--preset", args.preset, *rest])
-    refuse(args, given, steps, seeds)
+    if min(seeds) < 0:
+        raise ValueError(f"--seeds must be from 0 on, got {args.seeds}")
+    if args.num_samples < SMALLEST:
+        raise ValueError(f"--num_samples must be at least {SMALLEST}, got {args.num_samples}")
+    require_other_judge(args.judge, given, EDM_PRESETS[args.preset])
     classifier = load_classifier(args.judge, num_classes=10)
     folder = args.out or Path("results", args.preset)
-    runs = {(network, form, n): [] for network in NETWORKS for form in FORMS for n in steps}
-    cells = {(seed, *key): cell(args, given, folder, seed, *key) for seed in seeds for key in runs}
-    refuse_idle(given, cells.values())
-    for (seed, *key), config in cells.items():
-        network, form, n = key
-        print(f"{network}, {form}, {n} steps, seed {seed}", file=sys.stderr)
+    keys = [(seed, *key) for seed in seeds for key in product(NETWORKS, FORMS, steps)]
+    runs = {}
+    configs = cells(EDMFlags, EDM_PRESETS, given, {key: fixed(args, folder, *key) for key in keys})
+    for (seed, *key), config in configs.items():
+        print(f"{key[0]}, {key[1]}, {key[2]} steps, seed {seed}", file=sys.stderr)
         run(edm.make_job(config, classifiers))
-        runs[tuple(key)].append(config.folder)
+        runs.setdefault(tuple(key), []).append(config.folder)
     rows = measured(runs, folder, seeds, args, classifier)
     write_json(folder / "comparison.json", rows)
     try:
@@ -109,10 +112,10 @@ def create_argparser():
     return parser
 
 
-def cell(args, given, folder, seed, network, form, steps):
-    """The configuration of one run."""
+def fixed(args, folder, seed, network, form, steps):
+    """What one run is told, whatever the user writes."""
     first = seed * args.num_samples
-    fixed = {
+    return {
         **FORMS[form],
         "unconditional": NETWORKS[network],
         "steps": steps,
@@ -120,32 +123,8 @@ def cell(args, given, folder, seed, network, form, steps):
         "format": "npz",
         "seeds": f"{first}-{first + args.num_samples - 1}",
         "out": str(folder / f"seed{seed}" / f"{network}-{form}-{steps}"),
+        "dry_run": False,
     }
-    return configure(EDMFlags, EDM_PRESETS, given, fixed)
-
-
-def refuse(args, given, steps, seeds):
-    """Raise ValueError for flags that would make two rows the same, and for a judge that cannot be one."""
-    for name in [name for name in OWN_FLAGS if name in given]:
-        raise ValueError(f"--{name} is this script's own to give to each row: drop it")
-    for name, numbers in (("steps", steps), ("seeds", seeds)):
-        if len(set(numbers)) < len(numbers):
-            raise ValueError(f"--{name} {getattr(args, name)} names a number twice; each gives one run")
-    if min(seeds) < 0:
-        raise ValueError(f"--seeds must be from 0 on, got {args.seeds}")
-    if args.num_samples < SMALLEST:
-        raise ValueError(f"--num_samples must be at least {SMALLEST}, got {args.num_samples}")
-    if args.judge == given.get("classifier_type", EDM_PRESETS[args.preset]["classifier_type"]):
-        raise ValueError(
-            f"--judge {args.judge} is the guide itself; choose another classifier, of another architecture"
-        )
-
-
-def refuse_idle(given, configs):
-    """Raise ValueError for a flag that means nothing in any row."""
-    used = {name for config in configs for name in config.given}
-    if idle := sorted(given.keys() - used):
-        raise ValueError(f"--{idle[0]} means nothing in any row of this table: drop it")
 
 
 def measured(runs, folder, seeds, args, classifier):

@@ -11,31 +11,39 @@ the runs.
 """
 
 import sys
-from itertools import product
 from pathlib import Path
 
 import _beside  # noqa: F401
 import comparison
 import numpy as np
-from comparison import FEATURES, METRICS, DigitsQuality, hold_out, summaries, with_error
+from comparison import (
+    FEATURES,
+    METRICS,
+    DigitsQuality,
+    cells,
+    distinct_numbers,
+    hold_out,
+    require_other_judge,
+    summaries,
+    with_error,
+)
 
 import classifiers
-from classifiers.registry import find_classifier, load_classifier
+from classifiers import load_classifier
 from evaluation.metrics import metric_key, metric_label
 from guided_diffusion.files.atomic import write_json
 from guided_diffusion.files.console import print_result
 from guided_diffusion.files.grid import save_grid
 from guided_diffusion.files.run_folder import read_run, read_samples
 from guided_diffusion.flags.adm import ADMFlags
-from guided_diffusion.flags.fields import configure, given_flags
-from guided_diffusion.flags.parser import Parser, parse_numbers, run_main
+from guided_diffusion.flags.fields import given_flags
+from guided_diffusion.flags.parser import Parser, run_main
 from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.runs import adm
 from guided_diffusion.runs.job import run
 
 NETWORKS = {"class-conditional": False, "unconditional": True}
 GUIDANCE = {"unguided": {"classifier_scale": 0.0}, "guided": {}}
-OWN = {"seed": "use --seeds", "unconditional": "both kinds of network are compared anyway"}
 
 
 def main():
@@ -47,18 +55,19 @@ def main():
     parser.add_argument("--seeds", default="0", help="one comparison per seed, for example 0-2")
     parser.add_argument("--out", type=Path, help="output folder, by default results/PRESET")
     args, rest = parser.parse_known_args()
-    seeds = parse_numbers(args.seeds, "--seeds")
+    seeds = distinct_numbers(args.seeds, "--seeds")
     given = given_flags(ADMFlags, None, PRESETS, ["--preset", args.preset, *rest])
-    refuse(args, seeds, given)
+    require_null_class(args.preset)
+    require_other_judge(args.judge, given, PRESETS[args.preset])
     folder = args.out or Path("results", args.preset)
+    keys = [(seed, network, mode) for seed in seeds for network in NETWORKS for mode in GUIDANCE]
     runs = {}
-    for seed in seeds:
-        for (network, unconditional), (mode, extra) in product(NETWORKS.items(), GUIDANCE.items()):
-            out = folder / f"seed{seed}" / f"{network}-{mode}"
-            print(f"{network}, {mode}, seed {seed}", file=sys.stderr)
-            fixed = {**extra, "unconditional": unconditional, "seed": seed, "out": str(out)}
-            run(adm.make_job(configure(ADMFlags, PRESETS, given, fixed), classifiers))
-            runs.setdefault((network, mode), []).append(out)
+    for (seed, *key), config in cells(
+        ADMFlags, PRESETS, given, {key: fixed(folder, *key) for key in keys}
+    ).items():
+        print(f"{', '.join(key)}, seed {seed}", file=sys.stderr)
+        run(adm.make_job(config, classifiers))
+        runs.setdefault(tuple(key), []).append(config.folder)
     judged = summaries(runs, ("network", "guidance"), lambda out: judge(out, args.judge))
     measured = measure_all(runs, seeds)
     write_json(folder / "comparison.json", {"judge": judged, "features": measured})
@@ -67,23 +76,21 @@ def main():
     print_result("\n".join([*lines, f"pictures from the same noise: {folder / 'comparison.png'}"]))
 
 
-def refuse(args, seeds, given):
-    """Raise ValueError for flags that would make two rows the same, and for a judge that cannot be one."""
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds {args.seeds} names a seed twice; each gives one run")
-    for name in OWN.keys() & given.keys():
-        raise ValueError(f"--{name} would make rows of the table alike: {OWN[name]}")
+def fixed(folder, seed, network, mode):
+    """What one run is told, whatever the user writes."""
+    out = str(folder / f"seed{seed}" / f"{network}-{mode}")
+    own = {"unconditional": NETWORKS[network], "seed": seed, "out": out, "dry_run": False}
+    return {**GUIDANCE[mode], **own}
+
+
+def require_null_class(preset):
+    """Raise ValueError for a preset whose network cannot sample unconditionally."""
     usable = [name for name, values in PRESETS.items() if values.get("null_class")]
-    if args.preset not in usable:
+    if preset not in usable:
         raise ValueError(
-            f"--preset {args.preset} has no network with a null class, to sample unconditionally; "
+            f"--preset {preset} has no network with a null class, to sample unconditionally; "
             f"choose {', '.join(usable)}"
         )
-    if args.judge == given.get("classifier_type", PRESETS[args.preset].get("classifier_type")):
-        raise ValueError(
-            f"--judge {args.judge} is the guide itself; choose another classifier, of another architecture"
-        )
-    find_classifier(args.judge)
 
 
 def judge(folder, name):

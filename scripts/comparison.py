@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from classifiers.registry import find_classifier
 from evaluation.evaluator import evaluate
 from evaluation.metrics import metric_key
 from evaluation.networks import feature_network
@@ -18,6 +19,8 @@ from evaluation.sets import DENSITY_NEIGHBOURS, measure, open_set
 from guided_diffusion.files.atomic import renamed_when_complete
 from guided_diffusion.files.checkpoints import PRETRAINED_DIR
 from guided_diffusion.files.run_folder import read_samples
+from guided_diffusion.flags.fields import configure
+from guided_diffusion.flags.parser import parse_numbers
 
 METRICS = ("fid", "precision", "recall", "density", "coverage")
 FEATURES, RESAMPLES = "digits", 200
@@ -25,6 +28,43 @@ SMALLEST = DENSITY_NEIGHBOURS + 1  # images, for all of METRICS
 REFERENCE, HELD_OUT = PRETRAINED_DIR / "digits/reference.npz", PRETRAINED_DIR / "digits/held_out.npz"
 
 Runs = Mapping[tuple, Sequence[Path]]
+
+
+def cells(
+    flags: type,
+    presets: Mapping[str, Any],
+    given: Mapping[str, Any],
+    fixed: Mapping[tuple, Mapping[str, Any]],
+) -> dict[tuple, Any]:
+    """The configuration of each cell: what the user wrote, under what the cell fixes, by the cell's key.
+
+    A given flag goes to the cells in which it means something. Raises ValueError for one that every cell fixes, and
+    for one that means nothing in any.
+    """
+    for name in sorted(given.keys() & set.intersection(*(set(values) for values in fixed.values()))):
+        if name != "preset":
+            raise ValueError(f"--{name} is this script's own to give to each row: drop it")
+    configs = {key: configure(flags, presets, given, values) for key, values in fixed.items()}
+    if idle := sorted(given.keys() - {name for config in configs.values() for name in config.given}):
+        raise ValueError(f"--{idle[0]} means nothing in any row of this table: drop it")
+    return configs
+
+
+def require_other_judge(judge: str, given: Mapping[str, Any], preset: Mapping[str, Any]) -> None:
+    """Raise ValueError for a judge that is the guide, or no classifier."""
+    if judge == given.get("classifier_type", preset.get("classifier_type")):
+        raise ValueError(
+            f"--judge {judge} is the guide itself; choose another classifier, of another architecture"
+        )
+    find_classifier(judge)
+
+
+def distinct_numbers(text: str, flag: str) -> list[int]:
+    """ "0-2" as a list. Raises ValueError where a number stands twice."""
+    numbers = parse_numbers(text, flag)
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{flag} {text} names a number twice; each gives one run")
+    return numbers
 
 
 def summaries(
