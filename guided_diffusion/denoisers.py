@@ -117,7 +117,7 @@ class GuidedDenoiser:
 
 
 def _denoising_step(sigma: float | Tensor) -> GuidanceStep:
-    low, high = (float(level) for level in torch.as_tensor(sigma).aminmax())
+    low, high = (float(level) for level in torch.as_tensor(sigma, dtype=torch.float64).aminmax())
     if low != high:
         raise ValueError(
             f"guidance takes one noise level for the whole batch, got sigma from {low:g} to {high:g}"
