@@ -24,7 +24,7 @@ from guided_diffusion.script_util import (
     model_and_diffusion_defaults,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 # The flags of the digits preset that describe the network and the diffusion, without guidance.
 DIGITS_NETWORK = {
     key: PRESETS["digits"][key] for key in model_and_diffusion_defaults() if key in PRESETS["digits"]
