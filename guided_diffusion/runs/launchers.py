@@ -7,6 +7,7 @@ launcher's job or process. No MPI library is needed.
 
 import os
 import re
+import socket
 import tempfile
 import time
 import uuid
@@ -105,9 +106,10 @@ def _open_on_this_node(place, timeout):
     """Rank 0: open a store, tell its address until all have come."""
     store = dist.TCPStore(HERE, 0, is_master=True, wait_for_workers=False, timeout=timeout)
     path, address = _address_file(place), f"{store.port} {uuid.uuid4().hex}"
+    own = dist.PrefixStore(address, store)
+    own.set("open", "")
     with renamed_when_complete(path) as file:
         file.write(address.encode())
-    own = dist.PrefixStore(address, store)
     try:
         return dist.PrefixStore(meet(own, place.rank, place.size, timeout), own)
     finally:
@@ -125,11 +127,13 @@ def _find_on_this_node(place, timeout):
         with suppress(OSError, ValueError, dist.DistError):
             address = path.read_text()
             port = int(address.split()[0])
+            socket.create_connection((HERE, port), 1).close()  # a store would try a dead port again and again
             store = dist.TCPStore(HERE, port, is_master=False, timeout=ANSWER_TIMEOUT)
             own = dist.PrefixStore(address, store)
-            name = meet(own, place.rank, place.size, ANSWER_TIMEOUT)
-            store.set_timeout(timeout)
-            return dist.PrefixStore(name, own)
+            if own.check(["open"]):
+                name = meet(own, place.rank, place.size, ANSWER_TIMEOUT)
+                store.set_timeout(timeout)
+                return dist.PrefixStore(name, own)
         time.sleep(0.05)
     raise _late(place.rank, place.size, timeout)
 

@@ -25,9 +25,9 @@ def test_the_name_is_taken_at_the_end_of_the_block(tmp_path, old):
         file.write(b"new")
         file.flush()
         assert (path.read_bytes() if path.exists() else None) == old
-        (part,) = (tmp_path / name for name in names(tmp_path) if name != "file.bin")
         # Hidden, and without the ending that readers look for.
-        assert part.name.startswith(".") and part.suffix == ".part"
+        (part,) = (name for name in names(tmp_path) if name != "file.bin")
+        assert part.startswith(".") and part.endswith(".part")
     assert path.read_bytes() == b"new" and names(tmp_path) == ["file.bin"]
 
 
@@ -44,9 +44,7 @@ def test_a_block_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, er
 def test_the_content_is_on_the_disk_before_it_has_the_name(tmp_path, monkeypatch):
     synced, replace = [], os.replace
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
-    monkeypatch.setattr(
-        os, "replace", lambda source, target: synced.append(target) or replace(source, target)
-    )
+    monkeypatch.setattr(os, "replace", lambda old, new: synced.append(new) or replace(old, new))
     with renamed_when_complete(tmp_path / "file.bin") as file:
         file.write(b"12345")
     assert synced == [5, tmp_path / "file.bin"]
@@ -58,8 +56,7 @@ def test_a_folder_that_is_not_there_is_the_error_that_is_raised(tmp_path):
 
 
 def test_json_is_read_back_and_replaced_as_a_whole(tmp_path):
-    path = tmp_path / "run.json"
-    content = {"a": [1, None, 0.5], "b": {"ü": "ß"}}
+    path, content = tmp_path / "run.json", {"a": [1, None, 0.5], "b": {"ü": "ß"}}
     write_json(path, content)
     assert json.loads(path.read_text()) == content and path.read_bytes().endswith(b"}\n")
     with pytest.raises(TypeError):
