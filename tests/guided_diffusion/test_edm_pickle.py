@@ -53,29 +53,20 @@ def test_names_of_the_published_network():
     )["shapes"]
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.arange(24.0).view(2, 3, 2, 2).to(memory_format=torch.channels_last),
-        torch.arange(24.0)[5:9],
-        torch.arange(6.0).view(2, 3).T,
-        torch.tensor(2.5),
-        torch.ones(0, 3),
-        torch.tensor([1.5, -2]).bfloat16(),
-        torch.tensor([1.5, -2]).half(),
-        torch.tensor([1.5, -2]).double(),
-        torch.tensor([2**40, -1]),
-        torch.tensor([True, False]),
-        torch.tensor([200], dtype=torch.uint8),
-    ],
-    ids=lambda t: f"{t.dtype} {list(t.shape)}",
-)
+# fmt: off
+TENSORS = [
+    torch.arange(24.0).view(2, 3, 2, 2).to(memory_format=torch.channels_last), torch.arange(24.0)[5:9],
+    torch.arange(6.0).view(2, 3).T, torch.tensor(2.5), torch.ones(0, 3), torch.tensor([1.5, -2]).bfloat16(),
+    torch.tensor([1.5, -2]).half(), torch.tensor([1.5, -2]).double(), torch.tensor([2**40, -1]),
+    torch.tensor([True, False]), torch.tensor([200], dtype=torch.uint8),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("tensor", TENSORS, ids=lambda t: f"{t.dtype} {list(t.shape)}")
 def test_tensors_of_any_layout_and_type(tmp_path, tensor):
-    path = write(
-        tmp_path,
-        network({"w": torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()), "none": None}),
-    )
-    read = load_state_dict(path)
+    parameter = torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+    read = load_state_dict(write(tmp_path, network({"w": parameter, "none": None})))
     assert list(read) == ["w"]
     assert read["w"].dtype == tensor.dtype and read["w"].is_contiguous() and not read["w"].requires_grad
     assert torch.equal(read["w"], tensor)
