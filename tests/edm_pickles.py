@@ -1,6 +1,6 @@
 """Writes pickles in the format of EDM's snapshots, without EDM.
 
-    python tests/edm_pickles.py OUT.pkl     # the size of the ADM network for 64x64, 296 million random weights
+    python tests/edm_pickles.py OUT.pkl     # as large as the ADM network for 64x64: 296 million weights
 
 The network's classes, and the module that a real file names, exist only while a pickle is written.
 """
@@ -19,22 +19,10 @@ from torch import nn
 from guided_diffusion.edm import EDMPrecond, iDDPMPrecond
 from guided_diffusion.files.checkpoints import load_state_dict
 
-TINY = {
-    "img_resolution": 8,
-    "img_channels": 3,
-    "label_dim": 2,
-    "model_channels": 4,
-    "channel_mult": [1, 2],
-    "num_blocks": 1,
-}
-ADM_64 = {
-    "img_resolution": 64,
-    "img_channels": 3,
-    "label_dim": 1000,
-    "use_fp16": True,
-    "model_channels": 192,
-    "channel_mult": [1, 2, 3, 4],
-}
+TINY = {"img_resolution": 8, "img_channels": 3, "label_dim": 2}
+TINY |= {"model_channels": 4, "channel_mult": [1, 2], "num_blocks": 1}
+ADM_64 = {"img_resolution": 64, "img_channels": 3, "label_dim": 1000, "use_fp16": True}
+ADM_64 |= {"model_channels": 192, "channel_mult": [1, 2, 3, 4]}
 
 
 class Call:
@@ -60,12 +48,8 @@ def reconstruct(meta):
 @contextlib.contextmanager
 def edm_modules():
     """The modules that a snapshot names, where pickle looks for them."""
-    names = {
-        "torch_utils": {},
-        "torch_utils.persistence": {"_reconstruct_persistent_obj": reconstruct},
-        "dnnlib": {},
-    }
-    names["dnnlib.util"] = {"EasyDict": EasyDict}
+    names = {"torch_utils": {}, "torch_utils.persistence": {"_reconstruct_persistent_obj": reconstruct}}
+    names |= {"dnnlib": {}, "dnnlib.util": {"EasyDict": EasyDict}}
     modules = {name: types.ModuleType(name) for name in names}
     for name, contents in names.items():
         for attribute, thing in contents.items():
@@ -81,17 +65,8 @@ def edm_modules():
 
 def persistent(class_name, state, source="raise SystemExit('executed')", **changes):
     """An object as `torch_utils.persistence` pickles it."""
-    return Call(
-        reconstruct,
-        {
-            "type": "class",
-            "version": 6,
-            "module_src": source,
-            "class_name": class_name,
-            "state": state,
-            **changes,
-        },
-    )
+    meta = {"type": "class", "version": 6, "module_src": source, "class_name": class_name, "state": state}
+    return Call(reconstruct, {**meta, **changes})
 
 
 def module_state(parameters=(), buffers=(), modules=(), arguments=None, args=()):

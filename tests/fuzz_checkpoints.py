@@ -33,19 +33,13 @@ LONGEST, MOST_MEMORY = 5, 1 << 30  # seconds, bytes
 def valid_pickle(protocol):
     """A network of a few small tensors, so that most bytes are structure."""
     dtypes = (torch.float32, torch.float16, torch.int64)
-    parameters = {
-        f"p{i}": torch.nn.Parameter(torch.rand(3, 2).to(dtype), requires_grad=False)
-        for i, dtype in enumerate(dtypes)
-    }
-    layer = persistent(
-        "Conv2d", module_state(parameters, {"resample_filter": torch.full((1, 1, 2, 2), 0.25), "none": None})
-    )
-    container = torch.nn.ModuleDict({"linear": torch.nn.Linear(2, 2)})
+    tensors = [torch.rand(3, 2).to(dtype) for dtype in dtypes]
+    parameters = {f"p{i}": torch.nn.Parameter(t, requires_grad=False) for i, t in enumerate(tensors)}
+    buffers = {"resample_filter": torch.full((1, 1, 2, 2), 0.25), "none": None}
+    layer = persistent("Conv2d", module_state(parameters, buffers))
+    modules = {"conv": layer, "enc": torch.nn.ModuleDict({"linear": torch.nn.Linear(2, 2)}), "skip": None}
     arguments = {"img_resolution": 8, "channel_mult": [1, 2], "dropout": 0.1}
-    network = persistent(
-        "EDMPrecond",
-        module_state(modules={"conv": layer, "enc": container, "skip": None}, arguments=arguments),
-    )
+    network = persistent("EDMPrecond", module_state(modules=modules, arguments=arguments))
     return dumps({"ema": network, "augment_pipe": None}, protocol)
 
 
@@ -107,9 +101,8 @@ def fuzz(folder, files, seed=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -117,9 +110,8 @@ def main():
     print(f"the file at hand is {folder}/fuzz.pkl")
     outcomes, growth = fuzz(folder, args.files, args.seed)
     shutil.rmtree(folder)
-    print(
-        f"{args.files:,} files: {', '.join(f'{n:,} {what}' for what, n in sorted(outcomes.items()))}; memory grew by {growth:,} bytes"
-    )
+    counts = ", ".join(f"{n:,} {what}" for what, n in sorted(outcomes.items()))
+    print(f"{args.files:,} files: {counts}; memory grew by {growth:,} bytes")
 
 
 if __name__ == "__main__":

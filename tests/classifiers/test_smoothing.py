@@ -14,60 +14,37 @@ from classifiers.smoothing import SmoothFunctionalRelus, smooth_relus
 BETA = 3.0
 
 
-def relus(network):
-    return [m for m in network.modules() if isinstance(m, nn.ReLU)]
+def of_type(network, kind):
+    return [m for m in network.modules() if isinstance(m, kind)]
 
 
-def softpluses(network):
-    return [m for m in network.modules() if isinstance(m, nn.Softplus)]
+NAMES = [
+    "vgg11",
+    "alexnet",
+    "squeezenet1_0",
+    "mnasnet0_5",
+    "shufflenet_v2_x0_5",
+    "densenet121",
+    "resnext50_32x4d",
+]
+COUNTS = {
+    "resnet18": 9,
+    "resnet34": 17,
+    "resnet50": 17,
+    "resnet101": 34,
+    "resnet152": 51,
+    **dict.fromkeys(NAMES),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [("resnet18", 9), ("resnet34", 17), ("resnet50", 17), ("resnet101", 34), ("resnet152", 51)],
-)
-def test_count_in_resnets(name, count):
+@pytest.mark.parametrize("name", COUNTS)
+def test_no_relu_is_left_in_torchvisions_networks(name):
     with torch.device("meta"):
         network = torchvision.models.get_model(name)
-    assert smooth_relus(network, BETA) == count
-    assert relus(network) == []
-    assert all(m.beta == BETA for m in softpluses(network))
-    assert len(softpluses(network)) == count
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "vgg11",
-        "alexnet",
-        "squeezenet1_0",
-        "mnasnet0_5",
-        "shufflenet_v2_x0_5",
-        "densenet121",
-        "resnext50_32x4d",
-    ],
-)
-def test_no_relu_is_left(name):
-    with torch.device("meta"):
-        network = torchvision.models.get_model(name)
-    before = len(relus(network))
-    assert smooth_relus(network, BETA) == before > 0
-    assert relus(network) == []
-
-
-def test_sequential_of_relus():
-    network = nn.Sequential(nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU())
-    assert smooth_relus(network, BETA) == 3
-    assert len(softpluses(network)) == 3
-
-
-def test_nested():
-    network = nn.Sequential(
-        nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.ReLU(), nn.ModuleDict({"act": nn.ReLU()})])),
-        nn.ReLU(),
-    )
-    assert smooth_relus(network, BETA) == 3
-    assert relus(network) == []
+    before, names = len(of_type(network, nn.ReLU)), list(network.state_dict())
+    assert smooth_relus(network, BETA) == (COUNTS[name] or before) > 0
+    assert of_type(network, nn.ReLU) == [] and list(network.state_dict()) == names
+    assert {m.beta for m in of_type(network, nn.Softplus)} == {BETA}
 
 
 class Shared(nn.Module):
@@ -83,64 +60,50 @@ class Shared(nn.Module):
         return self.also_act(-self.act(self.first(x)) + 0.5)
 
 
+ACT = nn.ReLU()
+
+
+@pytest.mark.parametrize(
+    ("network", "count"),
+    [
+        (nn.Sequential(nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU()), 3),
+        (nn.Sequential(nn.ModuleList([nn.ReLU(), nn.ModuleDict({"act": nn.ReLU()})]), nn.ReLU()), 3),
+        (nn.ModuleList([nn.Sequential(ACT), nn.Sequential(nn.Linear(2, 2), ACT)]), 2),
+        (Shared(), 2),
+        (nn.Sequential(nn.Linear(2, 2), nn.GELU()), 0),
+    ],
+    ids=["in a row", "nested", "under two parents", "under two names", "none"],
+)
+def test_every_place_counts(network, count):
+    network = copy.deepcopy(network)
+    assert smooth_relus(network, BETA) == count and of_type(network, nn.ReLU) == []
+
+
 def test_relu_under_two_names_is_replaced_under_both():
-    network = Shared()
-    linear, x = network.first, torch.randn(5, 4)
-    assert smooth_relus(network, BETA) == 2
-    assert relus(network) == []
-    expected = F.softplus(-F.softplus(linear(x), BETA) + 0.5, BETA)
+    network, x = Shared(), torch.randn(5, 4)
+    smooth_relus(network, BETA)
+    expected = F.softplus(-F.softplus(network.first(x), BETA) + 0.5, BETA)
     torch.testing.assert_close(network(x), expected)
-
-
-def test_relu_under_two_parents_is_replaced_in_both():
-    act = nn.ReLU()
-    network = nn.ModuleList([nn.Sequential(act), nn.Sequential(nn.Linear(2, 2), act)])
-    assert smooth_relus(network, BETA) == 2
-    assert relus(network) == []
-
-
-def test_network_without_relu():
-    assert smooth_relus(nn.Sequential(nn.Linear(2, 2), nn.GELU()), BETA) == 0
 
 
 @pytest.mark.parametrize("beta", [1.0, 3.0, 50.0])
 def test_replacement_is_log_of_one_plus_exp(beta):
-    network = nn.Sequential(nn.ReLU())
+    network, x = nn.Sequential(nn.ReLU()), torch.linspace(-4, 4, 81, dtype=torch.float64)
     smooth_relus(network, beta)
-    x = torch.linspace(-4, 4, 81, dtype=torch.float64)
     # Softplus is x itself where beta x > 20: log(1 + exp(-20)) / beta = 2.1e-9 / beta.
-    torch.testing.assert_close(
-        network(x), torch.log1p(torch.exp(beta * x)) / beta, rtol=0, atol=2.1e-9 / beta
-    )
+    expected = torch.log1p(torch.exp(beta * x)) / beta
+    torch.testing.assert_close(network(x), expected, rtol=0, atol=2.1e-9 / beta)
 
 
-def test_names_in_the_state_dict_are_unchanged():
-    network = torchvision.models.resnet18()
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    smooth_relus(network, BETA)
-    after = network.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], before[name]) for name in before)
+KINKED = [nn.ReLU6(), nn.LeakyReLU(), nn.PReLU(), nn.RReLU(), nn.Hardtanh(), nn.Hardswish(), nn.Hardsigmoid()]
 
 
-KINKED = [
-    nn.ReLU6(),
-    nn.LeakyReLU(),
-    nn.PReLU(),
-    nn.RReLU(),
-    nn.Hardtanh(),
-    nn.Hardswish(),
-    nn.Hardsigmoid(),
-    nn.Threshold(0.1, 0.0),
-]
-
-
-@pytest.mark.parametrize("activation", KINKED, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("activation", [*KINKED, nn.Threshold(0.1, 0.0)], ids=lambda m: type(m).__name__)
 def test_other_kinks_are_refused_by_name_and_left_alone(activation):
     network = nn.Sequential(nn.ReLU(), nn.Sequential(activation))
     with pytest.raises(ValueError, match=rf"{type(activation).__name__}.*softplus_beta inf"):
         smooth_relus(network, BETA)
-    assert len(relus(network)) == 1
+    assert len(of_type(network, nn.ReLU)) == 1
 
 
 # Activations called as functions
@@ -151,6 +114,7 @@ class Functional(nn.Module):
 
     def __init__(self, act, module=None, classes=5):
         super().__init__()
+        torch.manual_seed(0)
         self.act, self.module = act, module or nn.Identity()
         self.conv, self.conv2, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, classes)
 
@@ -179,20 +143,23 @@ RELUS = {
     "torch.relu_": torch.relu_,
     "Tensor.relu": lambda x: x.relu(),
     "Tensor.relu_": lambda x: x.relu_(),
-}
-STATEMENTS = {
-    "F.relu inplace": statement(lambda x: F.relu(x, inplace=True)),
-    "torch.relu_": statement(torch.relu_),
-    "Tensor.relu_": statement(lambda x: x.relu_()),
+    "F.relu inplace, dropped": statement(lambda x: F.relu(x, inplace=True)),
+    "torch.relu_, dropped": statement(torch.relu_),
+    "Tensor.relu_, dropped": statement(lambda x: x.relu_()),
 }
 
 
-def load(monkeypatch, tmp_path, network, beta=BETA):
-    """load_classifier of one's own builder that returns a copy of `network`."""
-    path = tmp_path / "own.py"
-    path.write_text("def build(num_classes):\n    return NETWORK()\n")
-    monkeypatch.setattr("builtins.NETWORK", lambda: copy.deepcopy(network), raising=False)
-    return load_classifier(f"{path}:build", num_classes=5, softplus_beta=beta, image_size=8)
+@pytest.fixture
+def load(monkeypatch, tmp_path):
+    """load_classifier of one's own builder that returns a copy of a network."""
+
+    def load(network, beta=BETA):
+        path = tmp_path / "own.py"
+        path.write_text("def build(num_classes):\n    return NETWORK()\n")
+        monkeypatch.setattr("builtins.NETWORK", lambda: copy.deepcopy(network), raising=False)
+        return load_classifier(f"{path}:build", num_classes=5, softplus_beta=beta, image_size=8)
+
+    return load
 
 
 def assert_same_with_gradient(first, second):
@@ -207,47 +174,28 @@ def assert_same_with_gradient(first, second):
 
 @pytest.mark.parametrize("module", [None, nn.ReLU()], ids=["functions", "and a module"])
 @pytest.mark.parametrize("act", RELUS.values(), ids=RELUS)
-def test_functional_relus_are_smoothed(monkeypatch, tmp_path, act, module):
-    torch.manual_seed(0)
+def test_functional_relus_are_smoothed_unless_beta_is_infinite(load, act, module):
     network = Functional(act, module)
-    classifier = load(monkeypatch, tmp_path, network)
     by_hand = copy.deepcopy(network)
     by_hand.act, by_hand.module = (
-        (lambda x: F.softplus(x, BETA)),
+        lambda x: F.softplus(x, BETA),
         nn.Softplus(BETA) if module else nn.Identity(),
     )
-    assert_same_with_gradient(classifier, by_hand)
+    assert_same_with_gradient(load(network), by_hand)
+    assert_same_with_gradient(load(network, float("inf")), copy.deepcopy(network))
 
 
-@pytest.mark.parametrize("act", STATEMENTS.values(), ids=STATEMENTS)
-def test_inplace_relus_whose_result_is_dropped_are_smoothed_too(monkeypatch, tmp_path, act):
-    torch.manual_seed(0)
-    network = Functional(act)
-    by_hand = copy.deepcopy(network)
-    by_hand.act = lambda x: F.softplus(x, BETA)
-    assert_same_with_gradient(load(monkeypatch, tmp_path, network), by_hand)
-
-
-@pytest.mark.parametrize("act", RELUS.values(), ids=RELUS)
-def test_infinite_beta_keeps_functional_relus(monkeypatch, tmp_path, act):
-    torch.manual_seed(0)
-    network = Functional(act)
-    assert_same_with_gradient(load(monkeypatch, tmp_path, network, float("inf")), copy.deepcopy(network))
-
-
-def test_smoothing_ends_with_the_classifiers_call(monkeypatch, tmp_path):
-    classifier = load(monkeypatch, tmp_path, Functional(F.relu))
-    classifier(torch.zeros(1, 3, 8, 8))
+def test_smoothing_ends_with_the_classifiers_call(load):
+    load(Functional(F.relu))(torch.zeros(1, 3, 8, 8))
     assert F.relu(torch.tensor([-1.0, 2.0])).tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("name", ["relu6", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid"])
 @pytest.mark.parametrize("module", [None, nn.ReLU()], ids=["functions", "and a module"])
-def test_other_functional_kinks_are_refused_by_name(monkeypatch, tmp_path, name, module):
-    # "and a module": half smooth. Alone: there is nothing to smooth, as the message for networks without ReLU
-    # says.
+def test_other_functional_kinks_are_refused_by_name(load, name, module):
+    # Alone, there is nothing to smooth, as the message for networks without ReLU says.
     with pytest.raises(ValueError, match=f"({name if module else ''}).*softplus_beta inf"):
-        load(monkeypatch, tmp_path, Functional(getattr(F, name), module))
+        load(Functional(getattr(F, name), module))
 
 
 @pytest.mark.parametrize(
@@ -269,20 +217,13 @@ def test_a_relu_written_as_a_clamp_is_seen(clamp, kinked):
 
 
 @pytest.mark.parametrize("name", ["densenet121", "googlenet"])
-def test_torchvision_networks_that_call_relu_as_a_function(name):
+def test_torchvision_networks_that_call_relu_as_a_function(name, monkeypatch):
     torch.manual_seed(0)
     classifier = load_classifier(name, "random", num_classes=5, softplus_beta=BETA, image_size=64)
-    by_hand = copy.deepcopy(classifier.network)
     x = torch.rand(1, 3, 64, 64) * 2 - 1
-    met = []
-
-    def softplus(x, inplace=False):
-        met.append(1)
-        return F.softplus(x, BETA)
-
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(F, "relu", softplus)
-        expected = by_hand(x)
     with torch.no_grad():
-        torch.testing.assert_close(classifier(x), expected)
-    assert met
+        got = classifier(x)
+        monkeypatch.setattr(F, "relu", lambda x, inplace=False: F.softplus(x, BETA))
+        torch.testing.assert_close(got, copy.deepcopy(classifier.network)(x))
+        monkeypatch.setattr(F, "relu", lambda x, inplace=False: x)
+        assert not torch.allclose(got, classifier.network(x))  # it does call relu as a function

@@ -43,29 +43,20 @@ def test_network_answers_as_the_pickled_one(tmp_path, kind):
     torch.testing.assert_close(loaded(x, 1.5, labels), net(x, 1.5, labels), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.arange(24.0).view(2, 3, 2, 2).to(memory_format=torch.channels_last),
-        torch.arange(24.0)[5:9],
-        torch.arange(6.0).view(2, 3).T,
-        torch.tensor(2.5),
-        torch.ones(0, 3),
-        torch.tensor([1.5, -2]).bfloat16(),
-        torch.tensor([1.5, -2]).half(),
-        torch.tensor([1.5, -2]).double(),
-        torch.tensor([2**40, -1]),
-        torch.tensor([True, False]),
-        torch.tensor([200], dtype=torch.uint8),
-    ],
-    ids=lambda t: f"{t.dtype} {list(t.shape)}",
-)
+# fmt: off
+TENSORS = [
+    torch.arange(24.0).view(2, 3, 2, 2).to(memory_format=torch.channels_last), torch.arange(24.0)[5:9],
+    torch.arange(6.0).view(2, 3).T, torch.tensor(2.5), torch.ones(0, 3), torch.tensor([1.5, -2]).bfloat16(),
+    torch.tensor([1.5, -2]).half(), torch.tensor([1.5, -2]).double(), torch.tensor([2**40, -1]),
+    torch.tensor([True, False]), torch.tensor([200], dtype=torch.uint8),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("tensor", TENSORS, ids=lambda t: f"{t.dtype} {list(t.shape)}")
 def test_tensors_of_any_layout_and_type(tmp_path, tensor):
-    path = write(
-        tmp_path,
-        network({"w": torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()), "none": None}),
-    )
-    read = load_state_dict(path)
+    parameter = torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+    read = load_state_dict(write(tmp_path, network({"w": parameter, "none": None})))
     assert list(read) == ["w"]
     assert read["w"].dtype == tensor.dtype and read["w"].is_contiguous() and not read["w"].requires_grad
     assert torch.equal(read["w"], tensor)
@@ -89,7 +80,7 @@ def test_arguments_that_are_not_plain(tmp_path, arguments):
 @pytest.mark.parametrize(
     ("class_name", "changes", "words"),
     [
-        ("EDM2Precond", {}, "'EDM2Precond' is not supported; choose EDMPrecond, VPPrecond"),
+        ("EDM2Precond", {}, "'EDM2Precond' is not supported; only EDMPrecond and iDDPMPrecond"),
         ("EDMPrecond", {"embedding_type": "positional"}, "embedding_type"),
         ("EDMPrecond", {"img_resolution": "8"}, "EDMPrecond cannot be built"),
         ("EDMPrecond", {"model_channels": -4}, "EDMPrecond cannot be built"),
