@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evaluation.networks.digits import DigitsNetwork
+from evaluation.networks.digits import DigitsFeatures, DigitsNetwork
 from guided_diffusion.files.image_sets import open_images
 
 N, H, W = 11, 5, 6
@@ -53,6 +53,29 @@ def digits_weights():
         if tensor.ndim > 1:
             weights[name] = torch.randn(tensor.shape, generator=generator) * (2 / tensor[0].numel()) ** 0.5
     return weights | {"fc.bias": torch.zeros(10)}
+
+
+class TestNetwork:
+    """A feature network that gives these `outputs`: the digits features, and values of pixels as spatial ones.
+
+    It counts the images that it has seen, and is killed at its call `fail_at`.
+    """
+
+    __test__ = False
+    name, protocol, batch_size = "test", "test", 4
+
+    def __init__(self, weights=None, outputs=("pool3", "logits", "spatial"), fail_at=None):
+        self.digits = DigitsFeatures(weights or digits_weights())
+        self.given, self.fail_at, self.calls, self.seen = outputs, fail_at, 0, 0
+        self.sha256 = self.digits.sha256
+
+    def __call__(self, images):
+        if self.calls == self.fail_at:
+            raise RuntimeError("killed")
+        self.calls, self.seen = self.calls + 1, self.seen + len(images)
+        spatial = images.reshape(len(images), -1)[:, ::40].astype(np.float32)
+        features = {**self.digits(images), "spatial": spatial}
+        return {key: features[key] for key in self.given}
 
 
 def write_classes(folder, images=IMAGES):

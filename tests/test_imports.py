@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("guided_diffusion", "classifiers", "evaluation")
 OURS = {*ROOMS, "scripts", "tests"}
 ALLOWED = {
-    "guided_diffusion": {"torch", "numpy", "tqdm", "safetensors", "PIL"},
+    "guided_diffusion": {"torch", "numpy", "tqdm", "safetensors", "PIL", "matplotlib"},
     "classifiers": {"torch", "torchvision"},
-    "evaluation": {"torch", "numpy", "scipy", "pytorch_fid", "PIL", "tqdm", "matplotlib"},
+    "evaluation": {"torch", "numpy", "scipy", "torchvision", "pytorch_fid", "tqdm", "matplotlib"},
 }
 # What every room may import, and what imports no other module of the project.
 COMMON = "guided_diffusion.files"

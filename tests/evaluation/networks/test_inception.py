@@ -7,6 +7,7 @@ import socket
 import numpy as np
 import pytest
 import torch
+
 from evaluation.networks.inception import (
     WEIGHTS,
     InceptionFeatures,
@@ -15,7 +16,6 @@ from evaluation.networks.inception import (
     inception_network,
     pytorch_fid_input,
 )
-
 from guided_diffusion.files import checkpoints
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
