@@ -132,7 +132,9 @@ def _parts(images, network, batch_size, gathered, bar):
             bar.update(stop - bar.n)
             if rows["pool3"] and (stop - gathered.stop >= PART_SIZE or stop == images.entries):
                 joined = {key: np.concatenate(value) for key, value in rows.items() if value}
-                yield Part(gathered.stop, stop, joined, remarks_before + remarks)
+                # What an older part has, but not this one, is of no use.
+                given = {key: value for key, value in joined.items() if len(value) == len(joined["pool3"])}
+                yield Part(gathered.stop, stop, given, remarks_before + remarks)
                 rows = _rows(gathered)
 
 

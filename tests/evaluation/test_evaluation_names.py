@@ -29,6 +29,6 @@ def test_functions_give_python_floats():
     x, y = np.random.default_rng(0).normal(size=(2, 40, 4))
     numbers = [evaluation.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))]
     numbers += [*evaluation.precision_recall(real=x, fake=y), *evaluation.density_coverage(real=x, fake=y)]
-    numbers += [evaluation.networks.inception_score(logits=x), evaluation.kernel_distance(real=x, fake=y)]
+    numbers += [evaluation.inception_score(logits=x), evaluation.kernel_distance(real=x, fake=y)]
     numbers += evaluation.kernel_distance(real=x, fake=y, subsets=3, subset_size=10)
     assert {type(number) for number in numbers} == {float}

@@ -1,4 +1,4 @@
-"""One pass from images to features: equal for every input, resumed and cached exactly, errors from the
+"""One pass from images to features: whatever the network gives, resumed and cached exactly, errors from the
 reading thread.
 """
 
@@ -7,48 +7,21 @@ import time
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
-from test_images import png, write_zip
+from pictures_util import TestNetwork, digits_weights, write_pictures
 
 from evaluation import features as module
 from evaluation.features import extract
 from evaluation.moments import moments_of
-from evaluation.networks.digits import DigitsFeatures, DigitsNetwork
 from guided_diffusion.files.image_sets import open_images
 
 N = 37
 IMAGES = np.random.RandomState(3).randint(0, 256, (N, 16, 16, 3), dtype=np.uint8)
+OUTPUTS = [("pool3", "logits", "spatial"), ("pool3", "logits"), ("pool3",), ("spatial", "pool3")]
 
 
-class Counting:
-    """A feature network that counts its calls and images, and may fail at one of them."""
-
-    def __init__(self, network, fail_at=None):
-        self.network, self.fail_at, self.calls, self.seen = network, fail_at, 0, 0
-        self.name, self.protocol, self.sha256, self.batch_size = (
-            network.name,
-            network.protocol,
-            network.sha256,
-            4,
-        )
-
-    def __call__(self, images):
-        if self.calls == self.fail_at:
-            raise RuntimeError("killed")
-        self.calls, self.seen = self.calls + 1, self.seen + len(images)
-        return self.network(images)
-
-
-@pytest.fixture(scope="module")
-def weights():
-    torch.manual_seed(0)
-    return DigitsNetwork().state_dict()
-
-
-@pytest.fixture(scope="module")
-def network(weights):
-    return DigitsFeatures(weights)
+@pytest.fixture(params=OUTPUTS, ids=lambda outputs: "+".join(outputs))
+def outputs(request):
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -56,172 +29,164 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(module, "PART_SIZE", 8)
 
 
+@pytest.fixture
+def images(tmp_path):
+    return write_npz(tmp_path / "a.npz")
+
+
 def write_npz(path, images=IMAGES):
     np.savez(path, arr_0=images)
     return open_images(path)
 
 
-def write_folder(folder, images=IMAGES):
-    folder.mkdir()
-    for index, image in enumerate(images):
-        (folder / f"{index:03d}.png").write_bytes(png(image))
-    return folder
-
-
-def write_shards(folder):
-    (folder / "shards").mkdir(parents=True)
-    (folder / "run.json").write_text('{"settings": {"num_samples": 50}}')
-    for start in range(0, N, 10):
-        np.savez(
-            folder / "shards" / f"{start:06d}-{min(start + 10, N):06d}.npz", arr_0=IMAGES[start : start + 10]
-        )
-    return folder
+@pytest.fixture
+def run(tmp_path):
+    """Extract with a cache."""
+    return lambda images, network, **more: extract(
+        images, network, cache=tmp_path / "cache", progress=False, **more
+    )
 
 
 def check_equal(a, b):
-    for x, y in (
-        (a.pool3, b.pool3),
-        (a.logits, b.logits),
-        (a.spatial.mean, b.spatial.mean),
-        (a.spatial.covariance(), b.spatial.covariance()),
-    ):
-        assert np.array_equal(x, y)
+    assert np.array_equal(a.pool3, b.pool3)
+    assert np.array_equal(a.logits, b.logits)  # None is equal to None
+    assert (a.spatial is None) == (b.spatial is None)
+    if a.spatial:
+        assert np.array_equal(a.spatial.mean, b.spatial.mean)
+        assert np.array_equal(a.spatial.covariance(), b.spatial.covariance())
     assert (a.resolution, a.provenance) == (b.resolution, b.provenance)
 
 
-def test_features_of_all_images_in_order(tmp_path, network):
-    result = extract(write_npz(tmp_path / "a.npz"), network, batch_size=5, progress=False)
-    expected = network(IMAGES)
-    assert result.count == N
-    for actual, wanted in ((result.pool3, expected["pool3"]), (result.logits, expected["logits"])):
-        assert actual.dtype == np.float32
-        assert np.abs(actual - wanted).max() <= 1e-6
-    spatial = moments_of(expected["spatial"])
-    assert result.spatial.count == N
-    assert np.abs(result.spatial.mean - spatial.mean).max() <= 1e-6
-    assert np.abs(result.spatial.covariance() - spatial.covariance()).max() <= 1e-6
-    assert result.resolution == (16, 16)
-    kept = {
-        key: result.provenance[key]
-        for key in ("images", "features", "protocol", "weights_sha256", "count", "resolution", "dtype")
-    }
-    assert list(kept.values()) == ["a.npz", "digits", "digits", network.sha256, N, [16, 16], "float32"]
-    assert set(result.provenance["versions"]) == {"torch", "numpy", "pytorch_fid"}
+def test_features_of_all_images_in_order_and_none_for_what_the_network_lacks(images, outputs):
+    network = TestNetwork(outputs=outputs)
+    result = extract(images, network, batch_size=5, progress=False)
+    expected = TestNetwork()(IMAGES)
+    assert (result.count, result.resolution) == (N, (16, 16))
+    assert result.pool3.dtype == np.float32 and np.abs(result.pool3 - expected["pool3"]).max() <= 1e-6
+    assert (result.logits is None) == ("logits" not in outputs)
+    if "logits" in outputs:
+        assert np.abs(result.logits - expected["logits"]).max() <= 1e-6
+    assert (result.spatial is None) == ("spatial" not in outputs)
+    if "spatial" in outputs:
+        assert np.allclose(result.spatial.covariance(), moments_of(expected["spatial"]).covariance())
+    about = result.provenance
+    wanted = {"images": "a.npz", "features": "test", "protocol": "test", "weights_sha256": network.sha256}
+    assert about.items() >= {**wanted, "count": N, "resolution": [16, 16], "dtype": "float32"}.items()
+    assert sorted(about["outputs"]) == sorted(outputs)
+    assert set(about["versions"]) == {"torch", "numpy", "pytorch_fid"}
 
 
-def test_every_input_gives_the_same_features(tmp_path, network):
-    folder = write_folder(tmp_path / "folder")
-    paths = [folder, write_zip(tmp_path / "a.zip", folder), write_shards(tmp_path / "run")]
-    wanted = extract(write_npz(tmp_path / "a.npz"), network, batch_size=4, progress=False)
-    for path in paths:
-        result = extract(open_images(path), network, batch_size=4, progress=False)
-        assert np.abs(result.pool3 - wanted.pool3).max() <= 1e-6, path
-        assert np.abs(result.logits - wanted.logits).max() <= 1e-6, path
-        assert np.abs(result.spatial.covariance() - wanted.spatial.covariance()).max() <= 1e-6, path
+def test_a_network_without_pool3_is_refused(images):
+    with pytest.raises(ValueError, match="the feature network test gives logits; pool3 must be there"):
+        extract(images, TestNetwork(outputs=("logits",)), progress=False)
 
 
-def test_a_second_run_never_calls_the_network(tmp_path, network):
-    images = write_npz(tmp_path / "a.npz")
-    first = extract(images, network, batch_size=4, cache=tmp_path / "cache", progress=False)
-    never = Counting(network, fail_at=0)
-    check_equal(extract(images, never, batch_size=3, cache=tmp_path / "cache", progress=False), first)
-    assert never.calls == 0
-    assert (
-        len(list(tmp_path.glob("cache/*/spatial-*.npz"))) == 1
-    )  # the moments are as large as 4,000 images' features
+def test_a_folder_gives_the_features_of_an_npz(tmp_path, images):
+    folder = open_images(write_pictures(tmp_path / "folder", IMAGES))
+    assert np.array_equal(
+        extract(folder, TestNetwork(), progress=False).pool3,
+        extract(images, TestNetwork(), progress=False).pool3,
+    )
+
+
+def test_a_second_run_never_calls_the_network(tmp_path, images, run, outputs):
+    first = run(images, TestNetwork(outputs=outputs))
+    check_equal(run(images, TestNetwork(outputs=outputs, fail_at=0), batch_size=3), first)
+    # Of the moments, which are as large as the features of 4,000 images, one file is kept.
+    assert len(list(tmp_path.glob("cache/*/spatial-*.npz"))) == ("spatial" in outputs)
 
 
 @pytest.mark.parametrize("kind", ["npz", "folder"])
-def test_a_killed_run_resumes_after_its_last_part(tmp_path, network, kind):
-    images = write_npz(tmp_path / "a.npz") if kind == "npz" else open_images(write_folder(tmp_path / "a"))
-    wanted = extract(images, network, batch_size=4, progress=False)
-    killed = Counting(network, fail_at=7)  # 28 images are seen, 24 of them are in complete parts
-    with pytest.raises(RuntimeError, match="killed"):
-        extract(images, killed, cache=tmp_path / "cache", progress=False)
-    rest = Counting(network)
-    check_equal(extract(images, rest, cache=tmp_path / "cache", progress=False), wanted)
+def test_a_killed_run_resumes_after_its_last_part(tmp_path, images, run, outputs, kind):
+    if kind == "folder":
+        images = open_images(write_pictures(tmp_path / "a", IMAGES))
+    wanted = extract(images, TestNetwork(outputs=outputs), progress=False)
+    with pytest.raises(RuntimeError, match="killed"):  # 28 images are seen, 24 of them are in complete parts
+        run(images, TestNetwork(outputs=outputs, fail_at=7))
+    rest = TestNetwork(outputs=outputs)
+    check_equal(run(images, rest), wanted)
     assert rest.seen == N - 24
 
 
-def test_a_kill_between_the_files_of_a_part_loses_that_part_alone(tmp_path, network, monkeypatch):
-    images = write_npz(tmp_path / "a.npz")
-    wanted = extract(images, network, batch_size=4, progress=False)
-    complete = module.renamed_when_complete
+@pytest.mark.parametrize("name", ["spatial-00000024.npz", "00000016-00000024.npz"])
+def test_a_kill_between_the_files_of_a_part_loses_that_part_alone(images, run, monkeypatch, name):
+    wanted = extract(images, TestNetwork(), progress=False)
+    from evaluation import parts
 
-    def killed_at_a_part(path):
-        if path.name == "00000016-00000024.npz":
+    complete = parts.renamed_when_complete
+
+    def killed(path):
+        if path.name == name:
             raise RuntimeError("killed")
         return complete(path)
 
-    monkeypatch.setattr(module, "renamed_when_complete", killed_at_a_part)
-    with pytest.raises(RuntimeError, match="killed"):
-        extract(images, network, batch_size=4, cache=tmp_path / "cache", progress=False)
-    monkeypatch.setattr(module, "renamed_when_complete", complete)
-    rest = Counting(network)
-    check_equal(extract(images, rest, cache=tmp_path / "cache", progress=False), wanted)
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(parts, "renamed_when_complete", killed)
+        run(images, TestNetwork())
+    rest = TestNetwork()
+    check_equal(run(images, rest), wanted)
     assert rest.seen == N - 16
 
 
-def test_changed_images_or_weights_miss_the_cache(tmp_path, network, weights):
-    def seen(images, network):
-        counting = Counting(network)
-        extract(images, counting, cache=tmp_path / "cache", progress=False)
-        return counting.seen
+def test_a_cache_of_a_network_that_gave_more_is_continued_without_it(images, run):
+    with pytest.raises(RuntimeError, match="killed"):
+        run(images, TestNetwork(fail_at=7))
+    fewer = run(images, TestNetwork(outputs=("pool3", "logits")))
+    assert fewer.spatial is None and fewer.provenance["outputs"] == ["pool3", "logits"]
+    assert np.array_equal(fewer.pool3, extract(images, TestNetwork(), progress=False).pool3)
+
+
+def test_changed_images_or_weights_miss_the_cache(tmp_path, run):
+    def seen(images, weights=None):
+        network = TestNetwork(weights)
+        run(images, network)
+        return network.seen
 
     changed = IMAGES.copy()
     changed[-1, 0, 0, 0] ^= 1
-    other = DigitsFeatures({**weights, "fc.bias": weights["fc.bias"] + 1})
-    assert seen(write_npz(tmp_path / "a.npz"), network) == N
-    assert seen(write_npz(tmp_path / "b.npz"), network) == 0  # the same images under another name
-    assert seen(write_npz(tmp_path / "a.npz", changed), network) == N
+    other = {**digits_weights(), "fc.bias": digits_weights()["fc.bias"] + 1}
+    assert seen(write_npz(tmp_path / "a.npz")) == N
+    assert seen(write_npz(tmp_path / "b.npz")) == 0  # the same images under another name
+    assert seen(write_npz(tmp_path / "a.npz", changed)) == N
     assert seen(write_npz(tmp_path / "b.npz"), other) == N
 
 
-def test_a_damaged_cache_is_named(tmp_path, network):
-    images = write_npz(tmp_path / "a.npz")
-    extract(images, network, cache=tmp_path / "cache", progress=False, batch_size=4)
+def test_a_damaged_cache_is_named(tmp_path, images, run):
+    run(images, TestNetwork())
     (part,) = tmp_path.glob("cache/*/00000008-*.npz")
     part.write_bytes(part.read_bytes()[:-50])
     with pytest.raises(ValueError, match=r"00000008-00000016\.npz is damaged"):
-        extract(images, network, cache=tmp_path / "cache", progress=False)
+        run(images, TestNetwork())
 
 
-def test_unreadable_pictures_are_counted_across_a_resume(tmp_path, network):
-    folder = write_folder(tmp_path / "a")
-    for index in (0, 1, 2, 3, 4, 5, 6, 7, 8, 20, 36):  # the whole first part, and the last image
-        (folder / f"{index:03d}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"000\.png is damaged"):
-        extract(open_images(folder), network, progress=False)
-    kept = np.delete(IMAGES, [0, 1, 2, 3, 4, 5, 6, 7, 8, 20, 36], axis=0)
+def test_unreadable_pictures_are_counted_across_a_resume(tmp_path, run, outputs):
+    folder = write_pictures(tmp_path / "a", IMAGES)
+    missing = [0, 1, 2, 3, 4, 5, 6, 7, 8, 20, 36]  # the whole first part, and the last image
+    for index in missing:
+        (folder / f"{index:04d}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"0000\.png is damaged"):
+        extract(open_images(folder), TestNetwork(), progress=False)
+
+    def resumed(fail_at=None):
+        network = TestNetwork(outputs=outputs, fail_at=fail_at)
+        return run(open_images(folder, skip_unreadable=True), network)
+
     with pytest.raises(RuntimeError, match="killed"):
-        extract(
-            open_images(folder, skip_unreadable=True),
-            Counting(network, fail_at=5),
-            cache=tmp_path / "cache",
-            progress=False,
-        )
-    result = extract(
-        open_images(folder, skip_unreadable=True), Counting(network), cache=tmp_path / "cache", progress=False
-    )
-    assert np.abs(result.pool3 - network(kept)["pool3"]).max() <= 1e-6
-    assert (result.count, result.spatial.count) == (26, 26)
+        resumed(fail_at=5)
+    result = resumed()
+    assert np.abs(result.pool3 - TestNetwork()(np.delete(IMAGES, missing, axis=0))["pool3"]).max() <= 1e-6
+    assert result.count == 26 and (result.spatial is None or result.spatial.count == 26)
     assert result.provenance["notes"] == ["11 of 37 images: unreadable, skipped"]
-    again = extract(
-        open_images(folder, skip_unreadable=True),
-        Counting(network, fail_at=0),
-        cache=tmp_path / "cache",
-        progress=False,
-    )
-    check_equal(again, result)
+    check_equal(resumed(fail_at=0), result)
 
 
-def test_reading_is_ahead_but_bounded_and_ends_with_the_caller(tmp_path, network):
+def test_reading_is_ahead_but_bounded_and_ends_with_the_caller(tmp_path):
     images = write_npz(tmp_path / "a.npz", np.concatenate([IMAGES] * 4))
     read, waited = [], []
     batches = images.batches
     images.batches = lambda *args: (read.append(len(batch)) or batch for batch in batches(*args))
 
-    class Slow(Counting):
+    class Slow(TestNetwork):
         def __call__(self, batch):
             deadline = time.monotonic() + 5
             while len(read) < self.calls + 2 and time.monotonic() < deadline:
@@ -231,43 +196,15 @@ def test_reading_is_ahead_but_bounded_and_ends_with_the_caller(tmp_path, network
 
     before = threading.active_count()
     with pytest.raises(RuntimeError, match="killed"):
-        extract(images, Slow(network, fail_at=10), progress=False)
+        extract(images, Slow(fail_at=10), progress=False)
     assert min(waited) >= 2  # the batch in hand, and at least one that was read meanwhile
     assert max(waited) <= module.BATCHES_AHEAD + 2
     assert threading.active_count() == before
 
 
-def test_progress_goes_to_stderr_and_bad_batch_sizes_are_refused(tmp_path, network, capsys):
-    images = write_npz(tmp_path / "a.npz")
-    extract(images, network, batch_size=4)
+def test_progress_goes_to_stderr_and_bad_batch_sizes_are_refused(images, capsys):
+    extract(images, TestNetwork())
     out, err = capsys.readouterr()
-    assert out == ""
-    assert f"{N}/{N}" in err
+    assert out == "" and f"{N}/{N}" in err
     with pytest.raises(ValueError, match="the batch size is 0; give 1 or more"):
-        extract(images, network, batch_size=0)
-
-
-def test_digits_features(weights, network, tmp_path):
-    result = network(torch.from_numpy(IMAGES))
-    assert {key: (value.shape, value.dtype) for key, value in result.items()} == {
-        "pool3": ((N, 64), np.float32),
-        "spatial": ((N, 112), np.float32),
-        "logits": ((N, 10), np.float32),
-    }
-    trained = DigitsNetwork().eval()
-    trained.load_state_dict(weights)
-    with torch.no_grad():
-        logits = trained(torch.from_numpy(IMAGES).permute(0, 3, 1, 2) / 127.5 - 1)
-    assert np.abs(result["logits"] - logits.numpy()).max() <= 1e-6
-    assert (
-        np.abs(
-            result["pool3"] @ weights["fc.weight"].numpy().T + weights["fc.bias"].numpy() - result["logits"]
-        ).max()
-        <= 1e-5
-    )
-
-    save_file(weights, tmp_path / "features.safetensors")
-    assert np.array_equal(DigitsFeatures(tmp_path / "features.safetensors")(IMAGES)["pool3"], result["pool3"])
-    for wrong in (IMAGES[:, :8], IMAGES.astype(np.float32)):
-        with pytest.raises(ValueError, match=r"need uint8 images \(N, 16, 16, 3\), not"):
-            network(wrong)
+        extract(images, TestNetwork(), batch_size=0)

@@ -86,6 +86,29 @@ def test_rank_deficient_covariances(ranks):
     )
 
 
+@pytest.mark.parametrize("scale", [1e-13, 1, 1e6])
+@pytest.mark.parametrize("count", [3, DIMENSION, 4 * DIMENSION])
+def test_equal_sets_are_at_distance_zero_and_none_is_below(count, scale):
+    x = scale * generated(count, 0, mean=5)
+    gaussian = moments_of(x).gaussian()
+    reference = FrechetReference(gaussian)
+    assert reference.distance(gaussian) == reference.distance_to_features(x) == 0
+    assert frechet_distance(gaussian.mu, gaussian.sigma, gaussian.mu, gaussian.sigma) == 0
+    flat = np.broadcast_to(x[:1], x.shape)  # no spread at all
+    assert FrechetReference(moments_of(flat).gaussian()).distance_to_features(flat) == 0
+    # Statistics that went through float32 have eigenvalues a little below 0.
+    rounded = gaussian.sigma.astype(np.float32).astype(np.float64)
+    assert 0 <= frechet_distance(gaussian.mu, gaussian.sigma, gaussian.mu, rounded) < 1e-5 * scale**2
+
+
+def test_small_distances_that_are_none_of_rounding_stay():
+    sigma, mu = random_covariance(6, 0), np.ones(6)
+    assert frechet_distance(mu, sigma, mu + 1e-9, sigma) == pytest.approx(6e-18, rel=1e-5)
+    assert frechet_distance(mu, sigma, mu, sigma * 1.001**2) == pytest.approx(
+        1e-6 * np.trace(sigma), rel=1e-6
+    )
+
+
 def test_no_spread_at_all_leaves_the_means_and_the_other_trace():
     sigma = random_covariance(4, 0)
     assert frechet_distance(np.zeros(4), np.zeros((4, 4)), np.ones(4), sigma) == pytest.approx(

@@ -1,13 +1,13 @@
-"""Streaming moments, and statistics files that hold what they should or something else."""
+"""Streaming moments against numpy, and what they refuse."""
 
 import numpy as np
 import pytest
 import torch
 
 from evaluation import moments as moments_module
-from evaluation.moments import Gaussian, Moments, load_statistics, moments_of
+from evaluation.moments import Gaussian, Moments, moments_of
 
-EYE, ZEROS = np.eye(3), np.zeros(3)
+ZEROS = np.zeros(3)
 
 
 def draws(count, dimension=5, seed=0):
@@ -60,30 +60,12 @@ def test_moments_refuse_what_they_cannot_take():
         moments_of(ZEROS)
 
 
-def write_statistics(path, **arrays):
-    np.savez(path, **arrays)
-    return path
-
-
-def test_statistics_of_pooled_and_spatial_features(tmp_path):
-    pool, spatial = moments_of(draws(50)).gaussian(), moments_of(draws(50, 4)).gaussian()
-    path = write_statistics(
-        tmp_path / "s.npz",
-        mu=pool.mu,
-        sigma=pool.sigma,
-        mu_s=spatial.mu,
-        sigma_s=spatial.sigma,
-        arr_0=np.zeros(1),
-    )
-    for read, written in zip(load_statistics(path), (pool, spatial), strict=True):
-        np.testing.assert_array_equal(read.mu, written.mu)
-        np.testing.assert_array_equal(read.sigma, written.sigma)
-    path = write_statistics(
-        tmp_path / "p.npz", mu=pool.mu.astype(np.float32), sigma=pool.sigma.astype(np.float32)
-    )
-    read, nothing = load_statistics(path)
-    assert nothing is None
-    assert read.sigma.dtype == np.float64
+def test_a_state_gives_the_same_moments_bit_for_bit():
+    moments = moments_of(draws(50))
+    again = Moments.of_state(**moments.state())
+    again.update(draws(5, seed=1))
+    moments.update(draws(5, seed=1))
+    assert again.count == moments.count and np.array_equal(again.covariance(), moments.covariance())
 
 
 def test_float32_asymmetry_is_evened_out():
@@ -91,50 +73,3 @@ def test_float32_asymmetry_is_evened_out():
     sigma[0, 1] *= 1 + 1e-6
     read = Gaussian.checked(np.zeros(5), sigma)
     np.testing.assert_array_equal(read.sigma, read.sigma.T)
-
-
-@pytest.mark.parametrize(
-    ("mu", "sigma", "message"),
-    [
-        (ZEROS, np.eye(4), r"mu has shape \(3,\) and sigma \(4, 4\)"),
-        (EYE, EYE, r"mu has shape \(3, 3\) and sigma \(3, 3\)"),
-        (ZEROS, np.full((3, 3), np.nan), "sigma holds 9 NaN or infinite entries"),
-        (np.array([0, np.inf, 0]), EYE, "mu holds 1 NaN or infinite"),
-        (ZEROS, EYE + np.eye(3, k=1), r"sigma is not symmetric \(entries differ by up to 1\)"),
-        (ZEROS, -EYE, "sigma has the variance -1 on its diagonal"),
-        (np.array(["a", "b", "c"]), EYE, "mu is made of <U1; needed are real numbers"),
-    ],
-)
-def test_statistics_that_are_none(tmp_path, mu, sigma, message):
-    path = write_statistics(tmp_path / "bad.npz", mu=mu, sigma=sigma)
-    with pytest.raises(ValueError, match=rf"bad\.npz \(mu, sigma\): {message}") as caught:
-        load_statistics(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_files_that_are_no_statistics(tmp_path):
-    objects = np.array([{}], dtype=object)
-    (tmp_path / "text.npz").write_text("nothing of the kind")
-    np.save(tmp_path / "single.npy", EYE)
-    damaged = write_statistics(tmp_path / "damaged.npz", mu=ZEROS, sigma=EYE)
-    damaged.write_bytes(damaged.read_bytes().replace(np.float64(1).tobytes(), b"\0" * 8))
-    for path, message in [
-        (
-            write_statistics(tmp_path / "images.npz", arr_0=EYE),
-            "has no mu; statistics are an npz with mu and sigma, this one holds arr_0",
-        ),
-        (write_statistics(tmp_path / "half.npz", mu=ZEROS, sigma=EYE, mu_s=ZEROS), "has no sigma_s"),
-        (
-            write_statistics(tmp_path / "objects.npz", mu=objects, sigma=EYE),
-            "damaged, or holds Python objects, which are refused",
-        ),
-        (damaged, "damaged, or holds Python objects"),
-        (tmp_path / "text.npz", "is no npz file, or a damaged one"),
-        (tmp_path / "single.npy", "is a single array"),
-    ]:
-        with pytest.raises(ValueError, match=message) as caught:
-            load_statistics(path)
-        assert path.name in str(caught.value)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(FileNotFoundError):
-        load_statistics(tmp_path / "absent.npz")

@@ -80,7 +80,7 @@ def test_arguments_that_are_not_plain(tmp_path, arguments):
 @pytest.mark.parametrize(
     ("class_name", "changes", "words"),
     [
-        ("EDM2Precond", {}, "'EDM2Precond' is not supported; only EDMPrecond and iDDPMPrecond"),
+        ("EDM2Precond", {}, "'EDM2Precond' is not supported; choose"),
         ("EDMPrecond", {"embedding_type": "positional"}, "embedding_type"),
         ("EDMPrecond", {"img_resolution": "8"}, "EDMPrecond cannot be built"),
         ("EDMPrecond", {"model_channels": -4}, "EDMPrecond cannot be built"),

@@ -1,0 +1,58 @@
+"""The digits features, the network that a name stands for, and what a user may say about it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from pictures_util import digits_weights
+from safetensors.torch import save_file
+
+from evaluation.networks import NetworkOptions, feature_network
+from evaluation.networks.digits import DigitsFeatures, DigitsNetwork
+
+IMAGES = np.random.RandomState(3).randint(0, 256, (37, 16, 16, 3), dtype=np.uint8)
+
+
+def test_digits_features_are_those_of_the_network_from_a_dict_or_a_file(tmp_path):
+    weights = digits_weights()
+    network = DigitsFeatures(weights)
+    result = network(torch.from_numpy(IMAGES))
+    assert tuple(result) == DigitsFeatures.outputs == ("pool3", "logits")
+    assert {key: (value.shape, value.dtype) for key, value in result.items()} == {
+        "pool3": ((37, 64), np.float32),
+        "logits": ((37, 10), np.float32),
+    }
+    trained = DigitsNetwork().eval()
+    trained.load_state_dict(weights)
+    with torch.no_grad():
+        logits = trained(torch.from_numpy(IMAGES).permute(0, 3, 1, 2) / 127.5 - 1)
+    assert np.abs(result["logits"] - logits.numpy()).max() <= 1e-6
+    assert np.abs(result["pool3"] @ weights["fc.weight"].numpy().T - result["logits"]).max() <= 1e-5
+
+    save_file(weights, tmp_path / "features.safetensors")
+    named = feature_network(str(tmp_path / "features.safetensors"))
+    assert np.array_equal(named(IMAGES)["pool3"], result["pool3"])
+    for wrong in (IMAGES[:, :8], IMAGES.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"need uint8 images \(N, 16, 16, 3\), not"):
+            network(wrong)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"features": "digit"}, "unknown --features digit"),
+        ({"features": "digits", "protocol": "adm"}, "--protocol and --weights are Inception's"),
+        ({"features": "x.safetensors", "weights": "w.pth"}, "--protocol and --weights are Inception's"),
+    ],
+)
+def test_flags_that_name_no_network(flags, message):
+    with pytest.raises(ValueError, match=message):
+        feature_network(**flags)
+
+
+def test_every_option_has_a_default_and_a_help():
+    for option in dataclasses.fields(NetworkOptions):
+        assert option.metadata["help"] and option.default is not dataclasses.MISSING
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        NetworkOptions().features = "digits"
