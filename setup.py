@@ -38,6 +38,6 @@ setup(
         "plot": ["matplotlib"],
         "test": ["pytest", "setuptools>=70.1", "scikit-learn", "matplotlib"],
         "train": ["scikit-learn"],
-        "dev": ["pytest", "scikit-learn", "matplotlib", "ruff==0.17.*", "mypy==2.*"],
+        "dev": ["ruff==0.17.*", "mypy==2.*"],
     },
 )

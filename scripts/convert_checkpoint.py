@@ -27,7 +27,7 @@ def main():
     parser = Parser(description=__doc__)
     parser.add_argument("source", metavar="IN.pkl", type=Path, help="an EDM snapshot")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path)
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT.safetensors")
+    parser.add_switch("--overwrite", help="replace OUT.safetensors")
     args = parser.parse_args()
     check_flags(args)
     snapshot = read_snapshot(args.source)

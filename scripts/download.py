@@ -256,9 +256,7 @@ def parse(argv, table):
     parser.add_argument(
         "--sha256", metavar="HEX", type=str.lower, help="64 hex digits that the one file must have"
     )
-    parser.add_argument(
-        "--list", action="store_true", help="print the presets and the files, with their licences"
-    )
+    parser.add_switch("--list", help="print the presets and the files, with their licences")
     args = parser.parse_args(argv)
     files = {alias: [row] for row in table.files.values() for alias in row.names}
     files |= {preset: [table.files[name] for name in names] for preset, names in table.presets.items()}

@@ -100,9 +100,7 @@ def make_parser():
     parser.add_argument(
         "--bootstrap", type=int, default=0, metavar="N", help="an error bar of FID from N resamples"
     )
-    parser.add_argument(
-        "--fid_infinity", action="store_true", help="extrapolate FID to infinitely many images"
-    )
+    parser.add_switch("--fid_infinity", help="extrapolate FID to infinitely many images")
     parser.add_argument(
         "--compare",
         nargs=2,
@@ -115,17 +113,13 @@ def make_parser():
         help="numbers and where they come from; - is stdout, and the table then goes to stderr",
     )
     parser.add_argument("--report", metavar="DIR", help="write a Markdown page with pictures there")
-    parser.add_argument("--skip_unreadable", action="store_true", help="skip and count damaged pictures")
-    parser.add_argument(
-        "--allow_resolution", action="store_true", help="allow a reference of another resolution"
-    )
+    parser.add_switch("--skip_unreadable", help="skip and count damaged pictures")
+    parser.add_switch("--allow_resolution", help="allow a reference of another resolution")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the reference's subset, the resamples and the grids"
     )
-    parser.add_argument(
-        "--selfcheck",
-        action="store_true",
-        help="evaluate the published pair and compare with the published figures",
+    parser.add_switch(
+        "--selfcheck", help="evaluate the published pair and compare with the published figures"
     )
     return parser
 
