@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from guided_diffusion.guidance import GuidanceStep, ddim_strength, require_input
 from guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
+from guided_diffusion.nn import mean_flat
 from guided_diffusion.process import DiffusionProcess, LossType, ModelMeanType, ModelVarType, extract
 from guided_diffusion.schedules import get_named_beta_schedule
 
@@ -237,7 +238,7 @@ class GaussianDiffusion(DiffusionProcess):
             # the steps.
             terms["vb"] = vb * (self.num_timesteps / 1000) if self.loss_type is LossType.RESCALED_MSE else vb
         target = x_start if self.model_mean_type is ModelMeanType.START_X else noise
-        terms["mse"] = _mean_flat((target - prediction) ** 2)
+        terms["mse"] = mean_flat((target - prediction) ** 2)
         return {"loss": terms["mse"] + terms.get("vb", 0), **terms}
 
     def _bound(self, model, x_start, x_t, t, model_kwargs):
@@ -251,11 +252,7 @@ class GaussianDiffusion(DiffusionProcess):
         log_likelihood = discretized_gaussian_log_likelihood(
             x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
         )
-        return torch.where(t == 0, -_mean_flat(log_likelihood), _mean_flat(kl)) / math.log(2)
-
-
-def _mean_flat(x):
-    return x.flatten(1).mean(dim=1)
+        return torch.where(t == 0, -mean_flat(log_likelihood), mean_flat(kl)) / math.log(2)
 
 
 def _require_guidance(guidance, model_kwargs, sampler):

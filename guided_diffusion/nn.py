@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from guided_diffusion.unet import timestep_embedding
+from guided_diffusion.layers import timestep_embedding
 
 __all__ = ["mean_flat", "timestep_embedding", "update_ema"]
 

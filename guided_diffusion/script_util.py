@@ -4,18 +4,17 @@ which much research imports.
 
 from guided_diffusion.flags.adm import NUM_CLASSES
 from guided_diffusion.flags.fields import defaults_of
-from guided_diffusion.flags.networks import DiffusionFlags, NoisyClassifierFlags, UNetFlags
+from guided_diffusion.flags.networks import (
+    DiffusionFlags,
+    NoisyClassifierFlags,
+    UNetFlags,
+    channel_multipliers,
+    downsampling_factors,
+)
 from guided_diffusion.flags.parser import parse_bool as str2bool
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from guided_diffusion.schedules import get_named_beta_schedule, space_timesteps
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
-
-_CHANNEL_MULT = {
-    512: (0.5, 1, 1, 2, 2, 4, 4),
-    256: (1, 1, 2, 2, 4, 4),
-    128: (1, 1, 2, 3, 4),
-    64: (1, 2, 3, 4),
-}
 
 
 def diffusion_defaults():
@@ -31,6 +30,11 @@ def model_and_diffusion_defaults():
 def classifier_defaults():
     """Flags of the noisy classifier with their defaults."""
     return {"image_size": 64, **defaults_of(NoisyClassifierFlags)}
+
+
+def classifier_and_diffusion_defaults():
+    """Flags of the noisy classifier and of the diffusion process with their defaults."""
+    return {**classifier_defaults(), **diffusion_defaults()}
 
 
 def create_model_and_diffusion(
@@ -127,14 +131,14 @@ def create_model(
     """Return the UNetModel for images of image_size x image_size x 3; attention_resolutions in pixels,
     comma-separated.
     """
-    multipliers = _channel_multipliers(image_size, channel_mult)
+    multipliers = channel_multipliers(image_size, channel_mult)
     return UNetModel(
         image_size=image_size,
         in_channels=3,
         model_channels=num_channels,
         out_channels=6 if learn_sigma else 3,
         num_res_blocks=num_res_blocks,
-        attention_resolutions=_downsampling_factors(image_size, attention_resolutions),
+        attention_resolutions=downsampling_factors(image_size, attention_resolutions),
         dropout=dropout,
         channel_mult=multipliers,
         num_classes=num_classes if class_cond else None,
@@ -167,14 +171,58 @@ def create_classifier(
         model_channels=classifier_width,
         out_channels=num_classes,
         num_res_blocks=classifier_depth,
-        attention_resolutions=_downsampling_factors(image_size, classifier_attention_resolutions),
-        channel_mult=_channel_multipliers(image_size, ""),
+        attention_resolutions=downsampling_factors(image_size, classifier_attention_resolutions),
+        channel_mult=channel_multipliers(image_size, ""),
         use_fp16=classifier_use_fp16,
         num_head_channels=64,
         use_scale_shift_norm=classifier_use_scale_shift_norm,
         resblock_updown=classifier_resblock_updown,
         pool=classifier_pool,
     )
+
+
+def create_classifier_and_diffusion(
+    image_size,
+    classifier_use_fp16,
+    classifier_width,
+    classifier_depth,
+    classifier_attention_resolutions,
+    classifier_use_scale_shift_norm,
+    classifier_resblock_updown,
+    classifier_pool,
+    learn_sigma,
+    diffusion_steps,
+    noise_schedule,
+    timestep_respacing,
+    use_kl,
+    predict_xstart,
+    rescale_timesteps,
+    rescale_learned_sigmas,
+    num_classes=NUM_CLASSES,
+):
+    """Return (EncoderUNetModel, GaussianDiffusion) for the flags of `classifier_and_diffusion_defaults`."""
+    classifier = create_classifier(
+        image_size,
+        classifier_use_fp16,
+        classifier_width,
+        classifier_depth,
+        classifier_attention_resolutions,
+        classifier_use_scale_shift_norm,
+        classifier_resblock_updown,
+        classifier_pool,
+        num_classes=num_classes,
+    )
+    diffusion = create_gaussian_diffusion(
+        steps=diffusion_steps,
+        learn_sigma=learn_sigma,
+        noise_schedule=noise_schedule,
+        use_kl=use_kl,
+        predict_xstart=predict_xstart,
+        rescale_timesteps=rescale_timesteps,
+        rescale_learned_sigmas=rescale_learned_sigmas,
+        timestep_respacing=timestep_respacing,
+    )
+    return classifier, diffusion
 
 
 def create_gaussian_diffusion(
@@ -217,38 +265,3 @@ def add_dict_to_argparser(parser, default_dict):
 def args_to_dict(args, keys):
     """The attributes `keys` of parsed arguments as a dict."""
     return {key: getattr(args, key) for key in keys}
-
-
-def _channel_multipliers(image_size, channel_mult):
-    if image_size < 1:
-        raise ValueError(f"image_size must be at least 1, got {image_size}")
-    if channel_mult:
-        try:
-            multipliers = tuple(float(m) if "." in m else int(m) for m in channel_mult.split(","))
-        except ValueError:
-            raise ValueError(
-                f"channel_mult {channel_mult!r} is not understood; write factors such as 1,2,2"
-            ) from None
-    elif image_size in _CHANNEL_MULT:
-        multipliers = _CHANNEL_MULT[image_size]
-    else:
-        sizes = ", ".join(map(str, _CHANNEL_MULT))
-        raise ValueError(
-            f"image_size {image_size} has no default channel_mult ({sizes} have); "
-            "a U-Net takes --channel_mult, such as 1,2,2"
-        )
-    if image_size % 2 ** (len(multipliers) - 1):
-        raise ValueError(
-            f"image_size {image_size} cannot be halved {len(multipliers) - 1} times, "
-            f"as channel_mult {multipliers} asks"
-        )
-    return multipliers
-
-
-def _downsampling_factors(image_size, resolutions):
-    try:
-        return tuple(image_size // int(r) for r in resolutions.split(","))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(
-            f"attention resolutions {resolutions!r} are not understood; write pixels such as 32,16,8"
-        ) from None

@@ -69,7 +69,7 @@ class BenchmarkFlags(Flags):
 
 
 def main():
-    config = parse(BenchmarkFlags, __doc__, PRESETS)
+    config = parse(BenchmarkFlags, __doc__, {name: {} for name in PRESETS})
     if config.evaluation or config.engine:
         return (benchmark_evaluation if config.evaluation else benchmark_engine).measure()
     device = config.place

@@ -63,3 +63,50 @@ class NoisyClassifierFlags(Flags):
     classifier_pool: str = flag(
         "attention", "attention, adaptive, spatial or spatial_v2", needs=NOISY_CLASSIFIER
     )
+
+
+# From their text to numbers
+
+CHANNEL_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+}
+
+
+def channel_multipliers(image_size: int, channel_mult: str) -> tuple[float, ...]:
+    """The factors of --channel_mult, or the published ones of this size. Raises ValueError for what cannot be."""
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    if channel_mult:
+        try:
+            multipliers = tuple(float(m) if "." in m else int(m) for m in channel_mult.split(","))
+        except ValueError:
+            raise ValueError(
+                f"channel_mult {channel_mult!r} is not understood; write factors such as 1,2,2"
+            ) from None
+    elif image_size in CHANNEL_MULT:
+        multipliers = CHANNEL_MULT[image_size]
+    else:
+        sizes = ", ".join(map(str, CHANNEL_MULT))
+        raise ValueError(
+            f"image_size {image_size} has no default channel_mult ({sizes} have); "
+            "a U-Net takes --channel_mult, such as 1,2,2"
+        )
+    if image_size % 2 ** (len(multipliers) - 1):
+        raise ValueError(
+            f"image_size {image_size} cannot be halved {len(multipliers) - 1} times, "
+            f"as channel_mult {multipliers} asks"
+        )
+    return multipliers
+
+
+def downsampling_factors(image_size: int, resolutions: str) -> tuple[int, ...]:
+    """Sizes in pixels, comma-separated, as factors of the image's size. Raises ValueError for other text."""
+    try:
+        return tuple(image_size // int(r) for r in resolutions.split(","))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(
+            f"attention resolutions {resolutions!r} are not understood; write pixels such as 32,16,8"
+        ) from None

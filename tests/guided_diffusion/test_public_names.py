@@ -57,6 +57,7 @@ SIGNATURES = {
         "add_dict_to_argparser": "parser, default_dict",
         "model_and_diffusion_defaults": "",
         "classifier_defaults": "",
+        "classifier_and_diffusion_defaults": "",
     },
     "guided_diffusion.dist_util": {
         "setup_dist": "",
