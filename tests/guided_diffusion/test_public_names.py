@@ -137,6 +137,7 @@ def test_solvers_have_one_form(name):
     [
         ("create_model_and_diffusion", "model_and_diffusion_defaults"),
         ("create_classifier", "classifier_defaults"),
+        ("create_classifier_and_diffusion", "classifier_and_diffusion_defaults"),
     ],
 )
 def test_builders_take_the_flags_and_the_number_of_classes(builder, defaults):
