@@ -12,6 +12,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+import _beside  # noqa: F401
 import torch
 
 from classifiers.input_transform import INPUTS

@@ -13,6 +13,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+import _beside  # noqa: F401
 import torch
 import torch.nn.functional as F
 
