@@ -6,9 +6,9 @@
 # imagenet128-resnet101 and others: the paper's runs; python scripts/presets.py lists all presets, and the
 # script of each, which takes all other flags.
 set -euo pipefail
-# A stream that the caller closed would make every echo here an error without a word.
-{ : >&1; } 2> /dev/null || exec > /dev/null
-{ : >&2; } 2> /dev/null || exec 2> /dev/null
+# Where the caller closed a stream, bash may have this file in its place, and every echo is an error.
+[[ -e /dev/fd/1 && ! /dev/fd/1 -ef ${BASH_SOURCE[0]} ]] || exec > /dev/null
+[[ -e /dev/fd/2 && ! /dev/fd/2 -ef ${BASH_SOURCE[0]} ]] || exec 2> /dev/null
 
 file=${BASH_SOURCE[0]}
 while [[ -L $file ]]; do # called through a link

@@ -3,8 +3,6 @@ make of them.
 """
 
 import json
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,8 +10,6 @@ import numpy as np
 import pytest
 from helpers import ROOT, call, contents, environment, load_samples, load_script
 from PIL import Image
-
-from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS, script_of
 
 compare = load_script("compare_guidance")
 classifier_sample = load_script("classifier_sample")
@@ -197,82 +193,6 @@ def test_a_judge_that_cannot_be_is_refused_before_minutes_of_sampling(tmp_path, 
 # guided_sample.sh
 
 
-@pytest.fixture
-def shell(tmp_path):
-    """Call a copy of guided_sample.sh whose python writes what it was asked to run."""
-    copy = shutil.copy(ROOT / "guided_sample.sh", tmp_path)
-
-    def run(*words):
-        return subprocess.run(
-            [copy, *words], env={**os.environ, "PYTHON": "echo"}, capture_output=True, text=True
-        )
-
-    return run
-
-
-def test_the_default_is_digits_while_the_imagenet_files_are_absent(tmp_path, shell):
-    result = shell("--seeds", "0-2")
-    assert result.stdout.split() == [
-        str(tmp_path / "scripts/compare_guidance.py"),
-        "--preset",
-        "digits",
-        "--seeds",
-        "0-2",
-    ]
-    assert "preset: digits" in result.stderr and "scripts/download.py imagenet128-resnet101" in result.stderr
-
-
-@pytest.mark.parametrize("classifier", ["resnet101-cd907fc2.pth", "resnet101_weight_V2.pth"])
-def test_the_default_is_imagenet_when_its_files_are_there(tmp_path, shell, classifier):
-    (tmp_path / "pretrained_models").mkdir()
-    (tmp_path / "pretrained_models/128x128_diffusion.pt").touch()
-    assert "preset: digits" in shell().stderr  # the classifier is not
-    (tmp_path / "pretrained_models" / classifier).touch()
-    result = shell()
-    assert result.stdout.split() == [
-        str(tmp_path / "scripts/classifier_sample.py"),
-        "--preset",
-        "imagenet128-resnet101",
-    ]
-    assert "preset: imagenet128-resnet101" in result.stderr
-
-
-@pytest.mark.parametrize("words", [["--preset", "digits"], ["--seed", "1", "--preset=digits"]])
-def test_a_preset_that_is_written_as_a_flag_is_refused(shell, words):
-    result = shell(*words)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: write the preset's name first") and result.stderr.count("\n") == 1
-
-
-SCRIPT_OF = {
-    "imagenet128-resnet101": "classifier_sample",
-    "imagenet128-resnet50": "classifier_sample",
-    "imagenet128-unguided": "classifier_sample",
-    "imagenet128-finetuned": "classifier_sample",
-    "imagenet64-edm-resnet101": "edm_sample",
-    "imagenet64-edm-unguided": "edm_sample",
-    "digits": "compare_guidance",
-    "digits-edm": "compare_edm",
-}
-
-
-@pytest.mark.parametrize(("preset", "name"), SCRIPT_OF.items())
-def test_a_preset_by_name_and_every_other_flag_goes_on(tmp_path, shell, preset, name):
-    result = shell(preset, "--out", "with a blank", "--seed", "1")
-    assert (
-        result.stdout.strip() == f"{tmp_path}/scripts/{name}.py --preset {preset} --out with a blank --seed 1"
-    )
-    assert result.stderr == ""
-
-
-def test_every_preset_is_among_them_and_goes_where_its_script_is():
-    assert {*PRESETS, *EDM_PRESETS} == set(SCRIPT_OF)
-    sampled = {preset: name for preset, name in SCRIPT_OF.items() if not name.startswith("compare_")}
-    assert {preset: script_of(preset) for preset in sampled} == {
-        preset: f"{name}.py" for preset, name in sampled.items()
-    }
-
-
 def run_shell(folder, *words):
     """Run the real thing from a folder without ImageNet files."""
     for name in ("guided_sample.sh", "scripts"):
@@ -309,11 +229,3 @@ def test_guided_sample_passes_on_what_a_child_of_digits_edm_says_and_its_code(tm
         "error: --class 10 is out of range, the classes are 0 to 9",
     ]
     assert result.stderr.splitlines() == told
-
-
-def test_guided_sample_with_an_unknown_preset_lists_the_choices(tmp_path):
-    result = run_shell(tmp_path, "digit")
-    assert result.returncode == 2
-    assert result.stdout == "" and "Traceback" not in result.stderr
-    last = result.stderr.splitlines()[-1]
-    assert "unknown preset 'digit'" in last and "digits" in last and "imagenet128-finetuned" in last
