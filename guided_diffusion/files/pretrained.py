@@ -103,7 +103,7 @@ def existing_file(path: str | Path) -> Path:
         raise FileNotFoundError(_fetch_first(f"{address[1]}://{address[2]}"))
     path = Path(path)
     if path.is_dir():
-        raise FileNotFoundError(f"{path} is a folder, not a file; give the path of a file in it")
+        raise FileNotFoundError(f"no checkpoint at {path}: it is a folder; give the path of a file in it")
     if not path.is_file():
         row = read_table().find(path.name)
         hint = (

@@ -236,8 +236,8 @@ def _misfit(own, state, misshapen, missing, unexpected, trouble):
         several = ", ".join(_beginnings(state))
         hint = f"; choose one of {printable(several)} with --checkpoint_key" if "," in several else ""
         return (
-            f"is of another network: it holds {printable(first)}{_more(state)}, "
-            f"where {ours}{_more(own)} belong{hint}"
+            f"does not fit, it is of another network: the file lacks {ours}{_more(own)} "
+            f"and holds {printable(first)}{_more(state)}{hint}"
         )
     problems = []
     if misshapen:
