@@ -172,6 +172,13 @@ def test_content_that_is_no_state_dict(tmp_path, content, what):
     assert what in message(read, tmp_path, content)
 
 
+def test_references_that_multiply_are_followed_once(tmp_path):
+    content = {"w": 1}
+    for _ in range(6):
+        content = dict.fromkeys(map(str, range(2000)), content)
+    assert "nothing but tensors by name" in message(read, tmp_path, content)
+
+
 # Into a network, as torch does
 
 
