@@ -30,12 +30,8 @@ from guided_diffusion.flags.parser import Parser, run_main
 TIMEOUT_S = 60
 RETRY_WAITS_S = 1, 4, 15  # before the second, third and fourth try; counted anew whenever bytes arrive
 CHUNK_BYTES = 1 << 16  # what a reset connection costs at most
-NETWORK_ERRORS = (
-    ConnectionError,
-    TimeoutError,
-    ssl.SSLError,
-    http.client.HTTPException,
-)  # none that a disk raises
+# None that a disk raises.
+NETWORK_ERRORS = ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException
 
 
 class Failure(Exception):
@@ -71,26 +67,20 @@ class Job:
         recorded.
         """
         recorded = pretrained.recorded_hashes(path.parent).get(path.name, {}).get("sha256")
-        own = (
-            (self.given, "--sha256")
-            if self.given
-            else (recorded, f"recorded in {path.parent / 'hashes.json'}")
-        )
+        own = (recorded, f"recorded in {path.parent / 'hashes.json'}")
+        if self.given:
+            own = (self.given, "--sha256")
         return [(digest, who) for digest, who in ((self.row.sha256, "published"), own) if digest]
 
     def verify(self, path, name=None):
-        """(sha256, what it was held against) of `path`, which has or will have `name`; ValueError if it is
-        another.
-        """
+        """(sha256, what it was held against) of the file to be called `name`; ValueError if it differs."""
         known = self.known(self.folder / (name or path.name))
         digest = pretrained.verify(path, known, self.row.bytes)
         return digest, " and ".join(f"sha256 {who}" for _, who in known) or "no hash known to check it by"
 
 
 def connect(job, offset):
-    """Response to a GET from byte `offset` on; an HTTP error is a response too. Failure where nothing
-    answers.
-    """
+    """Response to a GET from byte `offset` on, an HTTP error too. Failure where nothing answers."""
     headers = {"User-Agent": "download.py", "Accept-Encoding": "identity"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
@@ -141,9 +131,8 @@ def save(job, response, start, total):
         etag = response.headers.get("ETag", "W/")  # weak ones are not for If-Range
         job.etag.write_text(response.headers.get("Last-Modified", "") if etag.startswith("W/") else etag)
     scale = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-    bar = tqdm(
-        desc=job.name, total=total, initial=start, disable=None, **scale
-    )  # quiet where stderr is no terminal
+    # disable=None: quiet where stderr is no terminal.
+    bar = tqdm(desc=job.name, total=total, initial=start, disable=None, **scale)
     with bar, open(job.part, "ab") as out:
         while chunk := response.read(CHUNK_BYTES):
             out.write(chunk)
@@ -253,10 +242,8 @@ def parse(argv, table):
     parser.add_argument("names", nargs="*", metavar="PRESET|FILENAME", help="see --list")
     folder = pretrained.PRETRAINED_DIR
     parser.add_argument("--dir", type=Path, default=folder, help="where the files go (default: %(default)s)")
-    parser.add_argument(
-        "--sha256", metavar="HEX", type=str.lower, help="64 hex digits that the one file must have"
-    )
-    parser.add_switch("--list", help="print the presets and the files, with their licences")
+    parser.add_argument("--sha256", metavar="HEX", type=str.lower, help="64 hex digits: the one file's hash")
+    parser.add_switch("--list", help="print presets and files, with their licences")
     args = parser.parse_args(argv)
     files = {alias: [row] for row in table.files.values() for alias in row.names}
     files |= {preset: [table.files[name] for name in names] for preset, names in table.presets.items()}
@@ -271,9 +258,8 @@ def parse(argv, table):
     if args.sha256 and len(jobs) != 1:
         parser.error(f"--sha256 goes with exactly one file, not {len(jobs)}")
     if args.sha256 and not args.sha256.startswith(jobs[0].row.sha256):
-        parser.error(
-            f"--sha256 {args.sha256} contradicts the published {jobs[0].row.sha256} of {jobs[0].name}"
-        )
+        row = jobs[0].row
+        parser.error(f"--sha256 {args.sha256} contradicts the published {row.sha256} of {row.name}")
     return args, jobs
 
 

@@ -1,4 +1,4 @@
-"""A small server on the loopback that serves a file as badly as a test asks, and its row for the table of files."""
+"""A small server on the loopback that serves a file as badly as a test asks, and its row for the table."""
 
 import contextlib
 import http.server

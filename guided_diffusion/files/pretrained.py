@@ -99,20 +99,16 @@ def existing_file(path: str | Path) -> Path:
     """The path itself. Raises FileNotFoundError that says how to get the file where it is missing, or is an
     address.
     """
+    if Path(path).is_file():
+        return Path(path)
     if address := re.match(r"(\w{2,}):/+(.+)", str(path)):  # Path has made one slash of two
         raise FileNotFoundError(_fetch_first(f"{address[1]}://{address[2]}"))
-    path = Path(path)
+    path, hint = Path(path), "see `python scripts/download.py --list`"
     if path.is_dir():
-        raise FileNotFoundError(f"{path} is a folder, not a file; give the path of a file in it")
-    if not path.is_file():
-        row = read_table().find(path.name)
-        hint = (
-            f"fetch it with `python scripts/download.py {path.name}`"
-            if row
-            else "see `python scripts/download.py --list`"
-        )
-        raise FileNotFoundError(f"no checkpoint at {path}; {hint}")
-    return path
+        raise FileNotFoundError(f"no checkpoint at {path}: it is a folder; give the path of a file in it")
+    if read_table().find(path.name):
+        hint = f"fetch it with `python scripts/download.py {path.name}`"
+    raise FileNotFoundError(f"no checkpoint at {path}; {hint}")
 
 
 def _fetch_first(url):

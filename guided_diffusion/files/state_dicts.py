@@ -33,32 +33,39 @@ def choose_state_dict(content: Any, source: str | Path, key: str | None = None) 
     found = dict(_state_dicts(content))
     if not found:
         raise ValueError(f"{source} {_instead(content)}")
-    choices = ", ".join(f"{printable(name)} ({len(state)} tensors)" for name, state in found.items() if name)
+    named = [f"{printable(name)} ({len(state)} tensors)" for name, state in found.items() if name]
+    choices = ", ".join(named[:9])
     if key is not None:
-        named = [state for state in _under_key(found, key) if state]
-        if len(named) != 1:
+        chosen = _under_key(found, key)
+        if len(chosen) != 1:
             begin = ", ".join(dict.fromkeys(b for state in found.values() for b in _beginnings(state)))
             raise ValueError(
                 f"{source} has no single network under --checkpoint_key {printable(key)}; "
                 f"it holds {choices or 'one'}, whose names begin with {printable(begin)}"
             )
-        return unwrapped(named[0])
+        return unwrapped(chosen[0])
     if len(found) > 1:
         raise ValueError(f"{source} holds several networks: {choices}; choose one with --checkpoint_key")
     return unwrapped(next(iter(found.values())))
 
 
-def _state_dicts(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+def _state_dicts(
+    content: Any, label: str = "", depth: int = 0, opened: set[int] | None = None
+) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
     """(place, such as "ema" or "a.b", state dict) of all in a checkpoint, without what optimisers keep."""
+    opened = set() if opened is None else opened
     if not isinstance(content, Mapping) or _is_optimiser(content) or depth > _DEEPEST:
         return
     if all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         if content or not depth:
             yield label, content
         return
+    if id(content) in opened:  # references that multiply would otherwise be followed for ever
+        return
+    opened.add(id(content))
     for key, value in content.items():
         if isinstance(key, str):
-            yield from _state_dicts(value, f"{label}.{key}" if label else key, depth + 1)
+            yield from _state_dicts(value, f"{label}.{key}" if label else key, depth + 1, opened)
 
 
 def _under_key(found, key):
@@ -236,8 +243,8 @@ def _misfit(own, state, misshapen, missing, unexpected, trouble):
         several = ", ".join(_beginnings(state))
         hint = f"; choose one of {printable(several)} with --checkpoint_key" if "," in several else ""
         return (
-            f"is of another network: it holds {printable(first)}{_more(state)}, "
-            f"where {ours}{_more(own)} belong{hint}"
+            f"does not fit, it is of another network: the file lacks {ours}{_more(own)} "
+            f"and holds {printable(first)}{_more(state)}{hint}"
         )
     problems = []
     if misshapen:

@@ -79,7 +79,7 @@ def test_names_and_tensors_whatever_the_ending(tmp_path, form, ending):
         ("nowhere.pt", "no checkpoint at nowhere.pt; see `python scripts/download.py --list`"),
         ("x/128x128_diffusion.pt", "fetch it with `python scripts/download.py 128x128_diffusion.pt`"),
         ("x/resnet50_weight_V2.pth", "fetch it with `python scripts/download.py resnet50_weight_V2.pth`"),
-        (Path(__file__).parent, "guided_diffusion is a folder, not a file"),
+        (Path(__file__).parent, "guided_diffusion: it is a folder; give the path of a file in it"),
         (
             "https://example.org/a/b.pt?x=1",
             "/pretrained_models/b.pt 'https://example.org/a/b.pt?x=1'`, then give",

@@ -172,6 +172,13 @@ def test_content_that_is_no_state_dict(tmp_path, content, what):
     assert what in message(read, tmp_path, content)
 
 
+def test_references_that_multiply_are_followed_once(tmp_path):
+    content = {"w": 1}
+    for _ in range(6):
+        content = dict.fromkeys(map(str, range(2000)), content)
+    assert "nothing but tensors by name" in message(read, tmp_path, content)
+
+
 # Into a network, as torch does
 
 
@@ -267,9 +274,8 @@ def test_misfits_are_named_and_change_nothing(device, changes, words):
 
 def test_another_network_is_not_blamed_on_flags():
     text = message(load_into, nn.Linear(3, 2), {"a.kernel": torch.ones(1), "a.offset": torch.ones(1)}, "f.pt")
-    assert (
-        text == "f.pt is of another network: it holds a.kernel (and 1 more), where weight (and 1 more) belong"
-    )
+    assert text.startswith("f.pt does not fit, it is of another network: the file lacks weight (and 1 more) ")
+    assert text.endswith("and holds a.kernel (and 1 more)")
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

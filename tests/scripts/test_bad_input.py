@@ -126,7 +126,7 @@ def test_a_folder_another_ending_and_another_content_are_no_checkpoints(finished
     refused_at_once(finished, ["--model_path", tmp_path], tmp_path, "no checkpoint")
     (tmp_path / "weights.bin").write_bytes(b"weights")
     refused_at_once(
-        finished, ["--model_path", tmp_path / "weights.bin"], tmp_path / "weights.bin", ".pt", ".safetensors"
+        finished, ["--model_path", tmp_path / "weights.bin"], tmp_path / "weights.bin", "a text file"
     )
     torch.save([1, 2], tmp_path / "list.pt")
     refused_at_once(finished, ["--model_path", tmp_path / "list.pt"], tmp_path / "list.pt", "state dict")

@@ -144,7 +144,8 @@ def test_interrupt_keeps_the_part(server, fetch, folder, tmp_path):
         "import runpy, signal, sys\n"
         "from pathlib import Path\n"
         "from guided_diffusion.files import pretrained\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job starts without
+        # A background job of a shell starts with Ctrl-C ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"pretrained.PRETRAINED_DIR = Path({str(tmp_path / 'table')!r})\n"
         f"runpy.run_path({str(ROOT / 'scripts/download.py')!r}, run_name='__main__')\n"
     )
