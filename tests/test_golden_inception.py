@@ -7,8 +7,9 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from evaluation.networks.inception import InceptionFeatures, inception_network
 from goldens_util import l2_per_image, load_golden, load_manifest, max_abs, set_golden_weights, thin
+
+from evaluation.networks.inception import InceptionFeatures, inception_network
 
 GOLDEN, ARRAYS = load_golden("I_inception")
 PREFIXES = {"adm": "torch_fidelity", "pytorch-fid": "pytorch_fid"}

@@ -6,6 +6,7 @@ import math
 import statistics
 from pathlib import Path
 
+import comparison
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,6 @@ from comparison import (
     with_error,
 )
 
-import comparison
 from evaluation.frechet import frechet_distance
 from evaluation.networks import feature_network
 
