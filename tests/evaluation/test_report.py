@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.evaluator import METRICS, Result
+from evaluation import pictures
+from evaluation.evaluator import Result
 from evaluation.frechet import ErrorBar, Extrapolation
-from evaluation.report import WARNING, markdown_table, table, to_json, write_report
+from evaluation.metrics import METRICS
+from evaluation.report import to_json, write_report
+from evaluation.tables import WARNING, markdown_table, table
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = [metric.key for metric in METRICS]

@@ -1,5 +1,6 @@
 """The plot of what guidance did: its numbers, its axis, and what it says where there is nothing to draw."""
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -93,6 +94,16 @@ def test_noise_is_on_the_left(tmp_path, monkeypatch, batches, axis, scale, left)
         start, end = axes.get_xlim()
         assert axes.get_xscale() == scale and start >= left > end
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [str(run) for run in runs]
+
+
+def test_names_and_settings_that_matplotlib_would_trip_over(tmp_path, monkeypatch):
+    runs = [make_run(tmp_path / name, TWO_BATCHES) for name in ("$a_{", "$b$", "_c")]
+    assert call(script.main, [*runs, "--out", tmp_path / "plain.png"]).code == 0
+    for key, value in {"text.usetex": True, "font.size": 500, "lines.linewidth": 50}.items():
+        monkeypatch.setitem(matplotlib.rcParams, key, value)
+    assert call(script.main, [*runs, "--out", tmp_path / "styled.png"]).code == 0
+    plain, styled = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("plain", "styled"))
+    assert np.array_equal(plain, styled)
 
 
 def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path):
