@@ -15,10 +15,11 @@ from goldens_util import (
     set_golden_weights,
     thin,
 )
+from toys import a_step
 
 from classifiers import load_classifier
 from guided_diffusion.edm import EDMPrecond, edm_sampler
-from guided_diffusion.guidance import GuidanceStep, released_edm_guidance, released_edm_schedule
+from guided_diffusion.guidance import released_edm_guidance, released_edm_schedule
 from guided_diffusion.runs.noise import SeedNoise
 
 SETTINGS, ARRAYS = load_golden("F_edm")
@@ -97,10 +98,8 @@ def run_chain(name):
 def test_chain(name):
     final, x_cur, calls, _ = run_chain(name)
     num_steps = CHAINS[name]["spec"]["num_steps"]
-    assert (len(x_cur), len(calls)) == (
-        num_steps,
-        2 * num_steps - 1,
-    )  # noise at every step, Heun's correction at all but the last
+    # Noise at every step, Heun's correction at all but the last.
+    assert (len(x_cur), len(calls)) == (num_steps, 2 * num_steps - 1)
     x_hat, t_hat = zip(*calls[::2], strict=True)
     np.testing.assert_allclose([float(t) for t in t_hat], ARRAYS[f"{name}/t_hat"], rtol=1e-12)
     for k, step in enumerate(ARRAYS[f"{name}/steps"]):
@@ -123,7 +122,7 @@ def test_chain(name):
 def test_strength_of_the_released_recipe(name):
     spec, ratios = CHAINS[name]["spec"], run_chain(name)[-1].ratios
     golden = ARRAYS[f"{name}/guidance_schedule"]
-    steps = [GuidanceStep(i, spec["num_steps"], 1.0, 1.0) for i in range(spec["num_steps"])]
+    steps = [a_step(index=i, num_steps=spec["num_steps"]) for i in range(spec["num_steps"])]
     schedule = [released_edm_schedule(step, spec["max_guidance"], spec["add_factor"]) for step in steps]
     np.testing.assert_allclose(schedule, golden, rtol=1e-12)
     # The published code normalises in float32.

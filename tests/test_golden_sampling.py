@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from goldens_util import FixedNoise, load_golden, max_abs, resnet_weights, rms, set_golden_weights, thin
+from toys import a_step
 
 from classifiers import load_classifier
-from guided_diffusion.guidance import ClassifierGuidance, GuidanceStep
+from guided_diffusion.guidance import ClassifierGuidance
 from guided_diffusion.schedules import get_named_beta_schedule
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 from guided_diffusion.unet import EncoderUNetModel
@@ -36,9 +37,8 @@ class RecordingModel:
     def __init__(self, case):
         self.unet = set_golden_weights(create_model(**case["unet_config"]))
         self.wrap = bool(case["spec"].get("wrap"))
-        betas = get_named_beta_schedule(
-            case["diffusion_config"]["noise_schedule"], case["diffusion_config"]["steps"]
-        )
+        process = case["diffusion_config"]
+        betas = get_named_beta_schedule(process["noise_schedule"], process["steps"])
         self.abar = torch.from_numpy(np.cumprod(1 - betas)).float()
         self.timesteps = []
 
@@ -110,19 +110,8 @@ def run_chain(name):
     loop, extra = diffusion.p_sample_loop_progressive, {"variance_max": "first_pixel"}
     if spec["sampler"] == "ddim":
         loop, extra = diffusion.ddim_sample_loop_progressive, {"eta": spec["eta"]}
-    yielded = list(
-        loop(
-            model,
-            x_T.shape,
-            noise=x_T,
-            clip_denoised=True,
-            cond_fn=cond_fn,
-            model_kwargs=model_kwargs,
-            guidance=guidance,
-            randn_like=noise,
-            **extra,
-        )
-    )
+    rules = {"cond_fn": cond_fn, "guidance": guidance, "model_kwargs": model_kwargs}
+    yielded = list(loop(model, x_T.shape, noise=x_T, clip_denoised=True, randn_like=noise, **rules, **extra))
     # one draw per step, the last step and eta = 0 included
     assert len(yielded) == CASES[name]["n_steps"] == noise.calls - 1
     return yielded, model, cond_fn, guidance
@@ -132,9 +121,8 @@ def run_chain(name):
 def test_chain(name):
     yielded, model, cond_fn, guidance = run_chain(name)
     atol = chain_atol(name)
-    for step, golden in zip(
-        ARRAYS[f"{name}/steps"][:-1], ARRAYS[f"{name}/x"], strict=True
-    ):  # the last one is `final`
+    steps = ARRAYS[f"{name}/steps"][:-1]  # the last one is `final`
+    for step, golden in zip(steps, ARRAYS[f"{name}/x"], strict=True):
         assert max_abs(thin(yielded[step]["sample"]), golden) <= atol, f"the sample of step {step}"
     final = yielded[-1]["sample"]
     assert max_abs(thin(final), ARRAYS[f"{name}/final"]) <= atol
@@ -188,29 +176,22 @@ def test_single_step(name):
     assert_middle_step(name, position, out["sample"])
 
 
-@pytest.mark.parametrize("name", [name for name in GUIDED if CASES[name]["spec"]["sampler"] == "p"])
+@pytest.mark.parametrize("name", GUIDED)
 def test_single_guided_step(name):
-    """The rule itself, mean + shift at the clamped pred_xstart, with the maximum that the released chain had
-    then.
+    """The rule itself at the clamped pred_xstart: mean + shift with the maximum that the released chain had
+    then, and under DDIM the gradient given to the classic rule.
     """
     diffusion, model, model_kwargs, _, guidance = set_up(name)
     position, x, noise, t = middle_step(name)
     out = diffusion.p_mean_variance(model, x, t, clip_denoised=True, model_kwargs=model_kwargs)
-    variance_max = float(ARRAYS[f"{name}/max_variance"][position])
-    step = GuidanceStep(int(t[0]), CASES[name]["n_steps"], out["variance"], variance_max)
-    shift = guidance(out["pred_xstart"], model_kwargs["y"], step)
-    assert_middle_step(name, position, out["mean"] + shift + (0.5 * out["log_variance"]).exp() * noise)
-
-
-@pytest.mark.parametrize("name", [name for name in GUIDED if CASES[name]["spec"]["sampler"] == "ddim"])
-def test_single_guided_ddim_step(name):
-    """The gradient at the clamped pred_xstart, given to the classic DDIM rule."""
-    diffusion, model, model_kwargs, _, guidance = set_up(name)
-    position, x, noise, t = middle_step(name)
-    out = diffusion.p_mean_variance(model, x, t, clip_denoised=True, model_kwargs=model_kwargs)
-    step = GuidanceStep(int(t[0]), CASES[name]["n_steps"], 1.0, 1.0)
-    grad = guidance(out["pred_xstart"], model_kwargs["y"], step)
-    out = diffusion.ddim_sample(
-        model, x, t, cond_fn=lambda x, t, **kw: grad, model_kwargs=model_kwargs, noise=noise
-    )
-    assert_middle_step(name, position, out["sample"])
+    place = {"index": int(t[0]), "num_steps": CASES[name]["n_steps"]}
+    if CASES[name]["spec"]["sampler"] == "p":
+        variance_max = float(ARRAYS[f"{name}/max_variance"][position])
+        step = a_step(**place, variance=out["variance"], variance_max=variance_max)
+        mean = out["mean"] + guidance(out["pred_xstart"], model_kwargs["y"], step)
+        sample = mean + (0.5 * out["log_variance"]).exp() * noise
+    else:
+        gradient = guidance(out["pred_xstart"], model_kwargs["y"], a_step(**place))
+        options = {"cond_fn": lambda x, t, **kw: gradient, "model_kwargs": model_kwargs, "noise": noise}
+        sample = diffusion.ddim_sample(model, x, t, **options)["sample"]
+    assert_middle_step(name, position, sample)

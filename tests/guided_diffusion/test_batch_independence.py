@@ -1,20 +1,22 @@
-"""A sample is the same whatever the size of the batch that it was drawn in: a small U-Net, guided and not."""
+"""A sample is the same whatever the size of the batch that it was drawn in: a small U-Net, guided and not,
+under every sampler.
+"""
 
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
+from toys import SAMPLERS, rule, sample
 
 from classifiers import load_classifier
 from guided_diffusion.files.pixels import to_uint8
 from guided_diffusion.flags.labels import label_source
-from guided_diffusion.guidance import ClassifierGuidance
 from guided_diffusion.runs.noise import SampleNoise
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 
-SAMPLES, SIZE, STEPS, SEED = 16, 16, 10, 11
-BATCHES = [1, 3]
+SAMPLES, SIZE, STEPS, SEED, SCALE = 6, 16, 3, 11, 8.0
+every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
+each_size = pytest.mark.parametrize("batch_size", [1, 4])
 
 
 def drawn(module, seed):
@@ -38,45 +40,28 @@ def networks():
 
 
 @cache
-def sample(loop, batch_size, scale):
-    """(labels, images, the noise that the loop was given) of all samples."""
+def images_and_draws(sampler, batch_size, scale):
+    """(labels, images, the noise that the sampler was given) of all samples."""
     unet, classifier = networks()
-    diffusion = create_gaussian_diffusion(
-        learn_sigma=True, predict_xstart=True, timestep_respacing=str(STEPS)
-    )
-    guidance = (
-        ClassifierGuidance(classifier, marginal_temperature=0.5, classifier_scale=scale, gamma_factor=0.3)
-        if scale
-        else None
-    )
+    options = {"learn_sigma": True, "predict_xstart": True, "timestep_respacing": str(STEPS)}
+    diffusion = create_gaussian_diffusion(**options)
+    guidance = rule(sampler, scale, classifier) if scale else None
     labels, images, noises = [], [], []
     for start in range(0, SAMPLES, batch_size):
         indices = range(start, min(start + batch_size, SAMPLES))
-        y, noise = (
-            torch.from_numpy(label_source("balanced", SEED, 10)(indices)),
-            Recorded(SampleNoise(SEED, indices)),
-        )
-        shape = (len(indices), 3, SIZE, SIZE)
-        x = getattr(diffusion, loop)(unet, shape, model_kwargs={"y": y}, guidance=guidance, randn_like=noise)
+        source, given = SampleNoise(SEED, indices), []
+
+        def randn_like(x, source=source, given=given):
+            given.append(source(x))
+            return given[-1]
+
+        y = torch.from_numpy(label_source("balanced", SEED, 10)(indices))
+        x_T = source.randn((len(indices), 3, SIZE, SIZE))
+        x = sample(sampler, diffusion, unet, noise=x_T, y=y, guidance=guidance, randn_like=randn_like)
         labels.append(y)
         images.append(to_uint8(x))
-        noises.append(torch.stack(noise.draws, dim=1))
+        noises.append(torch.stack([x_T, *given], dim=1))
     return torch.cat(labels), torch.cat(images).int(), torch.cat(noises)
-
-
-class Recorded:
-    """A source of noise that keeps what it gave."""
-
-    def __init__(self, source):
-        self.source, self.draws = source, []
-
-    def randn(self, shape):
-        self.draws.append(self.source.randn(shape))
-        return self.draws[-1]
-
-    def __call__(self, x):
-        self.draws.append(self.source(x))
-        return self.draws[-1]
 
 
 def levels_apart(a, b):
@@ -84,37 +69,25 @@ def levels_apart(a, b):
     return (a - b).abs().flatten(1).amax(dim=1).numpy()
 
 
-@pytest.mark.parametrize("batch_size", BATCHES)
-@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
-def test_labels_and_noise_are_the_same_bit_for_bit(loop, batch_size):
-    labels, _, noise = sample(loop, batch_size, 0)
-    whole_labels, _, whole_noise = sample(loop, SAMPLES, 0)
-    assert torch.equal(labels, whole_labels)
-    assert torch.equal(noise, whole_noise)
-    assert noise.shape == (SAMPLES, STEPS + 1, 3, SIZE, SIZE)
+@each_size
+@every_sampler
+def test_images_of_other_batch_sizes(sampler, batch_size):
+    for scale in (0, SCALE):
+        labels, images, noise = images_and_draws(sampler, batch_size, scale)
+        whole_labels, whole_images, whole_noise = images_and_draws(sampler, SAMPLES, scale)
+        assert torch.equal(labels, whole_labels) and torch.equal(noise, whole_noise)
+        assert noise.shape[1] == (1 if sampler in ("euler", "heun") else STEPS + 1)
+        assert levels_apart(images, whole_images).max() <= 1
 
 
-@pytest.mark.parametrize("batch_size", BATCHES)
-@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
-def test_unguided_pixels_are_within_one_level(loop, batch_size):
-    assert levels_apart(sample(loop, batch_size, 0)[1], sample(loop, SAMPLES, 0)[1]).max() <= 1
-
-
-@pytest.mark.parametrize("batch_size", BATCHES)
-@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
-def test_guided_images_are_within_one_level(loop, batch_size):
-    apart = levels_apart(sample(loop, batch_size, 4.0)[1], sample(loop, SAMPLES, 4.0)[1])
-    assert np.mean(apart <= 1) >= 0.99
-
-
-@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
-def test_images_differ_and_guidance_moves_each(loop):
-    plain, guided = (sample(loop, SAMPLES, scale)[1] for scale in (0, 4.0))
+@every_sampler
+def test_images_differ_and_guidance_moves_each(sampler):
+    plain, guided = (images_and_draws(sampler, SAMPLES, scale)[1] for scale in (0, SCALE))
     assert (levels_apart(plain, guided) > 1).all()
     assert len({image.numpy().tobytes() for image in plain}) == SAMPLES
 
 
 def test_same_batches_give_the_same_bytes():
-    _, first, _ = sample("p_sample_loop", SAMPLES, 4.0)
-    _, again, _ = sample.__wrapped__("p_sample_loop", SAMPLES, 4.0)
+    _, first, _ = images_and_draws("ddpm", SAMPLES, SCALE)
+    _, again, _ = images_and_draws.__wrapped__("ddpm", SAMPLES, SCALE)
     assert torch.equal(first, again)
