@@ -11,7 +11,7 @@ from torch import Tensor
 
 from guided_diffusion.edm import SCALINGS, SCHEDULES
 from guided_diffusion.flags.adm import NUM_CLASSES
-from guided_diffusion.flags.fields import Flags, Need, at_least, finite, flag
+from guided_diffusion.flags.fields import Flags, Need, at_least, finite, finite_from, flag
 from guided_diffusion.flags.guidance import OFF_THE_SHELF, GuidanceFlags
 from guided_diffusion.flags.parser import parse_bool, parse_numbers
 from guided_diffusion.flags.run import RunFlags
@@ -59,7 +59,7 @@ class EDMSamplingFlags(Flags):
     sigma_min: float | None = flag(None, "lowest noise level; by default that of --disc", kind=float)
     sigma_max: float | None = flag(None, "highest noise level; by default that of --disc", kind=float)
     rho: float = flag(7.0, "exponent of --disc edm", check=finite, needs=DISC_EDM)
-    S_churn: float = flag(0.0, "how much new noise, over all steps; 0 is none", check=at_least(0))
+    S_churn: float = flag(0.0, "how much new noise, over all steps; 0 is none", check=finite_from(0))
     S_min: float = flag(0.0, "lowest noise level that gets new noise", needs=CHURN)
     S_max: float = flag(math.inf, "highest noise level that gets new noise", needs=CHURN)
     S_noise: float = flag(1.0, "factor of the new noise", check=finite, needs=CHURN)

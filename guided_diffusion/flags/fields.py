@@ -70,6 +70,11 @@ def at_least(low: float) -> Check:
     return lambda value: None if value >= low else f"must be at least {low}"
 
 
+def finite_from(low: float) -> Check:
+    """Not below a number, nor infinite."""
+    return lambda value: finite(value) or at_least(low)(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Flags:
     """What every configuration is: flags, and which of them the user wrote."""

@@ -1,5 +1,8 @@
 import pytest
-from samplers import SAMPLERS
+from bad_files import write_bad_files
+from helpers import call, contents
+from samplers import DIGITS, SAMPLERS, SCRIPTS
+from table import ADM, EDM
 
 
 @pytest.fixture(params=SAMPLERS, ids=lambda sampler: sampler.name)
@@ -34,3 +37,45 @@ def unguided(tmp_path_factory):
         return folders[sampler.name]
 
     return run
+
+
+# Bad input
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    return write_bad_files(tmp_path_factory.mktemp("bad"))
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory):
+    """Folders of finished runs by script: bad input must leave them as they are."""
+    folders = {}
+    for script, base in (("classifier_sample", ADM), ("edm_sample", EDM)):
+        folders[script] = tmp_path_factory.mktemp(script)
+        assert call(SCRIPTS[script].main, [*base, "--out", folders[script]]).code == 0
+    return folders
+
+
+@pytest.fixture
+def refused(done, files):
+    """refused(flags, fragments, script, base, code): the script must end with one line that holds the fragments, and
+    change nothing in a finished folder; returns the line.
+    """
+
+    def check(flags, fragments, script="classifier_sample", base=ADM, code=1):
+        folder, places = done[script], {"files": files, "digits": DIGITS}
+        before = contents(folder, but="log.txt")
+        words = [word.format(**places).replace("~", " ") for word in flags.split()]
+        result = call(SCRIPTS[script].main, [*base, "--out", folder, *words])
+        assert (result.code, result.out) == (code, ""), result.err
+        last = result.err.strip().splitlines()[-1]
+        assert last.startswith("error: " if code == 1 else "script.py: error: ")
+        assert code == 2 or result.err.strip() == last
+        wanted = [fragment.strip() for fragment in fragments.format(**places).split("|")]
+        assert [fragment for fragment in wanted if fragment not in last] == [], last
+        assert ("another run's output" in last) == ("another run's output" in fragments), last
+        assert contents(folder, but="log.txt") == before and not (files / "was_run").exists()
+        return last
+
+    return check
