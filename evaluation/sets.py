@@ -17,9 +17,9 @@ import numpy as np
 from evaluation.features import FeatureNetwork, Features, extract
 from evaluation.moments import Gaussian, moments_of
 from evaluation.statistics_files import NEEDED, load_statistics, other_container
-from guided_diffusion.files.checkpoints import sha256
 from guided_diffusion.files.image_sets import archive_kind, open_images
 from guided_diffusion.files.images import Images
+from guided_diffusion.files.pretrained import sha256
 
 NEIGHBOURS = 3  # of precision and recall
 DENSITY_NEIGHBOURS = 5  # of density and coverage

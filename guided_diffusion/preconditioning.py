@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from guided_diffusion.edm_unet import DhariwalUNet
-from guided_diffusion.files.checkpoints import load_edm_checkpoint, load_into
+from guided_diffusion.files.checkpoints import load_edm_checkpoint
+from guided_diffusion.files.state_dicts import load_into
 from guided_diffusion.layers import Reusable
 from guided_diffusion.song_unet import SongUNet
 

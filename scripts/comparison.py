@@ -17,7 +17,7 @@ from evaluation.reference import Reference
 from evaluation.resampling import Options
 from evaluation.sets import DENSITY_NEIGHBOURS, measure, open_set
 from guided_diffusion.files.atomic import renamed_when_complete
-from guided_diffusion.files.checkpoints import PRETRAINED_DIR
+from guided_diffusion.files.pretrained import PRETRAINED_DIR
 from guided_diffusion.files.run_folder import read_samples
 from guided_diffusion.flags.fields import configure
 from guided_diffusion.flags.parser import parse_numbers

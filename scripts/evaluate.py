@@ -32,9 +32,9 @@ from evaluation.sets import measure, open_set, require_comparable, require_image
 from evaluation.tables import table
 from guided_diffusion.dist_util import choose_device
 from guided_diffusion.files.atomic import write_json
-from guided_diffusion.files.checkpoints import PRETRAINED_DIR
 from guided_diffusion.files.console import print_result
 from guided_diffusion.files.image_sets import pick_images
+from guided_diffusion.files.pretrained import PRETRAINED_DIR
 from guided_diffusion.flags.parser import Parser, run_main
 
 COMPARE_RESAMPLES = 200

@@ -24,8 +24,8 @@ from classifiers.registry import DIGITS
 from evaluation.networks.digits import DigitsNetwork
 from guided_diffusion.edm import EDMPrecond
 from guided_diffusion.files.atomic import renamed_when_complete, write_json
-from guided_diffusion.files.checkpoints import PRETRAINED_DIR, sha256
 from guided_diffusion.files.pixels import to_uint8
+from guided_diffusion.files.pretrained import PRETRAINED_DIR, sha256
 from guided_diffusion.flags.parser import Parser, run_main
 from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.losses import edm_loss

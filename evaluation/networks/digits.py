@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evaluation.networks.weights import read_weights
-from guided_diffusion.files.checkpoints import PRETRAINED_DIR, load_into
+from guided_diffusion.files.pretrained import PRETRAINED_DIR
+from guided_diffusion.files.state_dicts import load_into
 
 SIZE = 16
 DIGITS_WEIGHTS = PRETRAINED_DIR / "digits" / "features.safetensors"

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluation.networks.weights import read_weights
-from guided_diffusion.files.checkpoints import find_pretrained, load_into, sha256
+from guided_diffusion.files.pretrained import find_pretrained, sha256
+from guided_diffusion.files.state_dicts import load_into
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d"  # its beginning, which the published name carries
@@ -139,16 +140,9 @@ class InceptionFeatures:
         self.protocol, self.device = protocol, torch.device(device)
         self.batch_size = 16 if self.device.type == "cpu" else 128
         self.network = inception_network()
-        # Weights that were converted from TensorFlow may come without these counters, which nothing reads
-        # after training.
-        counters = {
-            name: tensor
-            for name, tensor in self.network.state_dict().items()
-            if name.endswith("num_batches_tracked")
-        }
         load_into(
             self.network,
-            counters | state_dict,
+            state_dict,
             weights if isinstance(weights, str | Path) else "the state dict",
         )
         self.network.to(self.device).eval()

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from guided_diffusion.files.checkpoints import load_state_dict, sha256
+from guided_diffusion.files.checkpoints import load_state_dict
+from guided_diffusion.files.pretrained import sha256
 
 
 def read_weights(weights: str | Path | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:

@@ -20,28 +20,8 @@ from torch import Tensor
 from guided_diffusion.files.edm_pickle import read_snapshot
 from guided_diffusion.files.formats import EDM, SAFETENSORS, kind_of
 from guided_diffusion.files.pickle_data import printable
-from guided_diffusion.files.pretrained import (
-    PRETRAINED_DIR,
-    existing_file,
-    find_pretrained,
-    known_hashes,
-    recorded_hashes,
-    sha256,
-)
-from guided_diffusion.files.state_dicts import choose_state_dict, first_line, load_into
-
-__all__ = [
-    "PRETRAINED_DIR",
-    "EDMCheckpoint",
-    "existing_file",
-    "find_pretrained",
-    "known_hashes",
-    "load_edm_checkpoint",
-    "load_into",
-    "load_state_dict",
-    "recorded_hashes",
-    "sha256",
-]
+from guided_diffusion.files.pretrained import existing_file
+from guided_diffusion.files.state_dicts import choose_state_dict, first_line
 
 
 def load_state_dict(path: str | Path, checkpoint_key: str | None = None) -> dict[str, Tensor]:

@@ -115,8 +115,10 @@ class FolderImages(Images):
         self._names = sorted(filter(_is_picture, files), key=PurePosixPath)
         left_out = describe_left_out([name for name in files if not _is_picture(name)])
         if not self._names:
-            read = " ".join(ENDINGS)
-            raise ValueError("; ".join([f"{path} holds 0 images: no file in it ends in {read}", *left_out]))
+            endings = " ".join(ENDINGS)
+            raise ValueError(
+                "; ".join([f"{path} holds 0 images: no file in it ends in {endings}", *left_out])
+            )
         super().__init__(path, len(self._names), (0, 0))
         with self._reader() as read:
             decoded = ((name, self._image(read, name, Counter())) for name in self._names)

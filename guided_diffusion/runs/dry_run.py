@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from guided_diffusion import dist_util
-from guided_diffusion.files.checkpoints import known_hashes, sha256
+from guided_diffusion.files.pretrained import known_hashes, sha256
 from guided_diffusion.files.run_folder import require_no_leftovers
 from guided_diffusion.runs import machine
 from guided_diffusion.runs.job import Job, rounded

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from guided_diffusion import dist_util, logger
-from guided_diffusion.files.checkpoints import sha256
 from guided_diffusion.files.pixels import ROUNDING, to_uint8
+from guided_diffusion.files.pretrained import sha256
 from guided_diffusion.runs import machine
 from guided_diffusion.runs.lock import locked
 from guided_diffusion.runs.loop import sample_missing

@@ -28,7 +28,8 @@ from helpers import (
     save_unet,
 )
 
-from guided_diffusion.files.checkpoints import PRETRAINED_DIR, load_state_dict
+from guided_diffusion.files.checkpoints import load_state_dict
+from guided_diffusion.files.pretrained import PRETRAINED_DIR
 from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.runs.lock import locked
 

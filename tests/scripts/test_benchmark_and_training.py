@@ -8,7 +8,9 @@ from helpers import call, environment, load_script
 
 from classifiers import load_classifier
 from guided_diffusion.edm import load_edm_network
-from guided_diffusion.files.checkpoints import load_into, load_state_dict, sha256
+from guided_diffusion.files.checkpoints import load_state_dict
+from guided_diffusion.files.pretrained import sha256
+from guided_diffusion.files.state_dicts import load_into
 from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.script_util import create_from_flags
 

@@ -37,7 +37,8 @@ from PIL import Image
 
 import guided_diffusion.runs.job
 import guided_diffusion.runs.store
-from guided_diffusion.files.checkpoints import PRETRAINED_DIR, load_state_dict, sha256
+from guided_diffusion.files.checkpoints import load_state_dict
+from guided_diffusion.files.pretrained import PRETRAINED_DIR, sha256
 from guided_diffusion.flags.parser import parse_flags
 from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.runs.noise import SampleNoise

@@ -19,7 +19,7 @@ from helpers import ROOT, Result, call, contents, load_samples, load_script
 from PIL import Image
 
 from classifiers.registry import load_classifier
-from guided_diffusion.files.checkpoints import PRETRAINED_DIR
+from guided_diffusion.files.pretrained import PRETRAINED_DIR
 
 compare = load_script("compare_edm")
 edm_sample = load_script("edm_sample")

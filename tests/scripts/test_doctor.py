@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT, call, contents, environment, load_script
 
 import guided_diffusion.runs.job
-from guided_diffusion.files.checkpoints import PRETRAINED_DIR, sha256
+from guided_diffusion.files.pretrained import PRETRAINED_DIR, sha256
 from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS
 from guided_diffusion.runs import machine
 

@@ -18,7 +18,7 @@ import guided_diffusion.runs.job
 import guided_diffusion.runs.store
 from classifiers import load_classifier
 from guided_diffusion.edm import EDMPrecond, edm_sampler, load_edm_network
-from guided_diffusion.files.checkpoints import PRETRAINED_DIR, sha256
+from guided_diffusion.files.pretrained import PRETRAINED_DIR, sha256
 from guided_diffusion.flags.parser import parse_flags, parse_numbers
 from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS, script_of
 from guided_diffusion.guidance import ClassifierGuidance, GuidedDenoiser, released_edm_guidance

@@ -28,8 +28,8 @@ from helpers import (
 )
 
 import guided_diffusion.runs.job
-from guided_diffusion.files.checkpoints import PRETRAINED_DIR, sha256
 from guided_diffusion.files.pixels import ROUNDING, to_uint8
+from guided_diffusion.files.pretrained import PRETRAINED_DIR, sha256
 from guided_diffusion.files.run_folder import read_metrics
 from guided_diffusion.flags.parser import parse_flags
 from guided_diffusion.flags.presets import PRESETS

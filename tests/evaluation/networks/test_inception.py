@@ -16,7 +16,7 @@ from evaluation.networks.inception import (
     inception_network,
     pytorch_fid_input,
 )
-from guided_diffusion.files import checkpoints
+from guided_diffusion.files import pretrained
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
@@ -70,7 +70,7 @@ def test_weights_from_a_file_without_counters_and_no_bias_in_the_logits(weights,
     path = tmp_path / "weights.pth"
     torch.save(kept, path)
     network = InceptionFeatures(path)
-    assert network.sha256 == checkpoints.sha256(path)
+    assert network.sha256 == pretrained.sha256(path)
     features = network(torch.zeros(1, 4, 4, 3, dtype=torch.uint8))
     assert {key: value.shape for key, value in features.items()} == {
         "pool3": (1, 2048),
@@ -99,7 +99,7 @@ def test_refused(weights):
 
 def test_finding_weights(tmp_path, monkeypatch):
     (tmp_path / "files.json").write_text('{"files": {}}')
-    monkeypatch.setattr(checkpoints, "PRETRAINED_DIR", tmp_path)
+    monkeypatch.setattr(pretrained, "PRETRAINED_DIR", tmp_path)
     for path in (None, tmp_path / "none.pth"):
         with pytest.raises(FileNotFoundError) as error:
             find_inception_weights(path)

@@ -1,18 +1,20 @@
 """Flags over presets, and what a script's end looks like to the shell."""
 
-import argparse
+from dataclasses import dataclass
 
 import pytest
 
-from guided_diffusion.flags.parser import parse_flags, parse_numbers, run_main
+from guided_diffusion.flags.fields import Flags, flag, parse
+from guided_diffusion.flags.parser import parse_numbers, run_main
 
 
-def parser():
-    result = argparse.ArgumentParser(allow_abbrev=False)
-    result.add_argument("--preset", default="")
-    result.add_argument("--size", type=int, default=1)
-    result.add_argument("--scale", type=float, default=1.0)
-    return result
+@dataclass(frozen=True, kw_only=True)
+class Sized(Flags):
+    """Sizes."""
+
+    preset: str = flag("", "flags by name")
+    size: int = flag(1, "how large")
+    scale: float = flag(1.0, "how much")
 
 
 PRESETS = {"small": {"size": 2, "scale": 0.5}, "large": {"size": 9}}
@@ -30,7 +32,7 @@ PRESETS = {"small": {"size": 2, "scale": 0.5}, "large": {"size": 9}}
     ],
 )
 def test_written_flags_win_over_the_preset_over_the_defaults(argv, size, scale, given):
-    args = parse_flags(parser(), argv.split(), PRESETS)
+    args = parse(Sized, None, PRESETS, argv.split())
     assert (args.size, args.scale, args.given) == (size, scale, given)
 
 
@@ -40,7 +42,7 @@ def test_written_flags_win_over_the_preset_over_the_defaults(argv, size, scale, 
 )
 def test_wrong_flags_end_the_program(argv, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        parse_flags(parser(), argv.split(), PRESETS)
+        parse(Sized, None, PRESETS, argv.split())
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from guided_diffusion.files.checkpoints import existing_file, sha256
 from guided_diffusion.files.nonfinite import NonFiniteError
+from guided_diffusion.files.pretrained import existing_file, sha256
 from guided_diffusion.runs import machine
 from guided_diffusion.runs.dry_run import ProblemsFoundError, dry_run
 from guided_diffusion.runs.job import Job, Sampler
