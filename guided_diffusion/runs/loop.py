@@ -184,7 +184,8 @@ def _fix(what, guided):
     if what == "guidance gradient":
         return "; --on_nonfinite skip drops that guidance"
     if guided:
-        return "; guidance of this size may be the reason: lower --classifier_scale (or --max_guidance)"
+        flags = "--classifier_scale or --gamma_factor, in EDM's released form --max_guidance or --add_factor"
+        return f"; guidance this strong may be the reason: lower {flags}"
     return "; if the network runs in float16, try --use_fp16 False" if what == "network output" else ""
 
 

@@ -1,10 +1,17 @@
 """Devices by name, and the process group of plain python."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from guided_diffusion import dist_util
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -23,6 +30,26 @@ def test_plain_python_is_rank_0_of_1(one_process):
     dist.all_gather(gathered, torch.ones(2))
     dist_util.sync_params(parameters)
     assert torch.equal(gathered[0], torch.ones(2)) and torch.equal(parameters[0].data, torch.ones(2))
+
+
+SYNC = """
+import torch
+from guided_diffusion import dist_util
+dist_util.setup_dist()
+parameters = [torch.nn.Parameter(torch.full((2,), float(torch.distributed.get_rank() + 5)))]
+dist_util.sync_params(parameters)
+print(parameters[0].tolist())
+"""
+
+
+def test_parameters_are_those_of_rank_0_on_all_processes(tmp_path):
+    group = []
+    for rank in "012":
+        ranks = {"RANK": rank, "SIZE": "3", "LOCAL_RANK": rank, "LOCAL_SIZE": "3"}
+        variables = {f"OMPI_COMM_WORLD_{name}": value for name, value in ranks.items()}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), **variables}
+        group.append(subprocess.Popen([sys.executable, "-c", SYNC], env=environment, stdout=subprocess.PIPE))
+    assert [process.communicate(timeout=120)[0] for process in group] == [b"[5.0, 5.0]\n"] * 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without CUDA answers")

@@ -22,7 +22,7 @@ STUB = f'#!/bin/sh\ncase $1 in *presets.py|-c) exec {sys.executable} "$@";; esac
 
 @pytest.fixture
 def copy(tmp_path):
-    """The folder of a copy of the script, beside the packages, with an interpreter that tells its arguments."""
+    """A folder with a copy of the script beside the packages, and an interpreter that tells its arguments."""
     folder = tmp_path / "a copy"
     folder.mkdir()
     shutil.copy(ROOT / "guided_sample.sh", folder)
