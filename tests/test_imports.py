@@ -10,13 +10,26 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("guided_diffusion", "classifiers", "evaluation")
 OURS = {*ROOMS, "scripts", "tests"}
+# Besides the standard library and themselves. What is imported only where it is used may be missing.
 ALLOWED = {
     "guided_diffusion": {"torch", "numpy", "tqdm", "safetensors", "PIL", "filelock"},
     "classifiers": {"torch", "torchvision"},
     "evaluation": {"torch", "numpy", "scipy", "pytorch_fid", "PIL", "tqdm", "matplotlib"},
 }
-# What every room may import, and what imports no other module of the project.
-COMMON = "guided_diffusion.files"
+COMMON = "guided_diffusion.files"  # every room may import it
+# Inside guided_diffusion, from the ground up: a module imports those of its own line and of the lines above it.
+ORDER = [
+    "files checkpoints",
+    "layers unet edm_unet song_unet dit schedules losses nn",
+    "process denoisers preconditioning solvers guidance gaussian_diffusion edm respace",
+    "flags",
+    "script_util",
+    "runs training dist_util logger",
+]
+# What a module imports from above it, as labels are drawn by index, like noise.
+EXCEPTIONS = {("guided_diffusion/flags/labels.py", "guided_diffusion.runs.noise")}
+SIBLINGS = {"comparison", "_beside"}  # of the scripts
+ARGPARSE = ("guided_diffusion/flags/", "evaluation/evaluator.py")  # the last is upstream's script
 
 
 def source_files(*rooms):
@@ -27,8 +40,7 @@ def imported(path):
     """The full names that a file imports, at the top or inside a function: "import a.b" and "from a import b"
     are a.b.
     """
-    package = list(path.parent.parts)
-    names = set()
+    package, names = list(path.parent.parts), set()
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
@@ -37,9 +49,8 @@ def imported(path):
             start = ".".join([*base, *([node.module] if node.module else [])])
             names.update(f"{start}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            function = (
-                node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            )
+            called = node.func
+            function = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
             if function in ("import_module", "__import__"):
                 names.add(str(node.args[0].value))
     return names
@@ -49,33 +60,56 @@ def top(name):
     return name.partition(".")[0]
 
 
-def is_within(name, module):
-    return name == module or name.startswith(f"{module}.")
+def is_within(name, *modules):
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-@pytest.mark.parametrize("room", ["guided_diffusion", "classifiers", "scripts"])
+def level(name):
+    """The line of ORDER that a module of guided_diffusion stands on; -1 for a name that is no module."""
+    return next((i for i, modules in enumerate(ORDER) if name.split(".")[1] in modules.split()), -1)
+
+
+every_room = pytest.mark.parametrize("path", source_files(*ROOMS), ids=str)
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "scripts"])
 def test_there_is_something_to_look_at(room):
-    files = source_files(room)
-    assert files
-    assert set().union(*(imported(path) for path in files))
+    assert set().union(*(imported(path) for path in source_files(room)))
 
 
-@pytest.mark.parametrize("path", source_files(*ROOMS), ids=str)
+@every_room
 def test_rooms_import_only_what_they_may(path):
-    room = path.parts[0]
-    allowed = ALLOWED[room] | set(sys.stdlib_module_names) | {room}
-    foreign = {name for name in imported(path) if top(name) not in allowed and not is_within(name, COMMON)}
-    assert foreign == set()
+    allowed = ALLOWED[path.parts[0]] | set(sys.stdlib_module_names) | {path.parts[0]}
+    assert {
+        name for name in imported(path) if top(name) not in allowed and not is_within(name, COMMON)
+    } == set()
 
 
-@pytest.mark.parametrize("path", source_files("guided_diffusion/files"), ids=str)
-def test_files_import_no_other_room(path):
-    assert {name for name in imported(path) if top(name) in OURS and not is_within(name, COMMON)} == set()
+@pytest.mark.parametrize("path", source_files("guided_diffusion")[1:], ids=str)
+def test_guided_diffusion_is_built_from_the_ground_up(path):
+    own = level(".".join(path.with_suffix("").parts))
+    assert own >= 0, f"{path} has no place in ORDER"
+    above = {name for name in imported(path) if name.startswith("guided_diffusion.") and level(name) > own}
+    excepted = [module for file, module in EXCEPTIONS if file == path.as_posix()]
+    assert {name for name in above if not is_within(name, *excepted)} == set()
 
 
 @pytest.mark.parametrize("path", source_files(*ROOMS, "scripts"), ids=str)
 def test_nothing_imports_scripts_or_tests(path):
-    assert {name for name in imported(path) if top(name) in ("scripts", "tests")} == set()
+    foreign = {"scripts", "tests"}
+    if path.parts[0] == "scripts":
+        foreign |= {file.stem for file in source_files("scripts")} - SIBLINGS
+    assert {name for name in imported(path) if top(name) in foreign} == set()
+
+
+@every_room
+def test_argparse_is_where_flags_are(path):
+    assert "argparse" not in imported(path) or path.as_posix().startswith(ARGPARSE)
+
+
+def test_exceptions_are_still_needed():
+    for file, module in EXCEPTIONS:
+        assert any(is_within(name, module) for name in imported(Path(file)))
 
 
 @pytest.mark.parametrize("path", source_files("evaluation"), ids=str)
@@ -84,11 +118,8 @@ def test_files_that_run_as_scripts_are_not_named_like_the_standard_library(path)
 
 
 def test_guided_diffusion_loads_without_torchvision_and_without_the_other_rooms():
-    modules = [
-        ".".join(path.with_suffix("").parts)
-        for path in source_files("guided_diffusion")
-        if path.stem != "__init__"
-    ]
+    files = [path for path in source_files("guided_diffusion") if path.stem != "__init__"]
+    modules = [".".join(path.with_suffix("").parts) for path in files]
     forbidden = ["torchvision", "scipy", "mpi4py", "classifiers", "evaluation", "scripts"]
     code = (
         "import importlib, sys\n"
