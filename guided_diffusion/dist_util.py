@@ -95,7 +95,10 @@ def keep_freed_memory():
 
 def load_state_dict(path, map_location="cpu"):
     """Read a checkpoint as `checkpoints.load_state_dict` does, and move it to `map_location`."""
-    return {name: tensor.to(map_location) for name, tensor in checkpoints.load_state_dict(path).items()}
+    state_dict = checkpoints.load_state_dict(path)
+    for name, tensor in state_dict.items():  # in place: the mapping carries the versions that modules read
+        state_dict[name] = tensor.to(map_location)
+    return state_dict
 
 
 def sync_params(params):

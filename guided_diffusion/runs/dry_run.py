@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from guided_diffusion import dist_util
-from guided_diffusion.files.pretrained import known_hashes, sha256
+from guided_diffusion.files.pretrained import known_hashes, verify
 from guided_diffusion.files.run_folder import require_no_leftovers
 from guided_diffusion.runs import machine
 from guided_diffusion.runs.job import Job, rounded
@@ -87,10 +87,11 @@ def _check_file(job, flag):
     path = job.files[flag]()
     if path is None:
         return f"{job.flags.get(flag) or 'none'}, no file", None
-    digest, known = sha256(path), known_hashes(path)
-    for expected, who in known:
-        if not digest.startswith(expected):
-            raise ValueError(f"{path} has sha256 {digest}, but {expected} is {who}: fetch it again")
+    known = known_hashes(path)
+    try:
+        digest = verify(path, known)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; fetch it again") from error
     who = " and ".join(dict.fromkeys(who for _, who in known))
     trust = f"as {who}" if known else "its right hash is not known"
     return f"{path}, {path.stat().st_size:,} bytes, sha256 {digest[:16]}... ({trust})", None
