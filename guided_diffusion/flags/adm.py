@@ -15,6 +15,7 @@ NUM_CLASSES = 1000  # of ImageNet
 LOOPS = ("ddpm", "ddim")  # of the process itself; the other samplers are solvers
 SAMPLERS = (*LOOPS, "euler", "heun")
 
+LABELS = Need(lambda config: config.class_cond)
 FIXED_CLASS = Need(lambda config: config.fix_class, lambda config: "without --fix_class True: add it")
 ANCESTRAL = Need(
     lambda config: config.guided_off_the_shelf and config.sampler == "ddpm",
@@ -57,7 +58,9 @@ class LabelFlags(Flags):
     fix_class_index: int = flag(0, "that class", needs=FIXED_CLASS)
     num_classes: int = flag(NUM_CLASSES, "of the network and of the classifier", check=at_least(1))
     null_class: bool = flag(False, "the network was trained with one label more, num_classes, for no class")
-    unconditional: bool = flag(False, "give the network the null class; guidance still wants the labels")
+    unconditional: bool = flag(
+        False, "give the network the null class; guidance still wants the labels", needs=LABELS
+    )
     seed: int = flag(0, "of noise and labels")
 
 

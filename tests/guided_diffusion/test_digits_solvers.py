@@ -48,4 +48,4 @@ def test_guidance_raises_the_share_of_wanted_digits_as_under_ddim(solver):
     for steps in (10, 18):
         guided, under_ddim = (share_of_wanted(sampler, steps) for sampler in (solver, "ddim"))
         assert guided > 0.5
-        assert abs(guided - under_ddim) < 0.15
+        assert guided > under_ddim - 0.15
