@@ -56,7 +56,7 @@ def digits_weights():
 
 
 class TestNetwork:
-    """A feature network that gives these `outputs`: the digits features, and values of pixels as spatial ones.
+    """A feature network that gives these `outputs`: the digits features, and values of pixels as spatial.
 
     It counts the images that it has seen, and is killed at its call `fail_at`.
     """

@@ -41,7 +41,10 @@ def test_features(case, protocol):
     features = InceptionFeatures(golden_weights(), protocol=protocol)
     means = {}
     for name, layer in {"mean64": "maxpool1", "mean192": "maxpool2", "mean768": "Mixed_6e"}.items():
-        hook = lambda module, inputs, output, name=name: means.update({name: output.mean(dim=(2, 3))})  # noqa: E731
+
+        def hook(module, inputs, output, name=name):
+            means[name] = output.mean(dim=(2, 3))
+
         getattr(features.network, layer).register_forward_hook(hook)
 
     actual = features(golden_images(**spec["spec"]))

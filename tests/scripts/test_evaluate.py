@@ -1,5 +1,5 @@
-"""scripts/evaluate.py: one command from files to numbers, the same for every kind of file, results that nothing
-behind stdout can lose, and one line for each bad input.
+"""scripts/evaluate.py: one command from files to numbers, the same for every kind of file; results that
+nothing behind stdout can lose.
 """
 
 import json

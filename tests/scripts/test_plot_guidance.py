@@ -116,7 +116,7 @@ def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path):
         ([drawn, noisy], f"error: {noisy} was guided by a noisy classifier"),
         (
             [pictures],
-            f"error: {pictures} holds a PNG for every sample, and guidance.png would count as one: give --out",
+            f"error: {pictures} holds a PNG for every sample, and guidance.png would count as one: ",
         ),
     ):
         result = call(script.main, folders)

@@ -18,7 +18,7 @@ from evaluation.networks.inception import (
 )
 from guided_diffusion.files import pretrained
 
-URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 
 
 @pytest.fixture(scope="module")
