@@ -7,7 +7,8 @@ import torch
 from toys import sample
 
 from classifiers import load_classifier
-from guided_diffusion.files.checkpoints import load_into, load_state_dict
+from guided_diffusion.files.checkpoints import load_state_dict
+from guided_diffusion.files.state_dicts import load_into
 from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.guidance import ClassifierGuidance
 from guided_diffusion.schedules import karras_sigmas
