@@ -54,6 +54,11 @@ def main():
         name, *arguments = json.loads(args.call)
         print(json.dumps(OWN_PROCESS[name](*arguments)))
         return
+    measure()
+
+
+def measure():
+    """Print one line for each figure."""
     print(f"machine: {machine.describe(torch.device('cpu'))}, scipy {scipy.__version__}")
     report_frechet()
     report_precision_recall()

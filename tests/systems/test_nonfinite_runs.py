@@ -76,7 +76,7 @@ def infinite_network(tmp_path, sampler):
         torch.save(state, tmp_path / "unet.pt")
         return flag, tmp_path / "unet.pt"
     with safe_open(DIGITS / "edm.safetensors", "pt") as file:
-        state, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        state, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     state["model.out_conv.bias"][0] = float("inf")
     save_file(state, tmp_path / "edm.safetensors", about)
     return flag, tmp_path / "edm.safetensors"
