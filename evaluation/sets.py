@@ -105,7 +105,7 @@ def open_set(
     """
     path = Path(path)
     if instead := other_container(path):
-        raise ValueError(f"{path} {instead}; give images, or statistics: {NEEDED}")
+        raise ValueError(f"{path} {instead}; {NEEDED}, images an npz, a zip or a folder")
     arrays = _arrays_of(path)
     name = name or path.resolve().name
     if not {"mu", "sigma"} & arrays.keys():

@@ -180,14 +180,8 @@ def evaluate_all(args, network, reference, opened):
     """The results of all sets, and the two measured sets to compare; the features of the others are not
     kept.
     """
-    options = Options(
-        args.bootstrap,
-        args.fid_infinity,
-        args.precision_recall_dtype,
-        args.allow_resolution,
-        args.seed,
-        progress=True,
-    )
+    dtype, resolution = args.precision_recall_dtype, args.allow_resolution
+    options = Options(args.bootstrap, args.fid_infinity, dtype, resolution, args.seed, progress=True)
     wanted = [Path(path).resolve() for path in args.compare or ()]
     results, kept = [], {}
     for path, samples in opened.items():

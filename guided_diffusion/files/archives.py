@@ -133,7 +133,7 @@ class ZipImages(FolderImages):
         if not self._twice:
             return []
         return [
-            f"{len(self._twice)} names are in the zip more than once, such as {self._twice[0]}: "
+            f"names that are more than once in the zip: {len(self._twice)}, such as {self._twice[0]}; "
             "each entry counts, and the last one of the name is read for all"
         ]
 

@@ -199,7 +199,7 @@ class FolderImages(Images):
     def _notes_on_listing(self) -> list[str]:
         if not self._nowhere:
             return []
-        return [f"{len(self._nowhere)} links that lead nowhere left out, such as {min(self._nowhere)}"]
+        return [f"links that lead nowhere, left out: {len(self._nowhere)}, such as {min(self._nowhere)}"]
 
     def _reader(self) -> AbstractContextManager[Callable[[str], bytes]]:
         return nullcontext(lambda name: (self.path / name).read_bytes())

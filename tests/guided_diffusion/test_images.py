@@ -151,7 +151,7 @@ def test_a_link_that_leads_nowhere_is_named_or_left_out_and_said(tmp_path, name)
         open_images(folder)
     pixels, notes = read(folder, skip_unreadable=True)
     assert np.array_equal(pixels, IN_CLASSES)
-    assert notes == [f"1 links that lead nowhere left out, such as {name}"]
+    assert notes == [f"links that lead nowhere, left out: 1, such as {name}"]
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -162,7 +162,7 @@ def test_the_same_name_twice_in_a_zip_is_said(tmp_path):
     pixels, notes = read(tmp_path / "a.zip")
     assert np.array_equal(pixels, IMAGES[[2, 2, 1]])
     (note,) = notes
-    assert note.startswith("1 names are in the zip more than once, such as a.png: ")
+    assert note.startswith("names that are more than once in the zip: 1, such as a.png; ")
 
 
 # What is refused
