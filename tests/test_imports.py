@@ -17,7 +17,7 @@ ALLOWED = {
     "evaluation": {"torch", "numpy", "scipy", "pytorch_fid", "PIL", "tqdm", "matplotlib"},
 }
 COMMON = "guided_diffusion.files"  # every room may import it
-# Inside guided_diffusion, from the ground up: a module imports those of its own line and of the lines above it.
+# Inside guided_diffusion, from the ground up: a module imports those of its own line and of earlier ones.
 ORDER = [
     "files checkpoints",
     "layers unet edm_unet song_unet dit schedules losses nn",

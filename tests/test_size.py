@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("guided_diffusion", "classifiers", "evaluation", "scripts", "tests")
 FILE_LINES, FUNCTION_LINES, COLUMNS, PARAMETERS, TESTS_TO_SOURCE = 300, 60, 110, 8, 1.1
 LONGER_FILES = {"guided_diffusion/unet.py": 450}
-# Public names that are known with these arguments: those of guided-diffusion, of EDM, and guidance's two rules.
+# Public names that are known with these arguments: guided-diffusion's, EDM's, and guidance's two rules.
 MORE_PARAMETERS = {
     "guided_diffusion/gaussian_diffusion.py": {
         "GaussianDiffusion.p_sample",

@@ -31,8 +31,8 @@ def drawn(module, seed):
 @cache
 def networks():
     unet = create_model(
-        SIZE, 32, 1, channel_mult="1,2", learn_sigma=True, class_cond=True, attention_resolutions="8", num_heads=2,
-        use_scale_shift_norm=True, resblock_updown=True, num_classes=10,
+        SIZE, 32, 1, channel_mult="1,2", learn_sigma=True, class_cond=True, attention_resolutions="8",
+        num_heads=2, use_scale_shift_norm=True, resblock_updown=True, num_classes=10,
     )  # fmt: skip
     torch.manual_seed(0)
     classifier = load_classifier("resnet18", "random", num_classes=10, softplus_beta=3.0, image_size=SIZE)

@@ -36,25 +36,6 @@ def test_levels_stay_within_what_the_network_knows_and_are_rounded_to_it():
     assert asked[0] > 20  # churn came before the rounding
 
 
-def test_noise_is_drawn_once_per_step_in_order_and_scaled_by_what_churn_adds():
-    net, noise = GaussianDenoiser(), Draws()
-    options = {"S_churn": 3, "S_min": 0.05, "S_max": 10, "S_noise": 1.1}
-    edm_sampler(net, X, randn_like=noise, num_steps=6, sigma_max=20, **options)
-    t = [*karras_sigmas(6, 0.002, 20, 7), 0]
-    gammas = [min(3 / 6, math.sqrt(2) - 1) if 0.05 <= level <= 10 else 0 for level in t[:-1]]
-    assert {0, math.sqrt(2) - 1} == set(gammas)
-    x = t[0] * X
-    for i, (gamma, draw) in enumerate(zip(gammas, noise.given, strict=True)):
-        t_hat, (x_hat, sigma) = t[i] * (1 + gamma), net.calls[2 * i]
-        assert sigma == pytest.approx(t_hat, rel=1e-12)
-        expected = x + math.sqrt(t_hat**2 - t[i] ** 2) * 1.1 * draw
-        torch.testing.assert_close(x_hat, expected, rtol=0, atol=1e-10)
-        slope = (x_hat - net(x_hat, t_hat)) / t_hat
-        x = x_hat + (t[i + 1] - t_hat) * slope
-        if i < 5:
-            x = x_hat + (t[i + 1] - t_hat) * (slope + (x - net(x, t[i + 1])) / t[i + 1]) / 2
-
-
 def test_without_churn_noise_is_drawn_and_changes_nothing():
     fills = (torch.ones_like, torch.zeros_like)
     first, second = (edm_sampler(GaussianDenoiser(), X, randn_like=fill, num_steps=5) for fill in fills)
@@ -171,22 +152,22 @@ def test_every_column_converges_to_the_exact_solution(columns):
 
 
 @under(EVERY)
-@pytest.mark.parametrize("guided", [True, False])
-def test_churn_and_guidance_go_into_what_the_network_is_asked_under_any_column(columns, guided):
-    # The network is asked at x / s, which gets the same noise whatever the scaling is.
+@pytest.mark.parametrize(("guided", "S_churn"), [(True, 2), (False, 3)])  # 3 / 6 is above the cap
+def test_churn_and_guidance_go_into_what_the_network_is_asked_under_any_column(columns, guided, S_churn):
+    # The network is asked at x / s, which gets the same noise, one draw per step, whatever the scaling is.
     net, noise, time, calls = GaussianDenoiser(), Draws(), Time(columns), []
 
     def guidance(x, y, step):
         calls.append((x, y, step))
         return torch.sin(x) + step.index
 
-    options = {"S_churn": 2, "S_min": 0.1, "S_max": 10, "S_noise": 1.1}
+    options = {"S_churn": S_churn, "S_min": 0.1, "S_max": 10, "S_noise": 1.1}
     t, x = walk(columns, 6, net, randn_like=noise, guidance=guidance if guided else None, y=Y, **options)
     asked = net.calls[:: 2 if columns["solver"] == "heun" else 1]
     assert (len(asked), len(noise.given), len(calls)) == (6, 6, 6 if guided else 0)
     for i, (x_hat, sigma) in enumerate(asked):
         level, point = time.sigma(t[i]), x[i] / time.s(t[i])
-        gamma = 2 / 6 if 0.1 <= level <= 10 else 0
+        gamma = min(S_churn / 6, math.sqrt(2) - 1) if 0.1 <= level <= 10 else 0
         assert sigma == pytest.approx(level * (1 + gamma), rel=1e-9)
         shift = torch.sin(point) + i if guided else 0
         expected = point + level * math.sqrt((1 + gamma) ** 2 - 1) * 1.1 * noise.given[i] + shift

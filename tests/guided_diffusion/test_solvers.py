@@ -73,7 +73,7 @@ def test_euler_on_the_levels_of_a_process_is_ddim(steps, schedule, clip):
     [("ddim25", 0.02, 0.0), ("ddim25", 0.02, 0.8), ("ddim50", -0.5, 0.3), (25, 0.5, 0.0)],
 )
 def test_euler_with_guidance_is_ddim_with_it(steps, scale, gamma):
-    # The sine term counts timesteps of 1000 here and steps there: the same where the stride is a whole number.
+    # The sine term counts timesteps of 1000 here and steps there: the same where the stride is whole.
     diffusion = make_diffusion(steps)
     options = {"classifier_scale": scale, "marginal_temperature": 0.5, "gamma_factor": gamma}
     guidance = ClassifierGuidance(linear, **options)

@@ -45,12 +45,13 @@ FIELDS = {
 def with_field(flags, name):
     """The configuration class with one field more."""
     default, _, part, rule = FIELDS[name]
+    made = flag(default, "what is new", names=(name,), check=at_least(0), **{part: rule})
 
     @dataclass(frozen=True, kw_only=True)
     class NewFlags(flags):
         """A new rule."""
 
-        new: type(default) = flag(default, "what is new", names=(name,), check=at_least(0), **{part: rule})
+        new: type(default) = made
 
     return NewFlags
 
