@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         switches = {name for a in self._actions if a.type is parse_bool for name in a.option_strings}
         positional = any(not a.option_strings for a in self._actions)
         complete = []
-        for word, following in zip(words, [*words[1:], "--"], strict=True):
+        for word, following in zip(words, [*words, "--"][1:], strict=True):
             complete.append(word)
             # Where there are positional words, one of these may follow a bare flag.
             bare = following.startswith("--") or (positional and following.lower() not in _TRUE + _FALSE)
