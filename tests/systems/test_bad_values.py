@@ -4,7 +4,7 @@ A row is the flags, and fragments of the line between bars. Files: bad_files.py.
 """
 
 import pytest
-from helpers import TINY, TINY_64, TINY_NOISY, flags_of
+from helpers import TINY, TINY_64, TINY_NOISY, call, flags_of
 from samplers import PLAIN_ADM, SCRIPTS
 from table import ADM, EDM, rows
 
@@ -144,6 +144,12 @@ def test_adm(refused, flags, fragments):
 @pytest.mark.parametrize(("flags", "fragments"), rows(OTHERS))
 def test_a_folder_that_holds_another_runs_output(refused, flags, fragments):
     refused(flags, f"another run's output | choose another --out | --overwrite True | {fragments}")
+
+
+@pytest.mark.parametrize(("script", "missing"), zip(SCRIPTS, ("--model_path", "--network"), strict=True))
+def test_no_flags_at_all(script, missing):
+    result = call(SCRIPTS[script].main, [])
+    assert (result.code, result.out) == (1, "") and result.err.startswith(f"error: {missing} is missing: give ")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

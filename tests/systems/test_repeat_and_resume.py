@@ -50,12 +50,12 @@ def test_the_order_of_the_seeds_is_that_of_the_images(sampler, finished, tmp_pat
 # Interruptions. What stops the run is put into functions of numpy and os that every run calls.
 
 
-def stop_at_the_third_shard(patch):
+def stop_at_the_second_shard(patch):
     savez, calls = np.savez, []
 
     def fails(*args, **kwargs):
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         savez(*args, **kwargs)
 
@@ -66,7 +66,7 @@ def stop_at_the_final_name(patch):
     replace = os.replace
 
     def fails(source, target):
-        if str(target).endswith(("3.npz", "000003.png")):
+        if str(target).endswith(("3.npz", "000002.png")):
             raise KeyboardInterrupt
         replace(source, target)
 
@@ -99,7 +99,7 @@ FORMS = [(DDPM, None), (RELEASED, None), (RELEASED, PNGS)]
 @pytest.mark.parametrize(("sampler", "base"), FORMS, ids=["adm npz", "edm npz", "edm png"])
 @pytest.mark.parametrize(
     ("stop", "complete", "drawn_later"),
-    [(stop_at_the_third_shard, 0, 1), (stop_at_the_final_name, 0, 0), (stop_while_clearing_up, 1, 0)],
+    [(stop_at_the_second_shard, 0, 1), (stop_at_the_final_name, 0, 0), (stop_while_clearing_up, 1, 0)],
 )
 def test_an_interrupted_run_resumes_and_ends_with_the_same_bytes(
     tmp_path, whole, sampler, base, stop, complete, drawn_later
@@ -125,7 +125,7 @@ def assert_same_files(folder, other):
     assert [path for path in files if path.name not in WRITTEN_ONCE and files[path] != others[path]] == []
 
 
-# One process that loads everything, and for each line a child that is killed in the middle of its third shard.
+# One process that loads everything, and for each line a child that is killed in the middle of its second shard.
 KILLED = """
 import io, json, os, runpy, signal, sys
 import numpy as np
@@ -135,7 +135,7 @@ for script in {line[0] for line in lines}:
 
 def half(file, **arrays):
     calls.append(file)
-    if len(calls) < 3:
+    if len(calls) < 2:
         return savez(file, **arrays)
     savez(whole := io.BytesIO(), **arrays)
     file.write(whole.getvalue()[:500])
@@ -181,7 +181,7 @@ def killed(tmp_path_factory):
 
 def test_a_killed_run_resumes_and_ends_with_the_same_bytes(sampler, killed, finished):
     folder, process = killed[sampler.name]
-    assert len(list(folder.glob("shards/[0-9]*.npz"))) == 2 and len(list(folder.glob("shards/.*"))) == 1
+    assert len(list(folder.glob("shards/[0-9]*.npz"))) == 1 and len(list(folder.glob("shards/.*"))) == 1
     result = sampler.run(folder, "--log_guidance", True)
     assert f"resumes after process {process} on " in result.err
     assert_same_files(folder, finished(sampler))
