@@ -152,7 +152,7 @@ def process_levels(diffusion):
 
 
 def sample(sampler, diffusion, model=tanh_model, *, noise=X, y=Y, guidance=None, randn_like=None, clip=True):
-    """The image that a sampler makes of unit noise, (N, C, H, W); it takes as many steps as the process has."""
+    """The image that a sampler makes of unit noise, (N, C, H, W), in as many steps as the process has."""
     randn_like = randn_like or Draws()
     if sampler in LOOPS:
         options = {"model_kwargs": {"y": y}, "guidance": guidance, "randn_like": randn_like}
