@@ -151,21 +151,8 @@ def process_levels(diffusion):
     return [*(diffusion.sigma(t) for t in reversed(range(diffusion.num_timesteps))), 0.0]
 
 
-def sample(
-    sampler,
-    diffusion,
-    model=tanh_model,
-    *,
-    noise=X,
-    y=Y,
-    guidance=None,
-    randn_like=None,
-    clip=True,
-    sigmas=None,
-):
-    """The image that a sampler makes of unit noise, (N, C, H, W); it takes as many steps as the process has,
-    a solver those of `sigmas` if given.
-    """
+def sample(sampler, diffusion, model=tanh_model, *, noise=X, y=Y, guidance=None, randn_like=None, clip=True):
+    """The image that a sampler makes of unit noise, (N, C, H, W), in as many steps as the process has."""
     randn_like = randn_like or Draws()
     if sampler in LOOPS:
         options = {"model_kwargs": {"y": y}, "guidance": guidance, "randn_like": randn_like}
@@ -177,5 +164,5 @@ def sample(
         return edm_sampler(denoise, noise, randn_like=randn_like, **options)
     if guidance is not None:
         denoise = GuidedDenoiser(denoise, guidance, y, clip_denoised=clip)
-    sigmas = sigmas or process_levels(diffusion)
+    sigmas = process_levels(diffusion)
     return SOLVERS[sampler](denoise, noise * math.sqrt(1 + sigmas[0] ** 2), sigmas, randn_like=randn_like)

@@ -149,7 +149,9 @@ def test_a_folder_that_holds_another_runs_output(refused, flags, fragments):
 @pytest.mark.parametrize(("script", "missing"), zip(SCRIPTS, ("--model_path", "--network"), strict=True))
 def test_no_flags_at_all(script, missing):
     result = call(SCRIPTS[script].main, [])
-    assert (result.code, result.out) == (1, "") and result.err.startswith(f"error: {missing} is missing: give ")
+    assert (result.code, result.out) == (1, "") and result.err.startswith(
+        f"error: {missing} is missing: give "
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -32,7 +32,10 @@ def test_every_sampler_is_ready_and_no_trace_is_left(sampler, tmp_path, monkeypa
     result = sampler.run(out, "--dry_run", True, "--log_guidance", True)
     said = result.out.splitlines()
     assert said[-1] == "ready" and result.err == ""
-    for flag, name in (("network" if edm else "model_path", "edm" if edm else "unet"), ("classifier_path", "guide")):
+    for flag, name in (
+        ("network" if edm else "model_path", "edm" if edm else "unet"),
+        ("classifier_path", "guide"),
+    ):
         path = DIGITS / f"{name}.safetensors"
         start = f"--{flag}: {path}, {path.stat().st_size:,} bytes, sha256 {sha256(path)[:16]}"
         assert [line.startswith(start) for line in said].count(True) == 1
@@ -42,7 +45,9 @@ def test_every_sampler_is_ready_and_no_trace_is_left(sampler, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("sampler", "flags"), [(DDPM, ()), (RELEASED, ("--use_classifier", 0, "--format", "png"))], ids=["adm", "edm png"]
+    ("sampler", "flags"),
+    [(DDPM, ()), (RELEASED, ("--use_classifier", 0, "--format", "png"))],
+    ids=["adm", "edm png"],
 )
 def test_the_doctor_says_what_the_dry_run_says(tmp_path, monkeypatch, sampler, flags):
     monkeypatch.chdir(tmp_path)
@@ -62,7 +67,10 @@ def test_the_doctor_says_what_the_dry_run_says(tmp_path, monkeypatch, sampler, f
     [
         (["digits", *QUICK, "--num_channels", 64], "unet.safetensors does not fit the architecture flags"),
         (["digits", *QUICK, "--num_classes", 12], "label_emb.weight is [11, 128] in the file but [13, 128]"),
-        (["digits", *QUICK, "--classifier_path", DIGITS / "judge.safetensors"], "judge.safetensors does not fit"),
+        (
+            ["digits", *QUICK, "--classifier_path", DIGITS / "judge.safetensors"],
+            "judge.safetensors does not fit",
+        ),
         (["digits-edm", "--class", 10], "--class 10 is out of range"),
     ],
 )
@@ -109,7 +117,11 @@ def test_half_a_run_is_counted_and_stays_as_it_is(tmp_path, finished):
     [
         (["digit"], 1, ["unknown preset 'digit'", "scripts/presets.py"]),
         (["digits", "--preset", "digits-edm"], 2, ["unknown preset 'digits-edm'"]),
-        (["digits", "--preset", "imagenet128-unguided"], 1, ["two presets", "digits", "imagenet128-unguided"]),
+        (
+            ["digits", "--preset", "imagenet128-unguided"],
+            1,
+            ["two presets", "digits", "imagenet128-unguided"],
+        ),
         ([], 2, ["PRESET"]),
         (["digits", "--num_sampl", 3], 2, ["--num_sampl"]),
         (["digits", "--labels", "10"], 1, ["class 10", "0 to 9"]),
