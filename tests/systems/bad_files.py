@@ -94,7 +94,12 @@ def _write_checkpoints(folder):
         "old.pt": (folder / "old.pt").read_bytes(),
     }
     for ending, content in whole.items():
-        for name, kept in {"empty": 0, "head": 11, "half": len(content) // 2, "last": len(content) - 1}.items():
+        for name, kept in {
+            "empty": 0,
+            "head": 11,
+            "half": len(content) // 2,
+            "last": len(content) - 1,
+        }.items():
             (folder / f"{name}.{ending}").write_bytes(content[:kept])
     (folder / "weights.bin").write_bytes(b"weights")
     torch.save([1, 2], folder / "list.pt")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from helpers import DIGITS_NETWORK, call, flags_of, load_samples, load_script
 
-from guided_diffusion.files.checkpoints import PRETRAINED_DIR
+from guided_diffusion.files.pretrained import PRETRAINED_DIR
 
 DIGITS = PRETRAINED_DIR / "digits"
 STEPS = 3

@@ -158,7 +158,9 @@ def test_networks_and_trajectory_are_on_the_accelerator_each_in_its_precision(sa
     assert convolutions[torch.float16] > 100 * network_calls and convolutions[torch.float32] == network_calls
     for name in ("native_group_norm", "_safe_softmax", "addmm"):
         assert watch.of("network", name).keys() == {torch.float32}, name
-    assert_guided_in(torch.float32 if edms else torch.float16, watch, 2 if sampler.name == "released" else network_calls)
+    assert_guided_in(
+        torch.float32 if edms else torch.float16, watch, 2 if sampler.name == "released" else network_calls
+    )
     assert_noise_alone_was_on_the_cpu(watch)
 
 

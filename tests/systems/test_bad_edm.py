@@ -10,7 +10,10 @@ SCORE = "--guidance_form score"
 NETWORKS = [
     ("--network=", "--network is missing | --preset"),
     ("--network absent.pkl", "no checkpoint at absent.pkl | scripts/download.py"),
-    ("--network edm-imagenet-64x64-cond-adm.pkl", "python scripts/download.py edm-imagenet-64x64-cond-adm.pkl"),
+    (
+        "--network edm-imagenet-64x64-cond-adm.pkl",
+        "python scripts/download.py edm-imagenet-64x64-cond-adm.pkl",
+    ),
     ("--network {digits}/unet.safetensors", "unet.safetensors | scripts/convert_checkpoint.py"),
     ("--network {digits}/reference.npz", "reference.npz is no EDM network | .pkl"),
     (f"--network {{files}}/grey.pkl {OFF}", "grey.pkl | img_channels 1"),

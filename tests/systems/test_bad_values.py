@@ -12,7 +12,10 @@ from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS
 from guided_diffusion.runs.lock import locked
 
 CHECKPOINTS = [
-    *((f"--{flag} absent.pt", "no checkpoint at absent.pt | scripts/download.py") for flag in ("model_path", "classifier_path")),
+    *(
+        (f"--{flag} absent.pt", "no checkpoint at absent.pt | scripts/download.py")
+        for flag in ("model_path", "classifier_path")
+    ),
     *(
         (f"--model_path {{files}}/{kept}.{ending}", f"{{files}}/{kept}.{ending} | bytes | truncated")
         for ending in ("safetensors", "pt", "pth")
@@ -29,10 +32,22 @@ CHECKPOINTS = [
     ("--classifier_type resnet34", "resnet34- | give its path"),
     ("--classifier_type resnet18 --classifier_path IMAGENET1K_V7", "IMAGENET1K_V7"),
     # Flags that do not fit the file.
-    ("--num_channels 64", "does not fit | time_embed.0.weight | [128, 32] in the file | [256, 64] in the network"),
-    ("--learn_sigma False", "does not fit | out.2.weight | [6, 32, 3, 3] in the file | [3, 32, 3, 3] in the network"),
-    ("--null_class False", "does not fit | label_emb.weight | [11, 128] in the file | [10, 128] in the network"),
-    ("--num_classes 12", "does not fit | label_emb.weight | [11, 128] in the file | [13, 128] in the network"),
+    (
+        "--num_channels 64",
+        "does not fit | time_embed.0.weight | [128, 32] in the file | [256, 64] in the network",
+    ),
+    (
+        "--learn_sigma False",
+        "does not fit | out.2.weight | [6, 32, 3, 3] in the file | [3, 32, 3, 3] in the network",
+    ),
+    (
+        "--null_class False",
+        "does not fit | label_emb.weight | [11, 128] in the file | [10, 128] in the network",
+    ),
+    (
+        "--num_classes 12",
+        "does not fit | label_emb.weight | [11, 128] in the file | [13, 128] in the network",
+    ),
     ("--num_res_blocks 2", "does not fit | input_blocks"),
     ("--class_cond False --null_class False", "does not fit | label_emb.weight"),
     ("--classifier_path {digits}/judge.safetensors", "does not fit | the file lacks conv1.weight"),
@@ -144,7 +159,9 @@ def test_a_folder_that_another_run_is_writing_into(done, refused, script):
         refused("", f"another run is writing into {done[script]} | --out", script, base)
 
 
-@pytest.mark.parametrize("flags", ["--model_path absent.pt", "--labels 10", "--num_channels 64", "--classifier_type resnet"])
+@pytest.mark.parametrize(
+    "flags", ["--model_path absent.pt", "--labels 10", "--num_channels 64", "--classifier_type resnet"]
+)
 def test_overwrite_removes_nothing_before_the_input_is_known_to_be_good(refused, flags):
     refused(f"--overwrite True {flags}", "")
 
@@ -179,7 +196,10 @@ def test_a_flag_of_the_ancestral_sampler_beside_another(refused, sampler):
     refused(f"--sampler {sampler} --variance_max first_pixel", "--variance_max | --sampler ddpm")
 
 
-NOISY = " ".join(flags_of({**TINY_64, **TINY_NOISY})) + " --model_path {files}/tiny64.pt --classifier_path {files}/noisy.pt"
+NOISY = (
+    " ".join(flags_of({**TINY_64, **TINY_NOISY}))
+    + " --model_path {files}/tiny64.pt --classifier_path {files}/noisy.pt"
+)
 TINY_GUIDED = f"--model_path {{files}}/tiny.pt {' '.join(flags_of({**TINY_NOISY, **TINY}))}"
 
 

@@ -32,7 +32,9 @@ def test_a_gradient_stops_and_names_step_and_sample(sampler, tmp_path, value):
     faulty = write_classifiers(tmp_path / "own.py", calls + 2, 1, value)  # in the second batch's second call
     line = fails(sampler, tmp_path / "out", *faulty)
     step, sigma = sampler.steps[1], sampler.levels[1]
-    assert re.search(rf"non-finite guidance gradient at step {step} \(sigma {sigma:.1f}.*for sample 3\b", line)
+    assert re.search(
+        rf"non-finite guidance gradient at step {step} \(sigma {sigma:.1f}.*for sample 3\b", line
+    )
     assert "--on_nonfinite skip" in line
     assert len(list((tmp_path / "out").glob("shards/*.npz"))) == 1
 
@@ -74,7 +76,7 @@ def infinite_network(tmp_path, sampler):
         torch.save(state, tmp_path / "unet.pt")
         return flag, tmp_path / "unet.pt"
     with safe_open(DIGITS / "edm.safetensors", "pt") as file:
-        state, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        state, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     state["model.out_conv.bias"][0] = float("inf")
     save_file(state, tmp_path / "edm.safetensors", about)
     return flag, tmp_path / "edm.safetensors"
@@ -95,7 +97,9 @@ def test_an_unwritable_output_folder(tmp_path, flag, place):
     folder = place.format(file=file)
     result = call(DDPM.main, [*DDPM.flags, flag, folder])
     assert result.code == 1
-    assert f"cannot write to the output folder {folder}" in result.err and "choose another --out" in result.err
+    assert (
+        f"cannot write to the output folder {folder}" in result.err and "choose another --out" in result.err
+    )
     assert file.read_text() == "mine"
 
 
@@ -108,7 +112,8 @@ def test_a_folder_with_a_manifest_of_something_else(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("name", "fix"), [("samples_4x16x16x3.npz", "or pass --overwrite True"), ("dataset.json", "choose another --out")]
+    ("name", "fix"),
+    [("samples_4x16x16x3.npz", "or pass --overwrite True"), ("dataset.json", "choose another --out")],
 )
 def test_a_folder_of_samples_without_a_manifest(tmp_path, name, fix):
     (tmp_path / name).write_bytes(b"somebody's")
@@ -122,8 +127,17 @@ def test_a_folder_of_samples_without_a_manifest(tmp_path, name, fix):
 
 
 def test_the_shell_sees_one_line_and_the_exit_code(tmp_path):
-    command = [sys.executable, ROOT / "scripts/edm_sample.py", "--preset", "digits-edm", "--network", "absent.pkl"]
-    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        ROOT / "scripts/edm_sample.py",
+        "--preset",
+        "digits-edm",
+        "--network",
+        "absent.pkl",
+    ]
+    done = subprocess.run(
+        command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: no checkpoint at absent.pkl")
     assert not list(tmp_path.rglob("*.npz"))

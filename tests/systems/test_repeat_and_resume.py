@@ -39,7 +39,9 @@ def test_the_order_of_the_seeds_is_that_of_the_images(sampler, finished, tmp_pat
     """With new noise at every step, too."""
     for seeds in ("0-4", "3,70000,0"):
         sampler.run(tmp_path / seeds, "--seeds", seeds, "--S_churn", 2, "--batch_size", 3)
-    (images, labels), (others, other_labels) = (load_samples(tmp_path / seeds) for seeds in ("0-4", "3,70000,0"))
+    (images, labels), (others, other_labels) = (
+        load_samples(tmp_path / seeds) for seeds in ("0-4", "3,70000,0")
+    )
     assert labels[[3, 0]].tolist() == other_labels[[0, 2]].tolist()
     assert np.abs(images[[3, 0]].astype(int) - others[[0, 2]]).max() <= 1
     assert levels_apart(tmp_path / "0-4", finished(sampler)).min() > 0

@@ -7,10 +7,22 @@ import pytest
 import torch
 from helpers import call, load_samples, samples_bytes, samples_file
 from PIL import Image
-from samplers import BATCHES, DDPM, DIGITS, EDM, IMAGES, PLAIN_EDM, RELEASED, SCORE, levels_apart, manifest, metrics
+from samplers import (
+    BATCHES,
+    DDPM,
+    DIGITS,
+    EDM,
+    IMAGES,
+    PLAIN_EDM,
+    RELEASED,
+    SCORE,
+    levels_apart,
+    manifest,
+    metrics,
+)
 
-from guided_diffusion.files.checkpoints import sha256
 from guided_diffusion.files.pixels import ROUNDING
+from guided_diffusion.files.pretrained import sha256
 from guided_diffusion.files.run_folder import read_metrics
 from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS
 
@@ -63,7 +75,15 @@ def test_a_line_for_each_batch_and_call_of_guidance(sampler, finished):
     ]
     assert [line["sigma"] for line in lines[: len(calls)]] == pytest.approx(sampler.levels, rel=2e-4)
     for line in lines:
-        assert set(line) == {"samples", "step", "sigma", "gradient_norm", "confidence", "clipped", "non_finite"}
+        assert set(line) == {
+            "samples",
+            "step",
+            "sigma",
+            "gradient_norm",
+            "confidence",
+            "clipped",
+            "non_finite",
+        }
         assert line["gradient_norm"] > 0 and 0 < line["confidence"] <= 1 and 0 <= line["clipped"] <= 1
         assert line["non_finite"] == 0
     assert list(read_metrics(finished(sampler))) == lines
@@ -216,6 +236,8 @@ def test_an_unconditional_edm_network_is_guided_by_labels_of_the_classifier(tmp_
     for sampler in (RELEASED, SCORE):
         sampler.run(tmp_path / sampler.name, "--guidance_form", sampler.name, base=base)
     drawn = [torch.Generator().manual_seed(seed) for seed in range(IMAGES)]
-    expected = [(torch.randn(3, 16, 16, generator=g), int(torch.randint(10, (), generator=g)))[1] for g in drawn]
+    expected = [
+        (torch.randn(3, 16, 16, generator=g), int(torch.randint(10, (), generator=g)))[1] for g in drawn
+    ]
     assert load_samples(tmp_path / "released")[1].tolist() == expected
     assert levels_apart(tmp_path / "released", tmp_path / "score").max() > 0

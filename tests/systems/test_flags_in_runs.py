@@ -1,14 +1,25 @@
 """The flags: their names and defaults, the published lines, presets, and that each is used, or named as idle."""
 
 import pytest
-from helpers import TINY, TINY_64, TINY_NOISY, call, flags_of, load_samples, make_noisy_classifier
-from helpers import samples_bytes, save_random, save_unet
+from helpers import (
+    TINY,
+    TINY_64,
+    TINY_NOISY,
+    call,
+    flags_of,
+    load_samples,
+    make_noisy_classifier,
+    samples_bytes,
+    save_random,
+    save_unet,
+)
 from samplers import ADM_SAMPLERS, DDPM, DIGITS, RELEASED, SCORE, SCRIPTS, levels_apart, manifest
 
 from guided_diffusion.flags.adm import ADMFlags
 from guided_diffusion.flags.edm import EDMFlags
 from guided_diffusion.flags.fields import parse
-from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS, SCRIPTS as SCRIPT_PRESETS, script_of
+from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS, script_of
+from guided_diffusion.flags.presets import SCRIPTS as SCRIPT_PRESETS
 from guided_diffusion.script_util import classifier_defaults, model_and_diffusion_defaults
 
 INF = float("inf")
@@ -52,18 +63,24 @@ ELUCD_VALUES = {
 
 
 def adm(*words):
-    return parse(ADMFlags, None, PRESETS, [*words, *([] if "--preset" in words else ["--model_path", "unet.pt"])])
+    return parse(
+        ADMFlags, None, PRESETS, [*words, *([] if "--preset" in words else ["--model_path", "unet.pt"])]
+    )
 
 
 def edm(*words):
-    return parse(EDMFlags, None, EDM_PRESETS, [*words, *([] if "--preset" in words else ["--network", "edm.pkl"])])
+    return parse(
+        EDMFlags, None, EDM_PRESETS, [*words, *([] if "--preset" in words else ["--network", "edm.pkl"])]
+    )
 
 
 @pytest.mark.parametrize(("parsed", "defaults"), [(adm, DEFAULTS), (edm, EDM_DEFAULTS)], ids=["adm", "edm"])
 def test_every_flag_exists_with_its_default(parsed, defaults):
     record = parsed().record()
     assert {key: record.get(key, "no such flag") for key in defaults} == defaults
-    assert {key: type(record[key]) for key in defaults} == {key: type(value) for key, value in defaults.items()}
+    assert {key: type(record[key]) for key in defaults} == {
+        key: type(value) for key, value in defaults.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -85,7 +102,12 @@ def test_presets_are_the_published_lines():
     expected = {**ADM_VALUES, **ELUCD_VALUES, "timestep_respacing": "250"}
     config = adm("--preset", "imagenet128-resnet101")
     assert {key: getattr(config, key) for key in expected} == expected
-    published = {"classifier_type": "resnet101", "softplus_beta": 5.0, "joint_temperature": 1.0, "S_churn": 0.0}
+    published = {
+        "classifier_type": "resnet101",
+        "softplus_beta": 5.0,
+        "joint_temperature": 1.0,
+        "S_churn": 0.0,
+    }
     published |= {"uncond_temperature": 0.0, "max_guidance": 0.004, "add_factor": 0.3, "steps": 10}
     published |= {"seeds": "0-49999", "guidance_form": "released"}
     config = edm("--preset", "imagenet64-edm-resnet101")
@@ -98,7 +120,9 @@ def test_written_flags_win_over_the_preset():
     assert config.given == {"preset", "classifier_scale", "num_classes"}
 
 
-@pytest.mark.parametrize(("true", "false"), [("True", "False"), ("yes", "no"), ("y", "n"), ("1", "0"), ("true", "f")])
+@pytest.mark.parametrize(
+    ("true", "false"), [("True", "False"), ("yes", "no"), ("y", "n"), ("1", "0"), ("true", "f")]
+)
 def test_booleans_are_written_in_several_ways(true, false):
     config = adm("--use_ddim", true, "--clip_denoised", false)
     assert (config.use_ddim, config.clip_denoised, config.sampler) == (True, False, "ddim")
@@ -206,7 +230,9 @@ def test_idle_flags_are_named_at_the_start_and_do_not_decide_about_resuming(tmp_
 def test_two_names_of_one_thing_resume_each_other(tmp_path, words):
     """--steps is --timestep_respacing, --use_ddim is --sampler ddim; a device decides about nothing."""
     DDPM.run(tmp_path, "--timestep_respacing", 2, *words.split(), base=("--preset", "digits"))
-    again = DDPM.run(tmp_path, "--steps", 2, "--sampler", "ddim", "--device", "cpu", base=("--preset", "digits"))
+    again = DDPM.run(
+        tmp_path, "--steps", 2, "--sampler", "ddim", "--device", "cpu", base=("--preset", "digits")
+    )
     assert "complete, nothing to do" in again.err
 
 
@@ -240,7 +266,11 @@ def test_without_a_classifier_its_flags_are_named(unguided, tmp_path):
     ("sampler", "flags", "said"),
     [
         (DDPM, "--use_fp16 True", "--use_fp16 on a CPU: the U-Net runs in bfloat16"),
-        (DDPM, "--classifier_use_fp16 True", "--classifier_use_fp16 on a CPU: the classifier stays in float32"),
+        (
+            DDPM,
+            "--classifier_use_fp16 True",
+            "--classifier_use_fp16 on a CPU: the classifier stays in float32",
+        ),
         (RELEASED, "--use_fp16 True", "on a CPU that is bfloat16"),
     ],
 )
@@ -263,7 +293,9 @@ def test_classifier_path_alone_is_a_noisy_classifier(tmp_path, sampler):
     runs = {"unguided": base[4:], "scale0": [*guided, 0], "guided": [*guided, 1e5]}
     runs["half"] = [*runs["guided"], "--classifier_use_fp16", True]
     runs["unguided"] = [*flags_of({**TINY_64, "num_classes": 10}), *ONE, "--num_samples", 2, *base[-4:]]
-    said = {name: sampler.run(tmp_path / name, *sampler.images(2), base=flags).err for name, flags in runs.items()}
+    said = {
+        name: sampler.run(tmp_path / name, *sampler.images(2), base=flags).err for name, flags in runs.items()
+    }
     assert levels_apart(tmp_path / "scale0", tmp_path / "unguided").max() == 0
     assert levels_apart(tmp_path / "guided", tmp_path / "unguided").min() > 1
     assert "the classifier stays in float32" in said["half"]
