@@ -3,7 +3,8 @@
 Reading and decoding run in a thread ahead of the network. With a cache folder the features of every few
 thousand images are kept as a part (see parts), so that a killed extraction resumes after its last part, and a
 complete one extracts nothing. The cache has a folder NAME-PROTOCOL-KEY for each set under each network; the
-key is a hash of the network, its weights and the images' fingerprint."""
+key is a hash of the network, its weights and the images' fingerprint.
+"""
 
 import hashlib
 from collections import Counter, defaultdict, deque
@@ -31,7 +32,8 @@ class FeatureNetwork(Protocol):
 
     `pool3` (n, D) must be there. `logits` (n, C), for the Inception Score, and `spatial` (n, S), for sFID,
     are what some networks have; without them these metrics are left out. A network may say by a tuple of
-    names, `outputs`, what it gives: that counts for statistics, of which no image is seen."""
+    names, `outputs`, what it gives: that counts for statistics, of which no image is seen.
+    """
 
     name: str
     protocol: str
@@ -122,7 +124,8 @@ def _parts(images, network, batch_size, gathered, bar):
     """Yield a Part for every PART_SIZE entries, and one for the rest.
 
     The caller adds each to `gathered` before it asks for the next. A part ends with a batch, so that it may
-    be larger; and it waits for the first readable image, which shows the sizes of the features."""
+    be larger; and it waits for the first readable image, which shows the sizes of the features.
+    """
     rows, remarks_before = _rows(gathered), gathered.remarks
     with closing(_read_ahead(images, batch_size, gathered.stop)) as batches:
         for stop, batch, remarks in batches:

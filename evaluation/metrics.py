@@ -1,7 +1,8 @@
 """The metrics of a set of images, as a table: to add one is to add a row.
 
 Each row says what the two sets must give, and how the number comes from them. Where a set does not give it,
-the metric is left out, and a note says why."""
+the metric is left out, and a note says why.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ class Pair:
         """None where the sets give what is needed; else why not, "" where that is said elsewhere or is plain.
 
         need: "pool" and "spatial", a Gaussian of each set; "logits" of the samples; "features" of the images
-        of both."""
+        of both.
+        """
         images = self.samples.features
         if need == "spatial" and (self.reference.spatial is None or self.samples.spatial() is None):
             plain = not _gives(need, self.samples.provenance, self.reference.measured.provenance)
@@ -67,7 +69,8 @@ class Metric:
 
     function: from a pair that gives what is needed to the number. other_label: the label with another
     network's features than Inception's, the network's name behind it; "" where the label is the same. share:
-    whether the number lies between 0 and 1."""
+    whether the number lies between 0 and 1.
+    """
 
     key: str
     label: str

@@ -6,7 +6,8 @@
 
 A file with one of these names is complete. The moments are written before the part that they end with, and
 those before them are removed after it: whenever the process is killed, the moments of the last part are
-there."""
+there.
+"""
 
 import json
 import zipfile
@@ -45,7 +46,8 @@ class Gathered:
     """What all parts so far add up to; the arrays are made once, as large as they can become.
 
     `spatial` is None where the network gives no spatial features. What one part lacks, the whole lacks: a
-    cache may be older than the network."""
+    cache may be older than the network.
+    """
 
     def __init__(self, entries: int):
         self._entries, self.stop, self.count = entries, 0, 0

@@ -11,7 +11,8 @@ but keeps its digits.
 float16: as in guided-diffusion's evaluator, features, products and distances are rounded to float16 (sums
 stay float32), and a tile that overflows is computed in float32; distances tie then, which raises precision
 and recall by a few thousandths and lowers density. None, the default: float64 where a set is float64, else
-float32."""
+float32.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

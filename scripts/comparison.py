@@ -38,8 +38,8 @@ def cells(
 ) -> dict[tuple, Any]:
     """The configuration of each cell: what the user wrote, under what the cell fixes, by the cell's key.
 
-    A given flag goes to the cells in which it means something. Raises ValueError for one that every cell fixes, and
-    for one that means nothing in any.
+    A given flag goes to the cells in which it means something. Raises ValueError for one that every cell
+    fixes, and for one that means nothing in any.
     """
     for name in sorted(given.keys() & set.intersection(*(set(values) for values in fixed.values()))):
         if name != "preset":

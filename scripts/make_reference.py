@@ -4,7 +4,8 @@
 
 The npz holds the mean and covariance of the features of all images (mu, sigma; mu_s, sigma_s of spatial
 features, which Inception has); a random subset of the images in their order (arr_0), from which precision and
-recall are computed; and of what the statistics are (protocol, features, weights_sha256, count)."""
+recall are computed; and of what the statistics are (protocol, features, weights_sha256, count).
+"""
 
 from pathlib import Path
 

@@ -76,7 +76,9 @@ CHANNEL_MULT = {
 
 
 def channel_multipliers(image_size: int, channel_mult: str) -> tuple[float, ...]:
-    """The factors of --channel_mult, or the published ones of this size. Raises ValueError for what cannot be."""
+    """The factors of --channel_mult, or the published ones of this size. Raises ValueError for what cannot
+    be.
+    """
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
     if channel_mult:

@@ -1,4 +1,6 @@
-"""Bad input to scripts/edm_sample.py, and words that no script knows; the rows are those of test_bad_values.py."""
+"""Bad input to scripts/edm_sample.py, and words that no script knows; the rows are those of
+test_bad_values.py.
+"""
 
 import pytest
 from table import ADM, EDM, rows

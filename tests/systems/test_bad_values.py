@@ -1,4 +1,5 @@
-"""Bad input to the sampling scripts: one line with the flag, the value and what to do, an exit code, nothing lost.
+"""Bad input to the sampling scripts: one line with the flag, the value and what to do, an exit code, nothing
+lost.
 
 A row is the flags, and fragments of the line between bars. Files: bad_files.py.
 """

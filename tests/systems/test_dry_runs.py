@@ -1,5 +1,5 @@
-"""--dry_run and scripts/doctor.py: what they say of a run, and that they leave no trace. The checks themselves:
-tests of runs/dry_run.py.
+"""--dry_run and scripts/doctor.py: what they say of a run, and that they leave no trace. The checks
+themselves: tests of runs/dry_run.py.
 """
 
 import re

@@ -1,4 +1,6 @@
-"""Flags that no tensor's shape shows: those of known networks are known, by the file's name and by its content."""
+"""Flags that no tensor's shape shows: those of known networks are known, by the file's name and by its
+content.
+"""
 
 import json
 import shutil

@@ -1,4 +1,6 @@
-"""The flags: their names and defaults, the published lines, presets, and that each is used, or named as idle."""
+"""The flags: their names and defaults, the published lines, presets, and that each is used, or named as
+idle.
+"""
 
 import pytest
 from helpers import (
