@@ -109,7 +109,7 @@ def report_precision_recall():
     )
     print(
         f"precision and recall, {REFERENCE} reference and {SAMPLES} sample features of {DIMENSION} "
-        f"dimensions, float32: {seconds:.2f} s; with one inner product per pair of images {rate:.1f} GFLOP/s, "
+        f"dimensions, float32: {seconds:.2f} s; with one product per pair of images {rate:.1f} GFLOP/s, "
         f"{rate / plain_rate:.0%} of the {plain_rate:.1f} GFLOP/s of a plain "
         f"matrix product of the two; peak resident memory of the process {memory / 1e9:.2f} GB"
     )

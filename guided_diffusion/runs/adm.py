@@ -18,7 +18,7 @@ from guided_diffusion.flags.fields import defaults_of
 from guided_diffusion.flags.labels import label_source, labels_file
 from guided_diffusion.flags.networks import NoisyClassifierFlags
 from guided_diffusion.flags.trained import unlike_training
-from guided_diffusion.guidance import noisy_classifier_gradient, wrapper
+from guided_diffusion.guidance import noisy_classifier_gradient
 from guided_diffusion.runs.job import Job, Sampler
 from guided_diffusion.runs.noise import DRAWN_BY_INDEX, DrawnAhead, SampleNoise
 from guided_diffusion.runs.tally import Tally
@@ -132,7 +132,7 @@ def load_guides(
     """What the loops are to be given: guidance, cond_fn, or nothing."""
     if config.guided_off_the_shelf:
         guidance = config.build_guidance(load_guide(config, classifiers, device), tally.observe)
-        return {"guidance": wrapper(tally.stopwatch.wrap)(guidance)}
+        return {"guidance": tally.timed(guidance)}
     if config.guided_by_noisy_classifier and config.classifier_scale != 0:
         gradient = noisy_classifier_gradient(
             load_noisy_classifier(config, device), config.classifier_scale, config.on_nonfinite, tally.observe

@@ -11,7 +11,7 @@ from guided_diffusion.denoisers import GuidedDenoiser
 from guided_diffusion.edm import edm_sampler, load_edm_network, time_steps
 from guided_diffusion.files.pretrained import existing_file
 from guided_diffusion.flags.edm import EDMFlags
-from guided_diffusion.guidance import Guidance, wrapper
+from guided_diffusion.guidance import Guidance
 from guided_diffusion.runs.job import Job, Sampler
 from guided_diffusion.runs.noise import DRAWN_BY_SEED, DrawnAhead, SeedNoise
 from guided_diffusion.runs.tally import Tally
@@ -139,7 +139,7 @@ def load_guidance(
         image_size=net.img_resolution,
         checkpoint_key=config.classifier_checkpoint_key or None,
     ).to(device)
-    return wrapper(tally.stopwatch.wrap)(config.build_guidance(classifier, tally.observe))
+    return tally.timed(config.build_guidance(classifier, tally.observe))
 
 
 def _notes(config, net, device):

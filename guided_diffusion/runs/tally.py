@@ -6,13 +6,14 @@ import math
 
 import torch
 
-from guided_diffusion.guidance import Observation
+from guided_diffusion.guidance import Guidance, Observation, wrapper
+from guided_diffusion.guidance.step import name_of
 from guided_diffusion.runs.stopwatch import Stopwatch
 
 
 class Tally:
-    """Keeps count over the batches of a run. Hand `observe` to the guidance, and wrap the guidance by
-    `stopwatch`.
+    """Keeps count over the batches of a run. Hand `observe` to the guidance, and sample with the rule
+    that `timed` returns.
 
     log_guidance: keep the figures of every step too. skipped: how often an image's guidance was dropped, in
     all batches. guided: whether guidance was observed in the batch that is being drawn.
@@ -31,6 +32,12 @@ class Tally:
         self._new_skipped = self._new_skipped + seen.skipped.sum()
         if self._log_guidance:
             self._lines.append({"step": seen.index, "sigma": seen.sigma, **_figures(seen)})
+
+    def timed(self, guidance: Guidance) -> Guidance:
+        """The same rule, its seconds added up."""
+        rule = wrapper(self.stopwatch.wrap)(guidance)
+        rule.__name__ = name_of(guidance)
+        return rule
 
     def take_batch(self) -> tuple[dict[str, float], list[dict]]:
         """What there is to record of the batch that was just drawn: numbers to be added up, and one line per
