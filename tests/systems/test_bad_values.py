@@ -146,10 +146,14 @@ def test_a_folder_that_holds_another_runs_output(refused, flags, fragments):
     refused(flags, f"another run's output | choose another --out | --overwrite True | {fragments}")
 
 
-@pytest.mark.parametrize(("script", "missing"), zip(SCRIPTS, ("--model_path", "--network"), strict=True))
+@pytest.mark.parametrize(
+    ("script", "missing"), list(zip(SCRIPTS, ("--model_path", "--network"), strict=True))
+)
 def test_no_flags_at_all(script, missing):
     result = call(SCRIPTS[script].main, [])
-    assert (result.code, result.out) == (1, "") and result.err.startswith(f"error: {missing} is missing: give ")
+    assert (result.code, result.out) == (1, "") and result.err.startswith(
+        f"error: {missing} is missing: give "
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 import torch
 from edm_pickles import TINY, dumps, random_net, snapshot
-from helpers import DIGITS_NETWORK, TINY_64, TINY_NOISY, flags_of, load_samples, make_noisy_classifier, make_unet
-from helpers import save_random, save_unet
+from helpers import (
+    DIGITS_NETWORK,
+    TINY_64,
+    TINY_NOISY,
+    flags_of,
+    load_samples,
+    make_noisy_classifier,
+    make_unet,
+    save_random,
+    save_unet,
+)
 from samplers import BY_NAME, DDPM, DIGITS, EDM, PLAIN_ADM, RELEASED, SCORE
 
 from classifiers import load_classifier
@@ -57,7 +66,11 @@ def test_adm_unguided(tmp_path, name, respacing):
 def test_adm_under_a_noisy_classifier(tmp_path, name):
     unet, classifier = save_unet(tmp_path / "unet.pt", TINY_64), make_noisy_classifier(num_classes=10)
     noisy = save_random(tmp_path / "noisy.pt", classifier)
-    base = [*flags_of({**TINY_64, **TINY_NOISY, "num_classes": 10, "timestep_respacing": 3}), "--model_path", unet]
+    base = [
+        *flags_of({**TINY_64, **TINY_NOISY, "num_classes": 10, "timestep_respacing": 3}),
+        "--model_path",
+        unet,
+    ]
     flags = ("--classifier_path", noisy, "--classifier_scale", 1e5, "--sampler", name, "--num_samples", 2)
     BY_NAME[name].run(tmp_path / "out", *flags, base=base)
     images, labels = load_samples(tmp_path / "out")
@@ -89,7 +102,14 @@ class Published:
         return torch.stack([torch.randn(x.shape[1:], dtype=x.dtype, generator=g) for g in self.generators])
 
 
-OTHER_COLUMNS = {"S_churn": 3, "S_noise": 1.003, "solver": "euler", "disc": "ve", "schedule": "vp", "scaling": "vp"}
+OTHER_COLUMNS = {
+    "S_churn": 3,
+    "S_noise": 1.003,
+    "solver": "euler",
+    "disc": "ve",
+    "schedule": "vp",
+    "scaling": "vp",
+}
 
 
 @pytest.mark.parametrize("options", [{}, OTHER_COLUMNS], ids=["defaults", "other columns"])

@@ -5,7 +5,6 @@ from helpers import (
     TINY,
     TINY_64,
     TINY_NOISY,
-    call,
     flags_of,
     load_samples,
     make_noisy_classifier,
@@ -13,13 +12,12 @@ from helpers import (
     save_random,
     save_unet,
 )
-from samplers import ADM_SAMPLERS, DDPM, DIGITS, RELEASED, SCORE, SCRIPTS, levels_apart, manifest
+from samplers import ADM_SAMPLERS, DDPM, DIGITS, RELEASED, SCORE, levels_apart, manifest
 
 from guided_diffusion.flags.adm import ADMFlags
 from guided_diffusion.flags.edm import EDMFlags
 from guided_diffusion.flags.fields import parse
-from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS, script_of
-from guided_diffusion.flags.presets import SCRIPTS as SCRIPT_PRESETS
+from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS
 from guided_diffusion.script_util import classifier_defaults, model_and_diffusion_defaults
 
 INF = float("inf")
@@ -112,35 +110,6 @@ def test_presets_are_the_published_lines():
     published |= {"seeds": "0-49999", "guidance_form": "released"}
     config = edm("--preset", "imagenet64-edm-resnet101")
     assert {key: getattr(config, key) for key in published} == published
-
-
-def test_written_flags_win_over_the_preset():
-    config = adm("--preset", "digits", "--classifier_scale", "3", "--num_classes", "1000")
-    assert (config.classifier_scale, config.num_classes, config.image_size) == (3.0, 1000, 16)
-    assert config.given == {"preset", "classifier_scale", "num_classes"}
-
-
-@pytest.mark.parametrize(
-    ("true", "false"), [("True", "False"), ("yes", "no"), ("y", "n"), ("1", "0"), ("true", "f")]
-)
-def test_booleans_are_written_in_several_ways(true, false):
-    config = adm("--use_ddim", true, "--clip_denoised", false)
-    assert (config.use_ddim, config.clip_denoised, config.sampler) == (True, False, "ddim")
-    assert adm("--use_ddim", "--clip_denoised", false).use_ddim is True
-
-
-def test_each_preset_has_one_script():
-    assert {name: script_of(name) for name in PRESETS} == dict.fromkeys(PRESETS, "classifier_sample.py")
-    assert {name: script_of(name) for name in EDM_PRESETS} == dict.fromkeys(EDM_PRESETS, "edm_sample.py")
-    assert not PRESETS.keys() & EDM_PRESETS.keys() and len(SCRIPT_PRESETS) == 2
-    with pytest.raises(ValueError, match=r"unknown preset 'edm'; choose digits, .*digits-edm"):
-        script_of("edm")
-
-
-@pytest.mark.parametrize(("script", "defaults"), zip(SCRIPTS, (DEFAULTS, EDM_DEFAULTS), strict=True))
-def test_help_names_every_flag(script, defaults):
-    result = call(SCRIPTS[script].main, ["--help"])
-    assert result.code == 0 and [flag for flag in defaults if f"--{flag} " not in result.out] == []
 
 
 # Every flag that is accepted is used: one image of two steps differs.

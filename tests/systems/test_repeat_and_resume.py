@@ -109,7 +109,7 @@ def test_an_interrupted_run_resumes_and_ends_with_the_same_bytes(
         stop(patch)
         result = sampler.call(folder, *log, base=base)
     assert (result.code, result.out) == (130, "") and "Traceback" not in result.err
-    assert "the same command goes on from there" in result.err
+    assert "the same command" in result.err
     assert len([*folder.glob("samples_*"), *folder.glob("dataset.json")]) == complete
     drawn, savez = [], np.savez
     with pytest.MonkeyPatch.context() as patch:
