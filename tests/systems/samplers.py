@@ -1,4 +1,4 @@
-"""The table that the suite goes through: every way to draw an image, on the digits. A new sampler is one row."""
+"""The table that the suite goes through: every way to draw an image of a digit. A new sampler is a row."""
 
 import json
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ BATCHES = ([0, 2], [2, 4])
 
 @dataclass(frozen=True)
 class Sampler:
-    """One row. flags: a guided run of three steps. scale_0: what makes it unguided, the classifier still given.
-    unguided: the same network without any classifier. levels, steps: sigma and the step's number at each call of
-    guidance, as metrics.jsonl tells them.
+    """One row. flags: a guided run of three steps. scale_0: what makes it unguided, the classifier still
+    given. unguided: the same network without any classifier. levels, steps: sigma and the step's number at each
+    call of guidance, as metrics.jsonl tells them.
     """
 
     name: str

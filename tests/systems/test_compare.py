@@ -1,5 +1,5 @@
-"""scripts/compare_guidance.py and compare_edm.py: which runs they make, from which noise, what they say of them, and
-what they refuse. The metrics and the cells: tests of scripts/comparison.py.
+"""scripts/compare_guidance.py and compare_edm.py: which runs they make, from which noise, what they say of them,
+and what they refuse. The metrics and the cells: tests of scripts/comparison.py.
 """
 
 import errno

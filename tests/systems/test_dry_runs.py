@@ -1,4 +1,4 @@
-"""--dry_run and scripts/doctor.py: what they say of a run, and that they leave no trace. The checks themselves:
+"""--dry_run and scripts/doctor.py: what they say of a run, and that they leave no trace. The checks:
 tests of runs/dry_run.py.
 """
 
@@ -9,7 +9,7 @@ import pytest
 from helpers import call, contents, load_script
 from samplers import DDPM, DIGITS, RELEASED, STEPS
 
-from guided_diffusion.files.checkpoints import sha256
+from guided_diffusion.files.pretrained import sha256
 from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.runs import machine
 

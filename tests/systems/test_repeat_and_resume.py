@@ -125,7 +125,7 @@ def assert_same_files(folder, other):
     assert [path for path in files if path.name not in WRITTEN_ONCE and files[path] != others[path]] == []
 
 
-# One process that loads everything, and for each line a child that is killed in the middle of its second shard.
+# One process that loads everything, and for each line a child that is killed in its second shard.
 KILLED = """
 import io, json, os, runpy, signal, sys
 import numpy as np
