@@ -1,13 +1,10 @@
-"""The table that the suite goes through: every way to draw an image, on the digits. A new sampler is one
-row.
-"""
+"""The table that the suite goes through: every way to draw an image of a digit. A new sampler is a row."""
 
 import json
 from dataclasses import dataclass
 
-from helpers import DIGITS_NETWORK, call, flags_of, load_samples, load_script
-
 from guided_diffusion.files.pretrained import PRETRAINED_DIR
+from helpers import DIGITS_NETWORK, call, flags_of, load_samples, load_script
 
 DIGITS = PRETRAINED_DIR / "digits"
 STEPS = 3
@@ -20,9 +17,8 @@ BATCHES = ([0, 2], [2, 4])
 @dataclass(frozen=True)
 class Sampler:
     """One row. flags: a guided run of three steps. scale_0: what makes it unguided, the classifier still
-    given.
-    unguided: the same network without any classifier. levels, steps: sigma and the step's number at each call of
-    guidance, as metrics.jsonl tells them.
+    given. unguided: the same network without any classifier. levels, steps: sigma and the step's number at each
+    call of guidance, as metrics.jsonl tells them.
     """
 
     name: str

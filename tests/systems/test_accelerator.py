@@ -1,6 +1,5 @@
 """The accelerator's path without an accelerator: every sampler at full size on the meta device, whose tensors
-have shape, type and place, but no numbers. A tensor left on the CPU or a part in the wrong precision fails
-here.
+have shape, type and place, but no numbers. A tensor left on the CPU or a part in the wrong precision fails here.
 """
 
 from collections import Counter
@@ -31,9 +30,9 @@ aten = torch.ops.aten
 class Watch(TorchDispatchMode):
     """Answers for the scalars that a program asks its tensors for, and a look at every operation.
 
-    All numbers are finite: `all` is True, `any` False. A whole number is that of the last tensor that was
-    filled with one, as timesteps are; any fraction is 1. dtypes: (place, operation, dtype) -> how often.
-    place: which network computes, if any. on_cpu: operations on images that are on the CPU.
+    All numbers are finite: `all` is True, `any` False. A whole number is that of the last tensor that was filled
+    with one, as timesteps are; any fraction is 1. dtypes: (place, operation, dtype) -> how often. place: which
+    network computes, if any. on_cpu: operations on images that are on the CPU.
     """
 
     def __init__(self):
@@ -166,9 +165,7 @@ def test_networks_and_trajectory_are_on_the_accelerator_each_in_its_precision(sa
 
 
 def assert_guided_in(dtype, watch, calls):
-    """The classifier computed so often in this precision, forward and backward, and its logits became
-    float32.
-    """
+    """The classifier computed so often in this precision, both ways; its logits became float32."""
     assert watch.of("classifier", "convolution") == {dtype: 104 * calls}
     assert watch.of("sampler", "convolution_backward") == {dtype: 104 * calls}
     assert watch.of("sampler", "logsumexp") == {torch.float32: calls}

@@ -1,6 +1,4 @@
-"""Bad input to scripts/edm_sample.py, and words that no script knows; the rows are those of
-test_bad_values.py.
-"""
+"""Bad input to scripts/edm_sample.py, and words that no script knows; rows as in test_bad_values.py."""
 
 import pytest
 from table import ADM, EDM, rows
@@ -27,8 +25,8 @@ NETWORKS = [
 ]
 CONTRADICTIONS = [
     *((f"{OFF} {flag}", f"{flag.split()[0]} | --use_classifier True") for flag in (
-        "--max_guidance 0.1", "--add_factor 0.1", "--classifier_scale 2", "--gamma_factor 0.1", "--log_guidance 1",
-        "--on_nonfinite skip", "--softplus_beta 3", "--uncond_temperature 1", "--joint_temperature 1",
+        "--max_guidance 0.1", "--add_factor 0.1", "--classifier_scale 2", "--gamma_factor 0.1",
+        "--log_guidance 1", "--on_nonfinite skip", "--softplus_beta 3", "--uncond_temperature 1", "--joint_temperature 1",
         "--guidance_interval 0,1", "--guidance_form score", "--classifier_type resnet18",
     )),
     ("--classifier_scale 2", "--classifier_scale | --guidance_form score | drop it"),
@@ -38,7 +36,8 @@ CONTRADICTIONS = [
     ("--subdirs", "--subdirs | npz"),
     ("--disc ve --rho 5", "--rho | --disc ve"),
     ("--num_classes 10", "--num_classes 10 | drop it"),
-    (f"--network {{files}}/unconditional.pkl {OFF} --unconditional 1", "--unconditional True | unconditional.pkl | drop it"),
+    (f"--network {{files}}/unconditional.pkl {OFF} --unconditional 1",
+     "--unconditional True | unconditional.pkl | drop it"),
     (f"--network {{files}}/unconditional.pkl {OFF} --class 3", "--class 3 | --use_classifier True"),
 ]  # fmt: skip
 NUMBERS = [
@@ -51,8 +50,8 @@ NUMBERS = [
       for name, value in (("batch", 0), ("steps", 0), ("steps", -3), ("num_classes", 0))),
     ("--max_guidance=-1", "max_guidance | -1"),
     *((f"--{name} {value}", f"{name} | {value}") for name, value in (
-        ("max_guidance", "inf"), ("sigma_min", "nan"), ("S_churn", "inf"), ("add_factor", "nan"), ("rho", 0.0),
-        ("rho", "inf"), ("rho", 0.001), ("sigma_min", 0.0), ("sigma_max", "inf"), ("S_churn", -1.0),
+        ("max_guidance", "inf"), ("sigma_min", "nan"), ("S_churn", "inf"), ("add_factor", "nan"),
+        ("rho", 0.0), ("rho", "inf"), ("rho", 0.001), ("sigma_min", 0.0), ("sigma_max", "inf"), ("S_churn", -1.0),
         ("S_noise", "inf"), ("softplus_beta", 0.0),
     )),
     ("--sigma_max 1e200", "sigma_max | 1e+200"),

@@ -1,5 +1,4 @@
-"""Bad input to the sampling scripts: one line with the flag, the value and what to do, an exit code, nothing
-lost.
+"""Bad input to the sampling scripts: one line with the flag, the value and the fix, and nothing lost.
 
 A row is the flags, and fragments of the line between bars. Files: bad_files.py.
 """
@@ -64,8 +63,9 @@ LABELS = [
     ("--labels {files}/negative.npy", "class -3 | out of range | 0 to 9"),
     *(
         (f"--labels {{files}}/{name}", f"{{files}}/{name}")
-        for name in ("words.txt", "empty.txt", "empty.npy", "binary.txt", "fractions.npy", "objects.npy", "cut.npy")
+        for name in ("words.txt", "empty.txt", "empty.npy", "binary.txt", "fractions.npy", "objects.npy")
     ),
+    ("--labels {files}/cut.npy", "{files}/cut.npy"),
     ("--labels {files}/absent.txt", "{files}/absent.txt | no such file"),
     *((f"--labels={text}", f"labels {text.replace('~', ' ')!r} | such as 1,2,5-10") for text in
       ("", "ballanced", "1,,2", "5-2", "1-", "1;2", "1.5", "1,a", "1~2")),
@@ -76,14 +76,17 @@ SIZES = [
     ("--image_size 20 --channel_mult=", "20 | --channel_mult | 64"),
     ("--image_size 0", "--image_size | 0"),
     ("--image_size -16", "--image_size | -16"),
-    *((f"--classifier_type {name} --classifier_path random {beta}", f"{name} cannot take 16x16 | classifier_input imagenet")
+    *((f"--classifier_type {name} --classifier_path random {beta}",
+       f"{name} cannot take 16x16 | classifier_input imagenet")
       for name, beta in (("vit_b_16", "--softplus_beta inf"), ("vit_b_16", ""), ("alexnet", ""))),
-    ("--classifier_type {files}/own.py:Linear --softplus_beta 3", "own.py:Linear | no ReLU | softplus_beta inf"),
+    ("--classifier_type {files}/own.py:Linear --softplus_beta 3",
+     "own.py:Linear | no ReLU | softplus_beta inf"),
     ("--classifier_type mobilenet_v2 --classifier_path random", "ReLU6 | softplus_beta inf"),
     ("--classifier_type mobilenet_v3_small --classifier_path random", "Hardswish | softplus_beta inf"),
 ]  # fmt: skip
 NUMBERS = [
-    *((f"--{name} {value}", f"--{name} | {value}") for name in ("num_samples", "batch_size", "num_classes") for value in (0, -3)),
+    *((f"--{name} {value}", f"--{name} | {value}")
+      for name in ("num_samples", "batch_size", "num_classes") for value in (0, -3)),
     *((f"--steps {value}", f"--steps | {value}") for value in (0, -3)),
     ("--channel_mult 1,x", "channel_mult '1,x' | 1,2,2"),
     ("--attention_resolutions x", "'x' | 32,16,8"),
@@ -98,13 +101,15 @@ NUMBERS = [
     ("--num_channels 33", "num_channels | 33 | 32"),
     ("--num_heads 5", "num_heads 5"),
     ("--num_heads 0", "num_heads 0"),
-    *((f"--guidance_interval {text}", f"--guidance_interval {text!r} | LO,HI") for text in ("5", "a,b", "1,2,3")),
+    *((f"--guidance_interval {text}", f"--guidance_interval {text!r} | LO,HI")
+      for text in ("5", "a,b", "1,2,3")),
     ("--guidance_interval 5,1", "interval | 5.0,1.0 | lo < hi"),
     ("--guidance_interval=-1,1", "interval | -1.0,1.0 | 0 <= lo"),
     ("--guidance_interval nan,1", "interval | nan,1.0"),
     *((f"--softplus_beta {value}", f"softplus_beta | {value}") for value in (0, -3, "nan")),
     *((f"--{name} {value}", f"--{name} must be | {value}")
-      for name in ("classifier_scale", "joint_temperature", "margin_temperature_discount", "gamma_factor", "dropout")
+      for name in ("classifier_scale", "joint_temperature", "margin_temperature_discount", "gamma_factor",
+                   "dropout")
       for value in ("inf", "nan")),
     ("--seed -1", "--seed must be from 0 to 2**63 - 1 | -1"),
     (f"--seed {2**63}", f"--seed must be from 0 to 2**63 - 1 | {2**63}"),
@@ -112,7 +117,8 @@ NUMBERS = [
     ("--device cuda:99", "--device cuda:99"),
 ]  # fmt: skip
 CHOICES = [
-    *((f"--classifier_type {name}", f"unknown classifier '{name}' | digits_guide | resnet50 | vit_b_16 | FILE.py:builder")
+    *((f"--classifier_type {name}",
+       f"unknown classifier '{name}' | digits_guide | resnet50 | vit_b_16 | FILE.py:builder")
       for name in ("resnet", "ResNet50", "digits")),
     ("--classifier_type {files}/absent.py:builder", "no file | absent.py"),
     ("--classifier_type {files}/own.py:absent", "own.py | no function 'absent' | builder(num_classes)"),
@@ -147,7 +153,9 @@ def test_a_folder_that_holds_another_runs_output(refused, flags, fragments):
     refused(flags, f"another run's output | choose another --out | --overwrite True | {fragments}")
 
 
-@pytest.mark.parametrize(("script", "missing"), zip(SCRIPTS, ("--model_path", "--network"), strict=True))
+@pytest.mark.parametrize(
+    ("script", "missing"), list(zip(SCRIPTS, ("--model_path", "--network"), strict=True))
+)
 def test_no_flags_at_all(script, missing):
     result = call(SCRIPTS[script].main, [])
     assert (result.code, result.out) == (1, "") and result.err.startswith(
@@ -172,9 +180,9 @@ def test_overwrite_removes_nothing_before_the_input_is_known_to_be_good(refused,
 # A digits network without a classifier, for flags that contradict each other.
 WITHOUT_CLASSIFIER = [
     *((f"--{name} {value}", f"--{name} | --classifier_type") for name, value in (
-        ("softplus_beta", 3), ("joint_temperature", 1), ("gamma_factor", 0.3), ("margin_temperature_discount", 0.5),
-        ("guidance_interval", "0,1"), ("classifier_input", "paper"), ("on_nonfinite", "skip"), ("log_guidance", True),
-        ("variance_max", "first_pixel"), ("classifier_scale", 2),
+        ("softplus_beta", 3), ("joint_temperature", 1), ("gamma_factor", 0.3),
+        ("margin_temperature_discount", 0.5), ("guidance_interval", "0,1"), ("classifier_input", "paper"),
+        ("on_nonfinite", "skip"), ("log_guidance", True), ("variance_max", "first_pixel"), ("classifier_scale", 2),
     )),
     ("--gamma_factor 0.3 --joint_temperature 1", "--gamma_factor | --joint_temperature | --classifier_type"),
     ("--classifier_path x.pt --softplus_beta 3", "--softplus_beta | --classifier_type"),
@@ -212,7 +220,8 @@ TINY_GUIDED = f"--model_path {{files}}/tiny.pt {' '.join(flags_of({**TINY_NOISY,
         [
             (f"{NOISY} --classifier_width 64", "noisy.pt | time_embed.0.weight | [128, 32] | [256, 64]"),
             (f"{TINY_GUIDED} --classifier_path {{files}}/noisy.pt", "16 | 64"),
-            (f"--model_path {{files}}/tiny.pt {' '.join(flags_of(TINY))} --classifier_type digits_guide --num_classes 9",
+            (f"--model_path {{files}}/tiny.pt {' '.join(flags_of(TINY))} --classifier_type digits_guide"
+             " --num_classes 9",
              "guide.safetensors | fc.weight | [10, 512] | [9, 512]"),
         ]
     ),

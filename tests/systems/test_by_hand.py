@@ -1,6 +1,4 @@
-"""The scripts draw what the public functions draw when they are called by hand; and how a run tells its
-progress.
-"""
+"""The scripts draw what the public functions draw when called by hand; and how a run tells its progress."""
 
 import io
 import re

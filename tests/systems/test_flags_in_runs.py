@@ -1,13 +1,10 @@
-"""The flags: their names and defaults, the published lines, presets, and that each is used, or named as
-idle.
-"""
+"""The flags: their names and defaults, the published lines, presets; each is used, or named as idle."""
 
 import pytest
 from helpers import (
     TINY,
     TINY_64,
     TINY_NOISY,
-    call,
     flags_of,
     load_samples,
     make_noisy_classifier,
@@ -15,13 +12,12 @@ from helpers import (
     save_random,
     save_unet,
 )
-from samplers import ADM_SAMPLERS, DDPM, DIGITS, RELEASED, SCORE, SCRIPTS, levels_apart, manifest
+from samplers import ADM_SAMPLERS, DDPM, DIGITS, RELEASED, SCORE, levels_apart, manifest
 
 from guided_diffusion.flags.adm import ADMFlags
 from guided_diffusion.flags.edm import EDMFlags
 from guided_diffusion.flags.fields import parse
-from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS, script_of
-from guided_diffusion.flags.presets import SCRIPTS as SCRIPT_PRESETS
+from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS
 from guided_diffusion.script_util import classifier_defaults, model_and_diffusion_defaults
 
 INF = float("inf")
@@ -30,19 +26,19 @@ SAMPLING = {
     "clip_denoised": True, "num_samples": 10000, "batch_size": 16, "use_ddim": False, "classifier_path": "",
     "classifier_scale": 1.0, "log_dir": "", "fix_class": False, "fix_class_index": 0, "classifier_type": "",
     "softplus_beta": INF, "joint_temperature": 1.0, "margin_temperature_discount": 1.0, "gamma_factor": 0.0,
-    "seed": 0, "labels": "random", "out": "", "classifier_input": "paper", "guidance_interval": "", "preset": "",
-    "device": "", "on_nonfinite": "stop", "sampler": "ddpm", "steps": None,
+    "seed": 0, "labels": "random", "out": "", "classifier_input": "paper", "guidance_interval": "",
+    "preset": "", "device": "", "on_nonfinite": "stop", "sampler": "ddpm", "steps": None,
 }  # fmt: skip
 DEFAULTS = {**model_and_diffusion_defaults(), **classifier_defaults(), **SAMPLING}
 EDM_DEFAULTS = {
     "seeds": "0-63", "subdirs": False, "class": None, "batch_size": 64, "steps": 18, "sigma_min": None,
-    "sigma_max": None, "rho": 7.0, "S_churn": 0.0, "S_min": 0.0, "S_max": INF, "S_noise": 1.0, "solver": "heun",
-    "disc": "edm", "schedule": "linear", "scaling": "none", "use_classifier": False, "softplus_beta": 5.0,
+    "sigma_max": None, "rho": 7.0, "S_churn": 0.0, "S_min": 0.0, "S_max": INF, "S_noise": 1.0,
+    "solver": "heun", "disc": "edm", "schedule": "linear", "scaling": "none", "use_classifier": False, "softplus_beta": 5.0,
     "joint_temperature": 1.0, "uncond_temperature": 1.0, "max_guidance": 0.001, "add_factor": 0.0,
 }  # fmt: skip
 ADM_LINE = (
-    "--attention_resolutions 32,16,8 --class_cond True --image_size 128 --learn_sigma True --num_channels 256 "
-    "--num_heads 4 --num_res_blocks 2 --resblock_updown True --use_fp16 True --use_scale_shift_norm True"
+    "--attention_resolutions 32,16,8 --class_cond True --image_size 128 --learn_sigma True --num_channels "
+    "256 --num_heads 4 --num_res_blocks 2 --resblock_updown True --use_fp16 True --use_scale_shift_norm True"
 )
 ELUCD_LINE = (
     "--image_size 128 --classifier_attention_resolutions 32,16,8 --classifier_depth 2 --classifier_width 128 "
@@ -116,35 +112,6 @@ def test_presets_are_the_published_lines():
     assert {key: getattr(config, key) for key in published} == published
 
 
-def test_written_flags_win_over_the_preset():
-    config = adm("--preset", "digits", "--classifier_scale", "3", "--num_classes", "1000")
-    assert (config.classifier_scale, config.num_classes, config.image_size) == (3.0, 1000, 16)
-    assert config.given == {"preset", "classifier_scale", "num_classes"}
-
-
-@pytest.mark.parametrize(
-    ("true", "false"), [("True", "False"), ("yes", "no"), ("y", "n"), ("1", "0"), ("true", "f")]
-)
-def test_booleans_are_written_in_several_ways(true, false):
-    config = adm("--use_ddim", true, "--clip_denoised", false)
-    assert (config.use_ddim, config.clip_denoised, config.sampler) == (True, False, "ddim")
-    assert adm("--use_ddim", "--clip_denoised", false).use_ddim is True
-
-
-def test_each_preset_has_one_script():
-    assert {name: script_of(name) for name in PRESETS} == dict.fromkeys(PRESETS, "classifier_sample.py")
-    assert {name: script_of(name) for name in EDM_PRESETS} == dict.fromkeys(EDM_PRESETS, "edm_sample.py")
-    assert not PRESETS.keys() & EDM_PRESETS.keys() and len(SCRIPT_PRESETS) == 2
-    with pytest.raises(ValueError, match=r"unknown preset 'edm'; choose digits, .*digits-edm"):
-        script_of("edm")
-
-
-@pytest.mark.parametrize(("script", "defaults"), zip(SCRIPTS, (DEFAULTS, EDM_DEFAULTS), strict=True))
-def test_help_names_every_flag(script, defaults):
-    result = call(SCRIPTS[script].main, ["--help"])
-    assert result.code == 0 and [flag for flag in defaults if f"--{flag} " not in result.out] == []
-
-
 # Every flag that is accepted is used: one image of two steps differs.
 
 ONE = ("--steps", 2, "--batch_size", 1)
@@ -179,8 +146,10 @@ USED = {
         "--S_churn 3", "--sigma_min 0.1", "--sigma_max 40", "--solver euler", "--disc vp", "--disc ve",
         "--disc iddpm", "--schedule vp", "--schedule ve", "--scaling vp", "--softplus_beta inf",
         "--uncond_temperature 1", "--max_guidance 0.1", "--add_factor 3", "--guidance_interval 1,70",
-        "--classifier_path random", "--S_churn 3 --S_min 90 | --S_churn 3", "--S_churn 3 --S_max 1 | --S_churn 3",
-        "--S_churn 3 --S_noise 1.1 | --S_churn 3", "--steps 3 --rho 5 | --steps 3", "--class 3", "--use_fp16 True",
+        "--classifier_path random", "--S_churn 3 --S_min 90 | --S_churn 3",
+        "--S_churn 3 --S_max 1 | --S_churn 3",
+        "--S_churn 3 --S_noise 1.1 | --S_churn 3", "--steps 3 --rho 5 | --steps 3", "--class 3",
+        "--use_fp16 True",
     ],
     SCORE: ["--joint_temperature 3", "--classifier_scale 2", "--gamma_factor 1"],
 }  # fmt: skip

@@ -68,9 +68,7 @@ def test_a_noisy_classifier_names_its_timestep_or_is_dropped(sampler, noisy, tmp
 
 
 def infinite_network(tmp_path, sampler):
-    """The sampler's network, whose answer is infinite at every pixel of a colour; a clamp would make it
-    black.
-    """
+    """The sampler's network, which answers infinity for a colour; a clamp would make it black."""
     name, flag = ("unet", "--model_path") if sampler in ADM_SAMPLERS else ("edm", "--network")
     if name == "unet":
         state = load_state_dict(DIGITS / "unet.safetensors")

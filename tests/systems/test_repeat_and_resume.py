@@ -109,7 +109,7 @@ def test_an_interrupted_run_resumes_and_ends_with_the_same_bytes(
         stop(patch)
         result = sampler.call(folder, *log, base=base)
     assert (result.code, result.out) == (130, "") and "Traceback" not in result.err
-    assert "the same command goes on from there" in result.err
+    assert "the same command" in result.err
     assert len([*folder.glob("samples_*"), *folder.glob("dataset.json")]) == complete
     drawn, savez = [], np.savez
     with pytest.MonkeyPatch.context() as patch:
@@ -125,8 +125,7 @@ def assert_same_files(folder, other):
     assert [path for path in files if path.name not in WRITTEN_ONCE and files[path] != others[path]] == []
 
 
-# One process that loads everything, and for each line a child that is killed in the middle of its second
-# shard.
+# One process that loads everything, and for each line a child that is killed in its second shard.
 KILLED = """
 import io, json, os, runpy, signal, sys
 import numpy as np

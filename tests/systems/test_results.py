@@ -1,12 +1,11 @@
-"""What a run writes: images, labels, grid, record, metrics; where, and what it says. The same for every
-sampler.
-"""
+"""What a run writes: images, labels, grid, record, metrics; where, and what it says."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
+from guided_diffusion.files.pretrained import sha256
 from helpers import call, load_samples, samples_bytes, samples_file
 from PIL import Image
 from samplers import (
@@ -24,7 +23,6 @@ from samplers import (
 )
 
 from guided_diffusion.files.pixels import ROUNDING
-from guided_diffusion.files.pretrained import sha256
 from guided_diffusion.files.run_folder import read_metrics
 from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS
 
@@ -207,8 +205,7 @@ def test_label_files_are_compared_by_what_they_hold_wherever_they_lie(tmp_path):
 
 
 def test_one_class_for_all_seeds_leaves_the_noise_alone(tmp_path):
-    # Seed 6 draws a 3 by itself. The label is drawn all the same, so that the noise of the steps stays the
-    # seed's.
+    # Seed 6 draws a 3 by itself. The label is drawn all the same: the noise of the steps stays the seed's.
     for folder, flags in (("drawn", ()), ("given", ("--class", 3))):
         SCORE.run(tmp_path / folder, "--seeds", 6, "--S_churn", 2, *flags)
     assert samples_bytes(tmp_path / "drawn") == samples_bytes(tmp_path / "given")
