@@ -3,8 +3,9 @@
 import json
 from dataclasses import dataclass
 
-from guided_diffusion.files.pretrained import PRETRAINED_DIR
 from helpers import DIGITS_NETWORK, call, flags_of, load_samples, load_script
+
+from guided_diffusion.files.pretrained import PRETRAINED_DIR
 
 DIGITS = PRETRAINED_DIR / "digits"
 STEPS = 3

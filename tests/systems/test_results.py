@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from guided_diffusion.files.pretrained import sha256
 from helpers import call, load_samples, samples_bytes, samples_file
 from PIL import Image
 from samplers import (
@@ -23,6 +22,7 @@ from samplers import (
 )
 
 from guided_diffusion.files.pixels import ROUNDING
+from guided_diffusion.files.pretrained import sha256
 from guided_diffusion.files.run_folder import read_metrics
 from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS
 
