@@ -42,8 +42,8 @@ class Linear(torch.nn.Module):
 
 
 def write_classifiers(path, at_call=None, position=0, value="nan"):
-    """One's own classifiers: own.py:Linear has a gradient that is not finite at one pixel, of one image, in one
-    guided call (counted from 1).
+    """One's own classifiers: own.py:Linear has a gradient that is not finite at one pixel, of one image, in
+    one guided call (counted from 1).
     """
     told = {"AT_CALL": at_call, "POSITION": position, "VALUE": value}
     source = CLASSIFIERS

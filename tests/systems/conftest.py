@@ -59,8 +59,8 @@ def done(tmp_path_factory):
 
 @pytest.fixture
 def refused(done, files):
-    """refused(flags, fragments, script, base, code): the script must end with one line that holds the fragments,
-    and change nothing in a finished folder; returns the line.
+    """refused(flags, fragments, script, base, code): the script must end with one line that holds the
+    fragments, and change nothing in a finished folder; returns the line.
     """
 
     def check(flags, fragments, script="classifier_sample", base=ADM, code=1):

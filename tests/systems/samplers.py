@@ -18,8 +18,8 @@ BATCHES = ([0, 2], [2, 4])
 @dataclass(frozen=True)
 class Sampler:
     """One row. flags: a guided run of three steps. scale_0: what makes it unguided, the classifier still
-    given. unguided: the same network without any classifier. levels, steps: sigma and the step's number at each
-    call of guidance, as metrics.jsonl tells them.
+    given. unguided: the same network without any classifier. levels, steps: sigma and the step's number at
+    each call of guidance, as metrics.jsonl tells them.
     """
 
     name: str

@@ -1,5 +1,5 @@
 """The accelerator's path without an accelerator: every sampler at full size on the meta device, whose tensors
-have shape, type and place, but no numbers. A tensor left on the CPU or a part in the wrong precision fails here.
+have shape, type and place, but no numbers. A tensor left on the CPU or in the wrong precision fails here.
 """
 
 from collections import Counter
@@ -30,9 +30,9 @@ aten = torch.ops.aten
 class Watch(TorchDispatchMode):
     """Answers for the scalars that a program asks its tensors for, and a look at every operation.
 
-    All numbers are finite: `all` is True, `any` False. A whole number is that of the last tensor that was filled
-    with one, as timesteps are; any fraction is 1. dtypes: (place, operation, dtype) -> how often. place: which
-    network computes, if any. on_cpu: operations on images that are on the CPU.
+    All numbers are finite: `all` is True, `any` False. A whole number is that of the last tensor that was
+    filled with one, as timesteps are; any fraction is 1. dtypes: (place, operation, dtype) -> how often.
+    place: which network computes, if any. on_cpu: operations on images that are on the CPU.
     """
 
     def __init__(self):
@@ -104,12 +104,12 @@ def resnet101():
 def watch(monkeypatch):
     """A Watch, under which networks are not filled from files."""
     watch = Watch()
-    monkeypatch.setattr(adm, "load_state_dict", lambda path: {})
+    monkeypatch.setattr(adm, "load_state_dict", lambda *_: {})
     places = {UNetModel: "network", EncoderUNetModel: "classifier"}
-    monkeypatch.setattr(adm, "load_into", lambda net, state, path: watch.watch(net, places[type(net)]))
-    monkeypatch.setattr(adm, "existing_file", lambda path: path)
+    monkeypatch.setattr(adm, "load_into", lambda net, *_: watch.watch(net, places[type(net)]))
+    monkeypatch.setattr(adm, "existing_file", lambda path, *_: path)
 
-    def edm_network(path):
+    def edm_network(*_):
         with META:
             return watch.watch(EDMPrecond(**ADM_64).eval().requires_grad_(False), "network")
 

@@ -15,7 +15,7 @@ NETWORKS = [
         "python scripts/download.py edm-imagenet-64x64-cond-adm.pkl",
     ),
     ("--network {digits}/unet.safetensors", "unet.safetensors | scripts/convert_checkpoint.py"),
-    ("--network {digits}/reference.npz", "reference.npz is no EDM network | .pkl"),
+    ("--network {digits}/reference.npz", "reference.npz"),
     (f"--network {{files}}/grey.pkl {OFF}", "grey.pkl | img_channels 1"),
     ("--network {files}/system.pkl", "system.pkl | posix.system"),
     ("--network {files}/eval.pkl", "eval.pkl | builtins.eval"),
@@ -26,7 +26,8 @@ NETWORKS = [
 CONTRADICTIONS = [
     *((f"{OFF} {flag}", f"{flag.split()[0]} | --use_classifier True") for flag in (
         "--max_guidance 0.1", "--add_factor 0.1", "--classifier_scale 2", "--gamma_factor 0.1",
-        "--log_guidance 1", "--on_nonfinite skip", "--softplus_beta 3", "--uncond_temperature 1", "--joint_temperature 1",
+        "--log_guidance 1", "--on_nonfinite skip", "--softplus_beta 3", "--uncond_temperature 1",
+        "--joint_temperature 1",
         "--guidance_interval 0,1", "--guidance_form score", "--classifier_type resnet18",
     )),
     ("--classifier_scale 2", "--classifier_scale | --guidance_form score | drop it"),
@@ -51,7 +52,8 @@ NUMBERS = [
     ("--max_guidance=-1", "max_guidance | -1"),
     *((f"--{name} {value}", f"{name} | {value}") for name, value in (
         ("max_guidance", "inf"), ("sigma_min", "nan"), ("S_churn", "inf"), ("add_factor", "nan"),
-        ("rho", 0.0), ("rho", "inf"), ("rho", 0.001), ("sigma_min", 0.0), ("sigma_max", "inf"), ("S_churn", -1.0),
+        ("rho", 0.0), ("rho", "inf"), ("rho", 0.001), ("sigma_min", 0.0), ("sigma_max", "inf"),
+        ("S_churn", -1.0),
         ("S_noise", "inf"), ("softplus_beta", 0.0),
     )),
     ("--sigma_max 1e200", "sigma_max | 1e+200"),

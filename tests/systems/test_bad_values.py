@@ -26,7 +26,7 @@ CHECKPOINTS = [
     ("--model_path {files}/half.old.pt", "half.old.pt"),
     ("--model_path {files}/last.old.pt", "last.old.pt"),
     ("--model_path {files}", "no checkpoint at {files}"),
-    ("--model_path {files}/weights.bin", "weights.bin | .pt | .safetensors"),
+    ("--model_path {files}/weights.bin", "weights.bin"),
     ("--model_path {files}/list.pt", "list.pt | state dict"),
     ("--model_path {files}/evil.pt", "evil.pt | refused"),
     ("--classifier_type resnet34", "resnet34- | give its path"),
@@ -182,7 +182,8 @@ WITHOUT_CLASSIFIER = [
     *((f"--{name} {value}", f"--{name} | --classifier_type") for name, value in (
         ("softplus_beta", 3), ("joint_temperature", 1), ("gamma_factor", 0.3),
         ("margin_temperature_discount", 0.5), ("guidance_interval", "0,1"), ("classifier_input", "paper"),
-        ("on_nonfinite", "skip"), ("log_guidance", True), ("variance_max", "first_pixel"), ("classifier_scale", 2),
+        ("on_nonfinite", "skip"), ("log_guidance", True), ("variance_max", "first_pixel"),
+        ("classifier_scale", 2),
     )),
     ("--gamma_factor 0.3 --joint_temperature 1", "--gamma_factor | --joint_temperature | --classifier_type"),
     ("--classifier_path x.pt --softplus_beta 3", "--softplus_beta | --classifier_type"),

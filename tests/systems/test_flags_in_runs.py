@@ -33,7 +33,8 @@ DEFAULTS = {**model_and_diffusion_defaults(), **classifier_defaults(), **SAMPLIN
 EDM_DEFAULTS = {
     "seeds": "0-63", "subdirs": False, "class": None, "batch_size": 64, "steps": 18, "sigma_min": None,
     "sigma_max": None, "rho": 7.0, "S_churn": 0.0, "S_min": 0.0, "S_max": INF, "S_noise": 1.0,
-    "solver": "heun", "disc": "edm", "schedule": "linear", "scaling": "none", "use_classifier": False, "softplus_beta": 5.0,
+    "solver": "heun", "disc": "edm", "schedule": "linear", "scaling": "none", "use_classifier": False,
+    "softplus_beta": 5.0,
     "joint_temperature": 1.0, "uncond_temperature": 1.0, "max_guidance": 0.001, "add_factor": 0.0,
 }  # fmt: skip
 ADM_LINE = (
