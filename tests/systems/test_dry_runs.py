@@ -6,10 +6,10 @@ import re
 import shutil
 
 import pytest
-from guided_diffusion.files.pretrained import sha256
 from helpers import call, contents, load_script
 from samplers import DDPM, DIGITS, RELEASED, STEPS
 
+from guided_diffusion.files.pretrained import sha256
 from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.runs import machine
 
