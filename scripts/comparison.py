@@ -38,15 +38,15 @@ def cells(
 ) -> dict[tuple, Any]:
     """The configuration of each cell: what the user wrote, under what the cell fixes, by the cell's key.
 
-    A given flag goes to the cells in which it means something. Raises ValueError for one that every cell
-    fixes, and for one that means nothing in any.
+    A given flag goes to the cells in which it means something. Raises ValueError for one that no cell takes:
+    the cells fix it, or it means nothing in any.
     """
-    for name in sorted(given.keys() & set.intersection(*(set(values) for values in fixed.values()))):
-        if name != "preset":
-            raise ValueError(f"--{name} is this script's own to give to each row: drop it")
     configs = {key: configure(flags, presets, given, values) for key, values in fixed.items()}
-    if idle := sorted(given.keys() - {name for config in configs.values() for name in config.given}):
-        raise ValueError(f"--{idle[0]} means nothing in any row of this table: drop it")
+    taken = {name for key, config in configs.items() for name in config.given - fixed[key].keys()}
+    for name in sorted(given.keys() - taken - {"preset"}):
+        if any(name in values for values in fixed.values()):
+            raise ValueError(f"--{name} is this script's own to give to each row: drop it")
+        raise ValueError(f"--{name} means nothing in any row of this table: drop it")
     return configs
 
 
