@@ -37,8 +37,8 @@ def unipc(
     if order not in ORDERS or variant not in VARIANTS:
         raise ValueError(f"unipc has the orders 2 and 3, bh1 and bh2, got order {order}, {variant!r}")
     ask, past = in_parts(denoise, split_guidance), deque[tuple[float, Tensor]](maxlen=order - 1)
-    step: Callable[..., Tensor]
-    used: list[tuple[float, Tensor]]
+    step: Callable[..., Tensor] = partial(_step, x)
+    used: list[tuple[float, Tensor]] = []
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         lam = -math.log(sigma)
         D, shift = ask(x, sigma)  # at the predicted x
