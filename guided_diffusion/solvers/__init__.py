@@ -14,9 +14,11 @@ under strong guidance are otherwise unstable.
 A new solver is one function under `@solver` (walk.py), and one entry of SOLVERS.
 """
 
-from guided_diffusion.solvers.multistep import dpmpp_2m, dpmpp_2m_sde, ipndm
+from guided_diffusion.solvers.multistep import ADAMS_BASHFORTH, dpmpp_2m, dpmpp_2m_sde, ipndm
 from guided_diffusion.solvers.restart import Interval, restart
 from guided_diffusion.solvers.single_step import STEPS, euler, euler_step, heun, heun_step
+from guided_diffusion.solvers.unipc import ORDERS as UNIPC_ORDERS
+from guided_diffusion.solvers.unipc import VARIANTS as UNIPC_VARIANTS
 from guided_diffusion.solvers.unipc import unipc
 from guided_diffusion.solvers.walk import falling_levels, solver
 
@@ -28,10 +30,14 @@ SOLVERS = {
     "ipndm": ipndm,
     "unipc": unipc,
 }
+# Of those that have several.
+ORDERS = {"ipndm": tuple(range(1, len(ADAMS_BASHFORTH) + 1)), "unipc": UNIPC_ORDERS}
 
 __all__ = [
+    "ORDERS",
     "SOLVERS",
     "STEPS",
+    "UNIPC_VARIANTS",
     "Interval",
     "dpmpp_2m",
     "dpmpp_2m_sde",
