@@ -49,8 +49,8 @@ class DiscreteDenoiser:
     ):
         self.model, self.diffusion, self.model_kwargs = model, diffusion, model_kwargs
         self.clip_denoised = clip_denoised
-        self._log_sigmas = np.log(1 / diffusion.trained_alphas_cumprod - 1) / 2  # rising with t
-        self.sigma_min, self.sigma_max = (float(np.exp(self._log_sigmas[i])) for i in (0, -1))
+        self.log_sigmas = np.log(1 / diffusion.trained_alphas_cumprod - 1) / 2  # rising with t
+        self.sigma_min, self.sigma_max = (float(np.exp(self.log_sigmas[i])) for i in (0, -1))
 
     def __call__(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         return self._ask(x, float(sigma))[0]
@@ -80,7 +80,7 @@ class DiscreteDenoiser:
         if not self.sigma_min * (1 - slack) <= sigma <= self.sigma_max * (1 + slack):
             trained = f"{self.sigma_min:.4g} to {self.sigma_max:.4g}"
             raise ValueError(f"noise level {sigma:g} is outside those of this network, {trained}")
-        t = float(np.interp(math.log(sigma), self._log_sigmas, np.arange(len(self._log_sigmas))))
+        t = float(np.interp(math.log(sigma), self.log_sigmas, np.arange(len(self.log_sigmas))))
         return float(round(t)) if abs(t - round(t)) < _SAME_TIMESTEP else t
 
     def _timesteps(self, t: float, x: Tensor) -> Tensor:

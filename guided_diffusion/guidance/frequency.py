@@ -1,6 +1,7 @@
 """The cosine transform of images, strengths that differ between frequencies, and the spectrum of data."""
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,21 +32,22 @@ def dct(x: Tensor, inverse: bool = False) -> Tensor:
 
 class PerFrequency:
     """A strength that differs between frequencies: times a gradient, (N, C, H, W), it is C^T diag(v) C
-    gradient, with v, (C, H, W), the strength of each frequency; times a number it is that much stronger.
+    gradient, with v = strengths(C, H, W) the strength of each; times a number it is that much stronger.
     """
 
-    def __init__(self, variances: Tensor):
-        self.variances = variances
+    def __init__(self, strengths: Callable[[int, int, int], Tensor], factor: float = 1.0):
+        self.strengths, self.factor = strengths, factor
 
     def __mul__(self, other: float | Tensor):
         if not isinstance(other, Tensor) or other.ndim == 0:
-            return PerFrequency(self.variances * other)
-        if other.shape[1:] != self.variances.shape:
+            return PerFrequency(self.strengths, self.factor * float(other))
+        strengths = self.factor * self.strengths(*other.shape[1:])
+        if other.shape[1:] != strengths.shape:
             raise ValueError(
-                f"the spectrum is of images {tuple(self.variances.shape)}, and these are "
+                f"the spectrum is of images {tuple(strengths.shape)}, and these are "
                 f"{tuple(other.shape[1:])}: measure one with scripts/data_spectrum.py"
             )
-        return dct(dct(other) * self.variances.to(other), inverse=True)
+        return dct(dct(other) * strengths.to(other), inverse=True)
 
     __rmul__ = __mul__
 

@@ -21,6 +21,7 @@ from guided_diffusion.guidance.frequency import PerFrequency
 from guided_diffusion.guidance.step import GuidanceStep
 
 Strength = Callable[[GuidanceStep], float | Tensor | PerFrequency]
+Spectrum = Callable[[int, int, int], Tensor]
 STRENGTHS = ("sampler", "ddim", "posterior")
 
 
@@ -79,11 +80,15 @@ def scalar_posterior(step: GuidanceStep, sigma_data: float) -> float:
     return step.denoised_weight * posterior_variance(step.sigma, sigma_data)
 
 
-def frequency_posterior(step: GuidanceStep, spectrum: Tensor) -> PerFrequency:
-    """The posterior's variance of every frequency: l sigma^2 / (l + sigma^2) for data of the variances
-    spectrum l, (C, H, W), in the space of the cosine transform.
+def frequency_posterior(step: GuidanceStep, spectrum: Spectrum) -> PerFrequency:
+    """The posterior's variance of every frequency: l sigma^2 / (l + sigma^2), where the cosine transform of
+    the data has the variances l = spectrum(C, H, W).
     """
-    variances = spectrum * step.sigma**2 / (spectrum + step.sigma**2)
+
+    def variances(*shape: int) -> Tensor:
+        levels = spectrum(*shape)
+        return levels * step.sigma**2 / (levels + step.sigma**2)
+
     return step.denoised_weight * PerFrequency(variances)
 
 
