@@ -56,8 +56,8 @@ class DiscreteDenoiser:
         return self._ask(x, float(sigma))[0]
 
     def with_variance(self, x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor | None]:
-        """The answer, and the variance of each of its pixels, like x, by the network's own account; None where
-        it predicts none.
+        """The answer, and the variance of each of its pixels, like x, by the network's own account; None
+        where it predicts none.
         """
         denoised, fraction = self._ask(x, float(sigma))
         if fraction is None:
@@ -112,8 +112,8 @@ class GuidedDenoiser:
 
     The shift is taken at the answer, clamped to [-1, 1] where `clip_denoised` (pixels; latents have no such
     bounds). The step's variance is `ddim_strength`: Euler steps under it are DDIM under `guidance`. Its
-    denoised_variance is the net's, where that answers `with_variance`. y: (N,) int64, the wanted classes. Further arguments of a call go to `net`; attributes (sigma_min, round_sigma,
-    ...) are the net's.
+    denoised_variance is the net's, where that answers `with_variance`. y: (N,) int64, the wanted classes.
+    Further arguments of a call go to `net`; attributes (sigma_min, round_sigma, ...) are the net's.
 
     Raises ValueError for a rule that looks at the noisy sample, and where sigma is not one level for all
     images.
@@ -130,7 +130,7 @@ class GuidedDenoiser:
         return denoised + shift
 
     def parts(self, x: Tensor, sigma: float | Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The net's answer and guidance's shift, whose sum is the answer: for solvers with `split_guidance`."""
+        """The net's answer and guidance's shift; their sum is the answer. For solvers that split guidance."""
         # Of the class: the net may pass on the attributes of a network inside it.
         with_variance = getattr(type(self.net), "with_variance", None)
         if with_variance is None:

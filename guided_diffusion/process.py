@@ -164,8 +164,8 @@ class DiffusionProcess:
         return output.split(x_t.shape[1], dim=1) if learned else (output, None)
 
     def denoised_variance(self, fraction, t):
-        """Var[x_0 | x_t] of every pixel, like `fraction`, by the learned variance of the trained process; t is
-        an original timestep, a float.
+        """Var[x_0 | x_t] of every pixel, like `fraction`, by the learned variance of the trained process; t
+        is an original timestep, a float.
 
         x_{t-1} is coef1 x_0 + coef2 x_t and noise of variance beta~, so the variance of p(x_{t-1} | x_t) is
         beta~ + coef1^2 Var[x_0 | x_t]. The network says it as beta~^(1-f) beta^f, f = (fraction + 1) / 2.

@@ -115,7 +115,8 @@ class SolverFlags(Flags):
         for level in wanted:
             if not low * (1 - _SLACK) <= level <= high * (1 + _SLACK):
                 raise ValueError(
-                    f"--levels {self.levels}: {level:g} is outside those of this network, {low:.4g} to {high:.4g}"
+                    f"--levels {self.levels}: {level:g} is outside those of this network, "
+                    f"{low:.4g} to {high:.4g}"
                 )
         known = [float(round_sigma(np.float64(level))) for level in wanted]
         levels = falling_levels([*dict.fromkeys(known), 0.0])
@@ -155,8 +156,8 @@ def read_levels(levels: str) -> list[float]:
     path = levels_file(levels)
     if path is not None and not path.is_file():
         raise FileNotFoundError(
-            f"--levels {levels}: no such file; write {', '.join((TRAINED, *LEVELS))}, a list such as 80,10,1, "
-            "or the path of one"
+            f"--levels {levels}: no such file; write {', '.join((TRAINED, *LEVELS))}, "
+            "a list such as 80,10,1, or the path of one"
         )
     try:
         text = path.read_text() if path else levels

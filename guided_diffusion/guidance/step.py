@@ -26,9 +26,9 @@ class GuidanceStep:
     rule, a float or a tensor that broadcasts to x. variance_max: float, the largest variance so far. sigma:
     the noise level of the sample, as the standard deviation of the noise where the clean image has weight 1.
     progress: the share of the way that lies behind, in [0, 1]: 0 at the noisiest step.
-    denoised_weight: what one unit of the predicted clean image is worth in what the shift is added to: 1 where
-    that is the prediction itself, the posterior's coefficient in the ancestral mean. denoised_variance: like
-    x, the variance of the clean image by the network's own account; None where it gives none.
+    denoised_weight: what one unit of the predicted clean image is worth in what the shift is added to: 1
+    where that is the prediction itself, the posterior's coefficient in the ancestral mean. denoised_variance:
+    like x, the variance of the clean image by the network's own account; None where it gives none.
     """
 
     index: int

@@ -39,7 +39,8 @@ def falling_levels(sigmas: Sequence[float]) -> list[float]:
 
 
 def in_parts(denoise: Denoise, split_guidance: bool) -> Parts:
-    """denoise as a function (x, sigma) -> (D, shift), float64: D goes into a solver's history, shift does not.
+    """denoise as a function (x, sigma) -> (D, shift), float64: D goes into a solver's history, the shift does
+    not.
 
     Without split_guidance D is the whole answer. With it, `denoise` must answer in parts, as GuidedDenoiser
     does. Raises ValueError where it does not.
