@@ -43,8 +43,7 @@ def dpmpp_2m_sde(
     split_guidance: bool = False,
 ) -> Tensor:
     """SDE-DPM-Solver++(2M) (Lu et al., 2022): at each step the noise is drawn anew, as much as in ancestral
-    sampling. The mean has second order, the variance first. randn_like: called once per step, the last
-    included.
+    sampling. randn_like: called once per step, the last included.
     """
     return _dpmpp_2m(denoise, x, sigmas, 1, randn_like or torch.randn_like, on_step, split_guidance)
 

@@ -114,6 +114,8 @@ if __name__ == "__main__":
         "sigmas": [float(s) for s in SIGMAS],
         "x": float(X),
         "noise": [float(z) for z in NOISE],
-        "cases": {name: {"options": o, "steps": [float(x) for x in steps]} for name, (o, steps) in CASES.items()},
+        "cases": {
+            name: {"options": o, "steps": [float(x) for x in steps]} for name, (o, steps) in CASES.items()
+        },
     }
     Path(__file__).with_name("K_solvers.json").write_text(json.dumps(content, indent=1) + "\n")
