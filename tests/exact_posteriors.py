@@ -1,5 +1,5 @@
-"""What the tests of solvers and strengths share: data with exact denoisers, a classifier that tilts it, and how
-a sampler maps a Gaussian to a Gaussian.
+"""What the tests of solvers and strengths share: data with exact denoisers, a classifier that tilts it, and
+how a sampler maps a Gaussian to a Gaussian.
 """
 
 import math
@@ -7,7 +7,10 @@ from functools import partial
 
 import torch
 
-from guided_diffusion.guidance import ClassifierGuidance
+from guided_diffusion.denoisers import GuidedDenoiser
+from guided_diffusion.guidance import ClassifierGuidance, frequency_posterior
+from guided_diffusion.guidance.frequency import dct
+from guided_diffusion.schedules import named_levels
 from guided_diffusion.solvers import SOLVERS
 
 SHAPE = (3, 4, 4)
@@ -33,7 +36,10 @@ def draws(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+MEAN, LABEL = 0.3, 2
+SPECTRUM = 0.05 + draws(*SHAPE, seed=3).square()
 TILT = draws(5, math.prod(SHAPE), seed=1)  # row y: the gradient of the logit of class y
+W = TILT[LABEL].view(SHAPE)
 
 
 def linear(x):
@@ -76,8 +82,8 @@ class Impulses:
 
 
 def gaussian_image(solver, denoise_of, sigmas, mean, variance, noises=0):
-    """(mean, variance) of every pixel of what a solver makes of N(mean, variance), where denoise_of(n) is affine
-    and does not mix pixels.
+    """(mean, variance) of every pixel of what a solver makes of N(mean, variance), where denoise_of(n) is
+    affine and does not mix pixels.
 
     The solver is affine in x and in each of its `noises` draws, so that its coefficients can be read off.
     """
@@ -87,3 +93,27 @@ def gaussian_image(solver, denoise_of, sigmas, mean, variance, noises=0):
     assert randn_like.calls == noises
     gain, weights = images[1] - images[0], images[2:] - images[0]
     return images[0] + gain * mean, gain**2 * variance + weights.square().sum(dim=0)
+
+
+def labels(n):
+    return torch.full((n,), LABEL)
+
+
+def levels(num_steps):
+    return [*named_levels("logsnr", num_steps, SIGMA_MIN, SIGMA_MAX), 0.0]
+
+
+def guided(n, std=0.5, net=None, **options):
+    rule = tilting(**{"strength": "posterior", "sigma_data": std, **options})
+    return GuidedDenoiser(net or GaussianDenoiser(MEAN, std), rule, labels(n), clip_denoised=False)
+
+
+class InFrequencies:
+    """The exact denoiser of N(MEAN, C^T diag(SPECTRUM) C)."""
+
+    def __call__(self, x, sigma):
+        return MEAN + dct(dct(x - MEAN) * SPECTRUM / (SPECTRUM + sigma**2), inverse=True)
+
+
+def per_frequency(spectrum=SPECTRUM):
+    return partial(frequency_posterior, spectrum=lambda *shape: spectrum)

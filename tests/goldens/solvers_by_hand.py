@@ -1,4 +1,4 @@
-"""Writes K_solvers.json: the steps of the few-step solvers on D(x, sigma) = a(sigma) x + b(sigma), of one pixel.
+"""Writes K_solvers.json: the steps of the few-step solvers on D(x, sigma) = a(sigma) x + b(sigma), one pixel.
 
     python tests/goldens/solvers_by_hand.py
 
@@ -22,7 +22,7 @@ def denoise(x, sigma):
 
 
 def dpmpp_2m(sde):
-    """Lu et al., 2022: eq. 18 with lambda = log(alpha / sigma), alpha = 1; SDE-DPM-Solver++(2M), appendix A.2."""
+    """Lu et al., 2022 (DPM-Solver++), algorithm 2, and its SDE form; alpha = 1."""
     x, lambdas, answers, steps = X, [-log(s) for s in SIGMAS], [], []
     for i, s in enumerate(SIGMAS):
         answers.append(denoise(x, s))

@@ -1,67 +1,51 @@
-"""The strength from the posterior, in closed form: Gaussian data and a linear classifier, which tilts N(m, C) to
-N(m + C w, C). Every sampler must end there.
+"""The strength from the posterior, in closed form: Gaussian data and a linear classifier, which tilts N(m, C)
+to N(m + C w, C). Every sampler must end there.
 """
 
 import math
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from exact_posteriors import (
+    MEAN,
     ORDERS,
     SHAPE,
     SIGMA_MAX,
     SIGMA_MIN,
-    TILT,
+    SPECTRUM,
     WITH_MEMORY,
     GaussianDenoiser,
+    InFrequencies,
+    W,
     draws,
     gaussian_image,
+    guided,
+    labels,
+    levels,
+    per_frequency,
     tilting,
 )
-from scipy.fft import dctn
 
-from guided_diffusion.denoisers import DiscreteDenoiser, GuidedDenoiser
+from guided_diffusion.denoisers import DiscreteDenoiser
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType
 from guided_diffusion.guidance import (
     ClassifierGuidance,
     GuidanceStep,
-    PerFrequency,
     ddim_strength,
-    frequency_posterior,
     learned_posterior,
-    natural_spectrum,
-    posterior_variance,
-    read_spectrum,
 )
 from guided_diffusion.guidance.frequency import dct
-from guided_diffusion.schedules import get_named_beta_schedule, named_levels, space_timesteps
+from guided_diffusion.schedules import get_named_beta_schedule, space_timesteps
 from guided_diffusion.solvers import SOLVERS, Interval, restart
 
-MEAN, LABEL = 0.3, 2
-W = TILT[LABEL].view(SHAPE)
-SPECTRUM = 0.05 + draws(*SHAPE, seed=3).square()
 PIXEL_STD = 0.2 + 0.7 * torch.rand(SHAPE, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 SPLITS = [(name, False) for name in ORDERS] + [(name, True) for name in WITH_MEMORY]
 
 
-def labels(n):
-    return torch.full((n,), LABEL)
-
-
-def levels(num_steps):
-    return [*named_levels("logsnr", num_steps, SIGMA_MIN, SIGMA_MAX), 0.0]
-
-
-def guided(n, std=0.5, net=None, **options):
-    rule = tilting(**{"strength": "posterior", "sigma_data": std, **options})
-    return GuidedDenoiser(net or GaussianDenoiser(MEAN, std), rule, labels(n), clip_denoised=False)
-
-
 def errors(solver, num_steps, std, noises=0, **options):
-    """(error of the mean, error of the variance) of the images, beside the tilted Gaussian. The step to 0 hands
-    over the denoised image, whose variance is less by std^2 / (std^2 + sigma_min^2).
+    """(error of the mean, error of the variance) of the images, beside the tilted Gaussian. The step to 0
+    hands over the denoised image, whose variance is less by std^2 / (std^2 + sigma_min^2).
     """
     mean, variance = MEAN + std**2 * W, std**2
     found = gaussian_image(
@@ -112,8 +96,8 @@ def moved(strength, num_steps=200):
 
 
 def test_ddims_rule_goes_too_far_and_by_how_much():
-    """Of u = (x - m) / sqrt(s^2 + sigma^2) the flow makes du / dsigma = -strength w / (sigma sqrt(s^2 + sigma^2)):
-    the end moves by s times the integral. With DDIM's rule that grows as the logarithm of sigma_max.
+    """With u = (x - m) / sqrt(s^2 + sigma^2) the flow is du / dsigma = -strength w / (sigma sqrt(s^2 + sigma^2)),
+    so that the end moves by s times the integral. With DDIM's rule that grows as the logarithm of sigma_max.
     """
     s, top = 0.5, SIGMA_MAX
     exact = s**2 * (1 - s / math.hypot(s, top))
@@ -122,69 +106,6 @@ def test_ddims_rule_goes_too_far_and_by_how_much():
     assert moved("ddim") == pytest.approx(ddim, rel=2e-3)
     assert moved("sampler") == moved("ddim")
     assert ddim / exact == pytest.approx(9.4, abs=0.1)
-
-
-# Per frequency
-
-
-class InFrequencies:
-    """The exact denoiser of N(MEAN, C^T diag(SPECTRUM) C)."""
-
-    def __call__(self, x, sigma):
-        return MEAN + dct(dct(x - MEAN) * SPECTRUM / (SPECTRUM + sigma**2), inverse=True)
-
-
-def per_frequency(spectrum=SPECTRUM):
-    return partial(frequency_posterior, spectrum=lambda *shape: spectrum)
-
-
-@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "ipndm 4", "unipc 3 bh2"])
-def test_the_frequency_form_reaches_a_gaussian_that_is_diagonal_in_the_cosine_transform(name):
-    target = MEAN + dct(dct(W[None]) * SPECTRUM, inverse=True)
-    exact_rule = guided(1, net=InFrequencies(), strength=per_frequency())
-    torch.testing.assert_close(
-        ORDERS[name][0](exact_rule, target, levels(10)), target, rtol=1e-10, atol=1e-10
-    )
-    # From another start, what each frequency keeps of it, by the exact flow.
-    gain, found = SPECTRUM / ((SPECTRUM + SIGMA_MIN**2) * (SPECTRUM + SIGMA_MAX**2)).sqrt(), []
-    exact = target - dct(dct(target) * gain, inverse=True)
-    for n in (60, 120):
-        image = ORDERS[name][0](exact_rule, torch.zeros_like(target), levels(n))
-        found.append(float((image - exact).abs().max()))
-    assert found[1] < found[0] / 1.8 and found[1] < 5e-3
-    scalar = guided(1, net=InFrequencies())
-    assert (ORDERS[name][0](scalar, target, levels(60)) - target).abs().max() > 0.1
-
-
-def test_the_transform_is_orthonormal_and_scipys():
-    x = draws(2, 3, 5, 8, seed=5)
-    np.testing.assert_allclose(dct(x)[0], dctn(x[0].numpy(), norm="ortho"), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(dct(dct(x), inverse=True), x, rtol=1e-12, atol=1e-12)
-
-
-def test_a_flat_spectrum_is_the_scalar_rule():
-    step, g = a_step(sigma=1.7), draws(2, *SHAPE, seed=6)
-    flat = per_frequency(torch.full(SHAPE, 0.25).double())(step) * g
-    torch.testing.assert_close(flat, posterior_variance(1.7) * g, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(3.0 * (per_frequency()(step) * 2.0) * g, 6 * (per_frequency()(step) * g))
-    with pytest.raises(ValueError, match=r"of images \(3, 4, 4\), and these are \(3, 4, 8\)"):
-        PerFrequency(lambda *shape: SPECTRUM) * torch.zeros(1, 3, 4, 8)
-
-
-def test_natural_images_have_an_inverse_square_law():
-    spectrum = natural_spectrum(3, 32, 64, sigma_data=0.4)
-    assert spectrum.shape == (3, 32, 64) and spectrum.mean() == pytest.approx(0.16)
-    assert spectrum[0, 0, 20] / spectrum[0, 0, 10] == pytest.approx(0.25)
-    assert spectrum[0, 5, 0] == spectrum[1, 0, 10]  # as many cycles per pixel
-
-
-def test_a_file_that_is_no_spectrum_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such spectrum"):
-        read_spectrum(tmp_path / "none.npz")
-    for content in ({"other": np.ones(3)}, {"spectrum": np.ones(3)}, {"spectrum": -np.ones((3, 4, 4))}):
-        np.savez(tmp_path / "wrong.npz", **content)
-        with pytest.raises(ValueError, match=r"wrong\.npz"):
-            read_spectrum(tmp_path / "wrong.npz")
 
 
 # Learned, per pixel
@@ -261,7 +182,7 @@ def test_a_network_that_predicts_no_variance_is_refused():
 @pytest.mark.parametrize("steps", [5, 25])
 @pytest.mark.parametrize("form", ["scalar", "frequency", "learned"])
 def test_the_ancestral_chain_keeps_the_tilted_mean_at_any_number_of_steps(form, steps):
-    """E[x_(t-1) | x_t, y] = coef1 E[x_0 | x_t, y] + coef2 x_t: shifted by coef1 Cov[x_0 | x_t] w it is exact."""
+    """E[x_(t-1) | x_t, y] = coef1 E[x_0 | x_t, y] + coef2 x_t: moved by coef1 Cov[x_0 | x_t] w it is exact."""
     diffusion = process(steps)
     network, strength, target = {
         "scalar": (GaussianDenoiser(MEAN, 0.5), "posterior", MEAN + 0.25 * W[None]),
