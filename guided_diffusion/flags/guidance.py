@@ -13,22 +13,28 @@ stand.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from guided_diffusion.flags.fields import Flags, Need, finite, flag, flag_fields
+from guided_diffusion.flags.fields import Flags, Need, above, finite, flag, flag_fields
 from guided_diffusion.flags.parser import parse_interval
 from guided_diffusion.guidance import (
     ClassifierGuidance,
     Guidance,
     Observe,
     Strength,
-    sine_schedule,
+    frequency_posterior,
+    learned_posterior,
+    named_strength,
+    natural_spectrum,
+    read_spectrum,
     within_interval,
     wrapper,
 )
 from guided_diffusion.guidance.classifier import tempered
+from guided_diffusion.guidance.strength import STRENGTHS
 
 OFF_THE_SHELF = Need(
     lambda config: config.guided_off_the_shelf,
@@ -41,6 +47,35 @@ A_CLASSIFIER = Need(
 SCALABLE = Need(
     lambda config: A_CLASSIFIER.met(config) or config.classifier_scale == 0,
     lambda config: f"without a classifier: add {config.HOW_TO_GUIDE}",
+)
+
+STRENGTH = Need(
+    lambda config: config.has_strength,
+    lambda config: (
+        "with --guidance_form released, which has a schedule of its own: add --guidance_form score"
+        if config.guided_off_the_shelf
+        else f"without an off-the-shelf classifier: add {config.HOW_TO_GUIDE}"
+    ),
+)
+
+
+def _strength(name: str, also: Callable[[Any], bool] = lambda config: True, hint: str = "") -> Need:
+    flags = f"--guidance_strength {name}{hint}"
+    return Need(
+        lambda config: config.has_strength and config.guidance_strength == name and also(config),
+        lambda config: (
+            f"without {flags}, to which it belongs: add that to a run with a classifier, or drop it"
+        ),
+    )
+
+
+SAMPLERS_STRENGTH = _strength("sampler")
+POSTERIOR = _strength("posterior")
+FREQUENCY = _strength("posterior", lambda config: config.posterior == "frequency", " --posterior frequency")
+SIGMA_DATA = _strength(
+    "posterior",
+    lambda config: config.posterior == "scalar" or (config.posterior == "frequency" and not config.spectrum),
+    " --posterior scalar, or frequency without --spectrum",
 )
 
 
@@ -69,7 +104,27 @@ class GuidanceFlags(Flags):
         1.0, "tau_1, factor of the wanted class's logit", check=finite, needs=OFF_THE_SHELF
     )
     gamma_factor: float = flag(
-        0.0, "weight of the sine term in the strength of a step", check=finite, needs=OFF_THE_SHELF
+        0.0, "weight of the sine term in the sampler's strength", check=finite, needs=SAMPLERS_STRENGTH
+    )
+    guidance_strength: str = flag(
+        "sampler",
+        "what a unit of gradient is worth: the sampler's variance, DDIM's rule, or the posterior's variance",
+        choices=STRENGTHS,
+        needs=STRENGTH,
+    )
+    posterior: str = flag(
+        "scalar",
+        "its variance: one number, per frequency, or per pixel by the network's own learned variance",
+        choices=("scalar", "frequency", "learned"),
+        needs=POSTERIOR,
+    )
+    sigma_data: float = flag(
+        0.5, "standard deviation of the data, in [-1, 1]", check=above(0), needs=SIGMA_DATA
+    )
+    spectrum: str = flag(
+        "",
+        "of --posterior frequency: a file of scripts/data_spectrum.py; by default that of natural images",
+        needs=FREQUENCY,
     )
     classifier_input: str = flag(
         "paper",
@@ -103,6 +158,11 @@ class GuidanceFlags(Flags):
         return bool(self.classifier_type)
 
     @property
+    def has_strength(self) -> bool:
+        """Whether a rule guides that has a strength of the gradient."""
+        return self.guided_off_the_shelf
+
+    @property
     def guided_by_noisy_classifier(self) -> bool:
         """Whether a classifier of noisy images guides."""
         return bool(self.classifier_path) and not self.classifier_type
@@ -129,8 +189,26 @@ class GuidanceFlags(Flags):
         return ClassifierGuidance(classifier, classifier_scale=self.classifier_scale, **parts)
 
     def strength(self) -> Strength:
-        """The strength before any field changes it."""
-        return partial(sine_schedule, gamma_factor=self.gamma_factor)
+        """The strength before any field changes it. Raises what `read_spectrum` does."""
+        if self.guidance_strength != "posterior" or self.posterior == "scalar":
+            gamma_factor = self.gamma_factor if self.guidance_strength == "sampler" else 0.0
+            return named_strength(self.guidance_strength, gamma_factor, self.sigma_data)
+        if self.posterior == "learned":
+            return learned_posterior
+        if not self.spectrum:
+            return partial(
+                frequency_posterior, spectrum=partial(natural_spectrum, sigma_data=self.sigma_data)
+            )
+        measured = read_spectrum(self.spectrum)
+        return partial(frequency_posterior, spectrum=lambda *shape: measured)
+
+    def guidance_files(self) -> dict[str, Callable[[], Path | None]]:
+        """The files that these flags name beside the classifier's, as a Job has them."""
+        return (
+            {}
+            if "spectrum" in self.idle()
+            else {"spectrum": lambda: Path(self.spectrum) if self.spectrum else None}
+        )
 
     def _built(self, kind: str, part: Any) -> Any:
         """A part of guidance as the fields of this kind change it."""

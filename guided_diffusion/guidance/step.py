@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -26,6 +26,9 @@ class GuidanceStep:
     rule, a float or a tensor that broadcasts to x. variance_max: float, the largest variance so far. sigma:
     the noise level of the sample, as the standard deviation of the noise where the clean image has weight 1.
     progress: the share of the way that lies behind, in [0, 1]: 0 at the noisiest step.
+    denoised_weight: what one unit of the predicted clean image is worth in what the shift is added to: 1
+    where that is the prediction itself, the posterior's coefficient in the ancestral mean. denoised_variance:
+    like x, the variance of the clean image by the network's own account; None where it gives none.
     """
 
     index: int
@@ -34,13 +37,22 @@ class GuidanceStep:
     variance_max: float
     sigma: float
     progress: float
+    denoised_weight: float = 1.0
+    denoised_variance: Tensor | None = None
 
     @classmethod
     def counting_down(
-        cls, index: int, num_steps: int, variance: float | Tensor, variance_max: float, sigma: float
+        cls,
+        index: int,
+        num_steps: int,
+        variance: float | Tensor,
+        variance_max: float,
+        sigma: float,
+        **more: Any,
     ) -> "GuidanceStep":
-        """A step of a sampler whose index runs from num_steps - 1 to 0."""
-        return cls(index, num_steps, variance, variance_max, sigma, (num_steps - 1 - index) / num_steps)
+        """A step of a sampler whose index runs from num_steps - 1 to 0. more: the other fields."""
+        progress = (num_steps - 1 - index) / num_steps
+        return cls(index, num_steps, variance, variance_max, sigma, progress, **more)
 
 
 def looks_at(kind: Input) -> Callable[[Guidance], Guidance]:
