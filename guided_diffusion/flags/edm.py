@@ -13,6 +13,7 @@ from guided_diffusion.edm import SCALINGS, SCHEDULES
 from guided_diffusion.flags.adm import NUM_CLASSES
 from guided_diffusion.flags.fields import Flags, Need, at_least, finite, flag
 from guided_diffusion.flags.guidance import OFF_THE_SHELF, GuidanceFlags
+from guided_diffusion.flags.mixed import MixedFlags
 from guided_diffusion.flags.parser import parse_bool, parse_numbers
 from guided_diffusion.flags.run import RunFlags
 from guided_diffusion.guidance import Guidance, Strength, released_edm_guidance, released_edm_schedule
@@ -72,7 +73,7 @@ class EDMSamplingFlags(Flags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EDMFlags(RunFlags, GuidanceFlags, EDMSamplingFlags):
+class EDMFlags(RunFlags, GuidanceFlags, MixedFlags, EDMSamplingFlags):
     """An EDM network, guided."""
 
     batch_size: int = flag(64, "images per step", names=("batch_size", "batch"), check=at_least(1))
@@ -108,6 +109,7 @@ class EDMFlags(RunFlags, GuidanceFlags, EDMSamplingFlags):
     gamma_factor: float = flag(0.0, "score form: weight of the sine term", check=finite, needs=SCORE)
 
     HOW_TO_GUIDE = "--use_classifier True"
+    HOW_TO_GUIDE_DENOISER = "--use_classifier True and --guidance_form score"
 
     @classmethod
     def of(cls, values: Mapping[str, Any], given: frozenset[str]) -> "EDMFlags":
@@ -122,6 +124,14 @@ class EDMFlags(RunFlags, GuidanceFlags, EDMSamplingFlags):
     @property
     def guided_by_noisy_classifier(self) -> bool:
         return False
+
+    @property
+    def guides_denoiser(self) -> bool:
+        return self.use_classifier and not self.unit_gradient
+
+    @property
+    def unit_gradient(self) -> bool:
+        return self.guidance_form == "released"
 
     @property
     def marginal_temperature(self) -> float:
@@ -171,6 +181,8 @@ class EDMFlags(RunFlags, GuidanceFlags, EDMSamplingFlags):
         super().check()
         if not self.network:
             raise ValueError("--network is missing: give an EDM network, or a --preset")
+        if self.uses_cfg and self.unconditional:
+            raise ValueError(f"--cfg_scale {self.cfg_scale} needs the labels: drop --unconditional")
         if self.S_min > self.S_max:
             raise ValueError(f"--S_min must be at most --S_max, got {self.S_min} and {self.S_max}")
         self.seed_list  # noqa: B018, raises for what cannot be

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from guided_diffusion.flags.parser import NOT_GIVEN, Parser, parse_bool
+from guided_diffusion.flags.parser import NOT_GIVEN, Parser, parse_bool, parse_floats
 
 Check = Callable[[Any], str | None]
 
@@ -68,6 +68,26 @@ def finite(value: float) -> str | None:
 def at_least(low: float) -> Check:
     """Not below a number."""
     return lambda value: None if value >= low else f"must be at least {low}"
+
+
+def between(low: float, high: float) -> Check:
+    """From one number to another."""
+    return lambda value: None if low <= value <= high else f"must be from {low} to {high}"
+
+
+def some_numbers(*counts: int) -> Check:
+    """Empty, or so many finite numbers with commas between them."""
+
+    def check(text: str) -> str | None:
+        try:
+            values = parse_floats(text)
+        except ValueError:
+            values = [math.nan]
+        if not text or (len(values) in counts and all(map(math.isfinite, values))):
+            return None
+        return f"takes {' or '.join(map(str, counts))} numbers, commas between them"
+
+    return check
 
 
 @dataclass(frozen=True, kw_only=True)

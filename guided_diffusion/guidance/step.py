@@ -1,8 +1,8 @@
 """Where the sampler stands, and which input a rule looks at."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -26,6 +26,9 @@ class GuidanceStep:
     rule, a float or a tensor that broadcasts to x. variance_max: float, the largest variance so far. sigma:
     the noise level of the sample, as the standard deviation of the noise where the clean image has weight 1.
     progress: the share of the way that lies behind, in [0, 1]: 0 at the noisiest step.
+    memory: what rules keep over one trajectory, by rule; the sampler hands the same dict to all steps of a
+    trajectory, and an empty one to the next trajectory. pull_back: v -> J^T v, J the derivative of the
+    predicted clean image by the noisy sample; None where the sampler does not offer it.
     """
 
     index: int
@@ -34,13 +37,39 @@ class GuidanceStep:
     variance_max: float
     sigma: float
     progress: float
+    memory: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    pull_back: Callable[[Tensor], Tensor] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def counting_down(
-        cls, index: int, num_steps: int, variance: float | Tensor, variance_max: float, sigma: float
+        cls,
+        index: int,
+        num_steps: int,
+        variance: float | Tensor,
+        variance_max: float,
+        sigma: float,
+        **more: Any,
     ) -> "GuidanceStep":
-        """A step of a sampler whose index runs from num_steps - 1 to 0."""
-        return cls(index, num_steps, variance, variance_max, sigma, (num_steps - 1 - index) / num_steps)
+        """A step of a sampler whose index runs from num_steps - 1 to 0. more: memory, pull_back."""
+        progress = (num_steps - 1 - index) / num_steps
+        return cls(index, num_steps, variance, variance_max, sigma, progress, **more)
+
+
+class Memory:
+    """The memory of steps for a sampler that is not told where a trajectory begins, as GuidedDenoiser is not.
+
+    A trajectory begins where the level is as high as the highest so far, or higher: a solver comes back to
+    lower levels, if at all (Heun's correction, new noise, Restart).
+    """
+
+    def __init__(self) -> None:
+        self._highest, self._memory = 0.0, dict[Any, Any]()
+
+    def at(self, sigma: float) -> dict[Any, Any]:
+        """The memory for a call at this level."""
+        if sigma >= self._highest:
+            self._highest, self._memory = sigma, {}
+        return self._memory
 
 
 def looks_at(kind: Input) -> Callable[[Guidance], Guidance]:

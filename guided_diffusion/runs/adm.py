@@ -1,7 +1,7 @@
 """Runs of ADM's networks: from the flags of scripts/classifier_sample.py to a Job."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -19,11 +19,12 @@ from guided_diffusion.flags.labels import label_source, labels_file
 from guided_diffusion.flags.networks import NoisyClassifierFlags
 from guided_diffusion.flags.trained import unlike_training
 from guided_diffusion.guidance import noisy_classifier_gradient, wrapper
+from guided_diffusion.guidance.universal import recurrent
 from guided_diffusion.runs.job import Job, Sampler
 from guided_diffusion.runs.noise import DRAWN_BY_INDEX, DrawnAhead, SampleNoise
 from guided_diffusion.runs.tally import Tally
 from guided_diffusion.script_util import create_classifier, create_from_flags
-from guided_diffusion.solvers import SOLVERS
+from guided_diffusion.solvers import SOLVERS, STEPS
 
 Network = Callable[..., Tensor]
 
@@ -38,6 +39,8 @@ def make_job(config: ADMFlags, classifiers: Any) -> Job:
         "model_path": partial(existing_file, config.model_path),
         "labels": partial(labels_file, config.labels),
     }
+    if config.mixes and config.guide_model:
+        files["guide_model"] = partial(existing_file, config.guide_model)
     if config.guided_off_the_shelf:
         files |= classifiers.classifier_files(config.classifier_type, config.classifier_path)
     elif config.guided_by_noisy_classifier:
@@ -71,6 +74,8 @@ def build(
     """Load the networks; returns the Sampler."""
     torch.manual_seed(config.seed)  # for --classifier_path random; the samples' noise has streams of its own
     network, diffusion = load_network(config, device)
+    if config.asks_denoiser:
+        network = load_denoiser(config, network, diffusion, device)
     guides = load_guides(config, classifiers, device, tally)
     draw = _loop if config.sampler in LOOPS else _solve
 
@@ -95,23 +100,47 @@ def _loop(config, network, diffusion, guides, shape, y, noise, tick):
     return images
 
 
-def _solve(config, network, diffusion, guides, shape, y, noise, tick):
+def _solve(config, denoiser_of, diffusion, guides, shape, y, noise, tick):
     """The image by a solver, on the levels of the respaced process."""
-    denoise = DiscreteDenoiser(network, diffusion, {"y": y}, clip_denoised=config.clip_denoised)
+    sigmas = [*(diffusion.sigma(t) for t in range(diffusion.num_timesteps - 1, -1, -1)), 0.0]
+    denoise = denoiser_of(y, sigmas)
     if guides:
         denoise = GuidedDenoiser(denoise, guides["guidance"], y, clip_denoised=config.clip_denoised)
-    sigmas = [*(diffusion.sigma(t) for t in range(diffusion.num_timesteps - 1, -1, -1)), 0.0]
     # The process begins with x_T ~ N(0, I), which is x / sqrt(1 + sigma^2).
     x = noise.randn(shape).to(y.device) * math.sqrt(1 + sigmas[0] ** 2)
-    return SOLVERS[config.sampler](denoise, x, sigmas, randn_like=noise, on_step=lambda i, x: tick())
+    solver = SOLVERS[config.sampler]
+    if config.takes_single_steps and config.recurrence > 1:
+        solver = recurrent(STEPS[config.sampler], config.recurrence)
+    return solver(denoise, x, sigmas, randn_like=noise, on_step=lambda i, x: tick())
 
 
-def load_network(config: ADMFlags, device: torch.device) -> tuple[Network, Any]:
-    """The network as a function (x, t, y) -> output, and its process."""
+def load_denoiser(
+    config: ADMFlags, network: Network, diffusion: Any, device: torch.device
+) -> Callable[[Tensor, Sequence[float]], Callable[..., Tensor]]:
+    """The function (labels, levels) -> denoiser that the flags describe; loads the --guide_model if any."""
+    guide = load_network(config, device, config.guide_model)[0] if config.guide_model else None
+    clip_parts = config.clip_denoised and not config.mixes
+
+    def part(network, y):
+        return DiscreteDenoiser(network, diffusion, {"y": y}, clip_denoised=clip_parts)
+
+    def denoiser_of(y, sigmas):
+        null = part(network, torch.full_like(y, config.num_classes)) if config.uses_cfg else None
+        worse = part(guide, y) if guide else None
+        return config.mixed(part(network, y), null, worse, sigmas, clip_denoised=config.clip_denoised)
+
+    return denoiser_of
+
+
+def load_network(config: ADMFlags, device: torch.device, path: str = "") -> tuple[Network, Any]:
+    """The network as a function (x, t, y) -> output, and its process. path: another checkpoint of the same
+    architecture.
+    """
+    path = path or config.model_path
     with torch.device("meta"):
         model, diffusion = create_from_flags(config.record())
-    weights = load_state_dict(config.model_path, config.checkpoint_key or None)
-    load_into(model, weights, config.model_path)
+    weights = load_state_dict(path, config.checkpoint_key or None)
+    load_into(model, weights, path)
     del weights
     # The file's tensors took the place of the network's own, and with it their memory format.
     model.to(device, memory_format=torch.channels_last).eval().reuse_activations()

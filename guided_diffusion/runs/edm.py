@@ -12,6 +12,7 @@ from guided_diffusion.edm import edm_sampler, load_edm_network, time_steps
 from guided_diffusion.files.pretrained import existing_file
 from guided_diffusion.flags.edm import EDMFlags
 from guided_diffusion.guidance import Guidance, wrapper
+from guided_diffusion.mixed_denoisers import Conditioned
 from guided_diffusion.runs.job import Job, Sampler
 from guided_diffusion.runs.noise import DRAWN_BY_SEED, DrawnAhead, SeedNoise
 from guided_diffusion.runs.tally import Tally
@@ -26,6 +27,8 @@ def make_job(config: EDMFlags, classifiers: Any) -> Job:
     files = {"network": partial(existing_file, config.network)}
     if config.use_classifier:
         files |= classifiers.classifier_files(config.classifier_type, config.classifier_path)
+    if config.guide_model:
+        files["guide_model"] = partial(existing_file, config.guide_model)
     seeds = config.seed_list
     return Job.of(
         config,
@@ -49,13 +52,12 @@ def png_name(config: EDMFlags, index: int) -> str:
 def build(config: EDMFlags, classifiers: Any, device: torch.device, tally: Tally) -> Sampler:
     """Load the networks; returns the Sampler. Raises ValueError for flags that the network contradicts."""
     torch.manual_seed(0)  # for --classifier_path random; the samples' noise has generators of its own
-    net = load_edm_network(config.network).to(device).reuse_activations()
-    if config.use_fp16 is not None:
-        net.use_fp16 = config.use_fp16
+    net = _load(config, config.network, device)
     _refuse_for_network(config, net)
+    guide = _load_guide_model(config, net, device)
     num_classes = net.label_dim or config.num_classes
     guidance = load_guidance(config, classifiers, net, num_classes, device, tally)
-    options = _sampler_options(config, net)
+    options, levels = _sampler_options(config, net)
 
     def sample(indices, tick):
         noise = SeedNoise([config.seed_list[i] for i in indices])
@@ -66,8 +68,11 @@ def build(config: EDMFlags, classifiers: Any, device: torch.device, tally: Tally
             F.one_hot(y, net.label_dim).float() if net.label_dim and not config.unconditional else None
         )
         denoiser, at_noisy = net, guidance
+        if config.mixes:
+            denoiser = _mixed(config, net, guide, class_labels, levels)
+            class_labels = None  # bound
         if guidance and config.guidance_form == "score":
-            denoiser, at_noisy = GuidedDenoiser(net, guidance, y), None
+            denoiser, at_noisy = GuidedDenoiser(denoiser, guidance, y), None
         with closing(DrawnAhead(noise, shape, dtype=torch.float64)) as ahead:
             conditions = {"guidance": at_noisy, "y": y, "on_step": lambda i, x: tick()}
             images = edm_sampler(denoiser, latents, class_labels, ahead, **conditions, **options)
@@ -77,18 +82,48 @@ def build(config: EDMFlags, classifiers: Any, device: torch.device, tally: Tally
 
 
 def _sampler_options(config, net):
-    """The arguments of `edm_sampler`. Raises ValueError for what cannot be, before the folder is this
-    run's.
+    """The arguments of `edm_sampler`, and the noise levels of its run. Raises ValueError for what cannot be,
+    before the folder is this run's.
     """
     low, high = config.levels()
     times = {
         **{name: getattr(config, name) for name in ("rho", "disc", "schedule", "scaling")},
         **{"num_steps": config.steps, "sigma_min": low, "sigma_max": high},
     }
-    time_steps(net, **times)
+    process, steps = time_steps(net, **times)
+    levels = [*(process.sigma(t) for t in steps[:-1]), 0.0]
     return times | {
         name: getattr(config, name) for name in ("S_churn", "S_min", "S_max", "S_noise", "solver")
-    }
+    }, levels
+
+
+def _load(config, path, device):
+    net = load_edm_network(path).to(device).reuse_activations()
+    if config.use_fp16 is not None:
+        net.use_fp16 = config.use_fp16
+    return net
+
+
+def _load_guide_model(config, net, device):
+    """The network of --guide_model, None where there is none. Raises ValueError for one of another kind."""
+    if not config.guide_model:
+        return None
+    guide = _load(config, config.guide_model, device)
+    for name in ("img_resolution", "img_channels", "label_dim"):
+        theirs, ours = getattr(guide, name), getattr(net, name)
+        if theirs != ours:
+            raise ValueError(
+                f"--guide_model {config.guide_model} has {name} {theirs}, but --network has {ours}: "
+                "give a checkpoint of the same architecture"
+            )
+    return guide
+
+
+def _mixed(config, net, guide, class_labels, levels):
+    """The denoiser of the flags, with these labels bound."""
+    null = Conditioned(net, None) if config.uses_cfg else None
+    worse = Conditioned(guide, class_labels) if guide else None
+    return config.mixed(Conditioned(net, class_labels), null, worse, levels, clip_denoised=False)
 
 
 def _labels(config, net, num_classes, noise, n):
@@ -110,6 +145,8 @@ def _refuse_for_network(config, net):
             f"--num_classes {config.num_classes} is for networks without labels, "
             f"and this has {net.label_dim}: drop it"
         )
+    if not net.label_dim and config.uses_cfg:
+        raise ValueError(f"--cfg_scale {config.cfg_scale}: {config.network} has no labels, drop it")
     if not net.label_dim and config.unconditional:
         raise ValueError(f"--unconditional True: {config.network} has no labels in any case, drop it")
     if not net.label_dim and config.class_idx is not None and not config.use_classifier:
