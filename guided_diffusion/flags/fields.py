@@ -7,8 +7,8 @@
     config = parse(MyFlags, description, presets={})
 
 A script's configuration inherits from the groups that it has; the first line of a group's docstring is its
-title in --help. A field may say when it means something (`needs`), so that a flag without effect is refused or
-named, from the field alone.
+title in --help. A field may say when it means something (`needs`), so that a flag without effect is refused
+or named, from the field alone.
 """
 
 import math

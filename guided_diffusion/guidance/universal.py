@@ -2,9 +2,9 @@
 Bansal et al., 2023; FreeDoM: Yu et al., 2023; TFG: Ye et al., 2024), and its recurrence.
 
 Exact guidance of a denoiser D is D + sigma^2 grad_x log p(y | x). With log p(y | x) ~ log p(y | D(x)) the
-gradient is J^T g: g = d log p / dD, J = dD / dx through the network. It costs a backward pass through the
-network at each guided step; posterior strengths (strength.py) stand for J = Cov[x0 | x] / sigma^2 without one.
-For Gaussian data of standard deviation s, J = s^2 / (sigma^2 + s^2) and both agree.
+gradient is J^T g: g = d log p / dD, J = dD / dx. It costs a backward pass through the network at each
+guided step; posterior strengths (strength.py) stand for J = Cov[x0 | x] / sigma^2 without one. For Gaussian
+data of standard deviation s, J = s^2 / (sigma^2 + s^2) and both agree.
 """
 
 import math
@@ -24,8 +24,8 @@ from guided_diffusion.solvers import Denoise, OnStep, falling_pairs
 def through_network(gradient: Guidance) -> Guidance:
     """J^T g for a gradient g: pulled back through the network to the noisy sample, like x.
 
-    The sampler has to offer `step.pull_back`; GuidedDenoiser does, to rules that say `through_network`. Raises
-    ValueError under one that does not.
+    The sampler has to offer `step.pull_back`; GuidedDenoiser does, to rules that say `through_network`.
+    Raises ValueError under one that does not.
     """
 
     def guided(x: Tensor, y: Tensor, step: GuidanceStep) -> Tensor:

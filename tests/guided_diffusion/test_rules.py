@@ -79,8 +79,9 @@ def test_a_divergence_term_is_that_divergence_and_is_none_at_the_wanted_answer(n
     torch.testing.assert_close(regularised(LOGITS, Y), log_prob(LOGITS, Y) - 0.7 * expected)
     wanted = Q.log().requires_grad_()
     [gradient] = torch.autograd.grad(make(lambda logits, y: 0 * logits[:, 0], 1.0)(wanted, Y).sum(), wanted)
-    assert gradient.abs().max() < 1e-12  # no pull where p = q: it does not push confidence beyond 1 - smoothing
-    with pytest.raises(ValueError, match="smoothing.*got 1"):
+    # No pull where p = q: it does not push the confidence beyond that.
+    assert gradient.abs().max() < 1e-12
+    with pytest.raises(ValueError, match=r"smoothing.*got 1"):
         make(log_prob, 0.7, 1.0)
 
 
@@ -141,7 +142,7 @@ def test_the_cap_binds_where_the_shift_is_longer():
 
 
 def test_a_fixed_length_keeps_the_direction_alone():
-    before, after, _ = shifts_of(w.fixed_length(given, 0.05))
+    _, after, _ = shifts_of(w.fixed_length(given, 0.05))
     torch.testing.assert_close(rms(after), torch.full((3,), 0.05).double())
     tiny = w.fixed_length(lambda x, y, step: (1e-30 * SHIFT).float(), 0.05)(X.float(), Y, STEP)
     torch.testing.assert_close(tiny[[0, 2, 3]], after.float())
@@ -233,7 +234,7 @@ def test_adam_is_torchs():
         before, parameter.grad = parameter.detach().clone(), gradient
         optimizer.step()
         torch.testing.assert_close(rule(X, Y, step), parameter.detach() - before)
-    with pytest.raises(ValueError, match="got 0.9,1"):
+    with pytest.raises(ValueError, match=r"got 0\.9,1"):
         s.adam(given, 0.9, 1.0)
 
 

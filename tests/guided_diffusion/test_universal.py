@@ -66,7 +66,9 @@ def test_the_gradient_equals_finite_differences(sigma):
 @pytest.mark.parametrize("sigma", [0.01, 0.7, 30.0])
 @pytest.mark.parametrize("std", [0.5, 2.0])
 def test_for_gaussian_data_it_is_the_posteriors_variance_times_the_gradient(sigma, std):
-    posterior = ClassifierGuidance(linear, strength=lambda step: step.sigma**2 * std**2 / (step.sigma**2 + std**2))
+    posterior = ClassifierGuidance(
+        linear, strength=lambda step: step.sigma**2 * std**2 / (step.sigma**2 + std**2)
+    )
     net = Gaussian(std)
     torch.testing.assert_close(shift(net, universal(), X, sigma), shift(net, posterior, X, sigma))
 
@@ -124,7 +126,7 @@ def test_rounds_ask_as_many_times_and_the_noise_brings_each_back_to_its_level():
 
 
 def test_recurrence_keeps_the_variance_of_the_level():
-    """Normal data under the exact denoiser: the samples at the end have its deviation, within Euler's error."""
+    """Normal data under the exact denoiser: the samples at the end have its deviation."""
     x = 8.0 * draws(2000, 1, 1, 1, seed=3)
     levels = [*torch.linspace(8, 0.05, 60).tolist(), 0.0]
     noise = torch.Generator().manual_seed(4)
