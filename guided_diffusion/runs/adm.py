@@ -143,7 +143,7 @@ def load_network(config: ADMFlags, device: torch.device, path: str = "") -> tupl
     load_into(model, weights, path)
     del weights
     # The file's tensors took the place of the network's own, and with it their memory format.
-    model.to(device, memory_format=torch.channels_last).eval().reuse_activations()
+    model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False).reuse_activations()
     if config.use_fp16:
         model.convert_to_fp16()
 

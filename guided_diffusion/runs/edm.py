@@ -98,7 +98,7 @@ def _sampler_options(config, net):
 
 
 def _load(config, path, device):
-    net = load_edm_network(path).to(device).reuse_activations()
+    net = load_edm_network(path).to(device).requires_grad_(False).reuse_activations()
     if config.use_fp16 is not None:
         net.use_fp16 = config.use_fp16
     return net
