@@ -93,7 +93,7 @@ def edm_sampler(
         added = math.sqrt(max(sigma(t_hat) ** 2 - sigma(t_cur) ** 2, 0))
         x_hat = s(t_hat) / s(t_cur) * x_cur + s(t_hat) * added * S_noise * randn_like(x_cur)
         if guidance is not None:
-            step = GuidanceStep(i, num_steps, 1.0, 1.0, sigma(t_cur), i / num_steps, memory)
+            step = GuidanceStep(i, num_steps, 1.0, 1.0, sigma(t_cur), i / num_steps, memory=memory)
             x_hat = x_hat + s(t_hat) * guidance(x_cur / s(t_cur), wanted, step)
 
         x_next = STEPS[solver](slope, x_hat, t_hat, t_next)

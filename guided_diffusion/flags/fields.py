@@ -50,7 +50,7 @@ def flag(
     kind: how its text is read; by default as the default's type. names: how it is written where that is not
     the field's name, the first one for the record. check: value -> what is wrong with it, or None. compared:
     whether it decides about the samples, so that a run with another value may not resume in the same folder.
-    builds: see `guided_diffusion.flags.guidance`.
+    builds: see `guided_diffusion.flags.rules`.
     """
     metadata: dict[str, Any] = {"help": help, "kind": kind, "names": tuple(names), "choices": tuple(choices)}
     metadata |= {"check": check, "needs": needs, "compared": compared, "builds": builds}

@@ -27,7 +27,7 @@ def steps(*sigmas, memory=None):
     """The steps of one trajectory."""
     memory = {} if memory is None else memory
     n = len(sigmas)
-    return [GuidanceStep(i, n, 1.0, 1.0, sigma, i / n, memory) for i, sigma in enumerate(sigmas)]
+    return [GuidanceStep(i, n, 1.0, 1.0, sigma, i / n, memory=memory) for i, sigma in enumerate(sigmas)]
 
 
 [STEP] = steps(1.0)

@@ -132,7 +132,7 @@ def test_an_image_does_not_depend_on_its_neighbours(rule):
     def trajectory(kept):
         x, memory, shifts = NOISE[kept].double(), {}, []
         for i, sigma in enumerate((15.0, 5.0, 1.0, 0.2)):
-            step = GuidanceStep(i, 4, 0.5, 0.5, sigma, i / 4, memory, lambda v: 0.5 * v)
+            step = GuidanceStep(i, 4, 0.5, 0.5, sigma, i / 4, memory=memory, pull_back=lambda v: 0.5 * v)
             shifts.append(guidance(x, Y[kept], step))
             x = 0.8 * x + shifts[-1]
         return torch.stack(shifts, dim=1)
