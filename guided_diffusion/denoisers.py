@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from guided_diffusion.files.nonfinite import require_finite
-from guided_diffusion.guidance import Guidance, GuidanceStep, ddim_strength, require_input
+from guided_diffusion.guidance import Guidance, GuidanceStep, ddim_strength, no_shift, require_input
 from guided_diffusion.guidance.step import Memory
 from guided_diffusion.guidance.universal import differentiable
 from guided_diffusion.mixed_denoisers import CFGDenoiser
@@ -55,19 +55,30 @@ class DiscreteDenoiser:
     ):
         self.model, self.diffusion, self.model_kwargs = model, diffusion, model_kwargs
         self.clip_denoised = clip_denoised
-        self._log_sigmas = np.log(1 / diffusion.trained_alphas_cumprod - 1) / 2  # rising with t
-        self.sigma_min, self.sigma_max = (float(np.exp(self._log_sigmas[i])) for i in (0, -1))
+        self.log_sigmas = np.log(1 / diffusion.trained_alphas_cumprod - 1) / 2  # rising with t
+        self.sigma_min, self.sigma_max = (float(np.exp(self.log_sigmas[i])) for i in (0, -1))
 
     def __call__(self, x: Tensor, sigma: float | Tensor) -> Tensor:
-        sigma = float(sigma)
+        return self._ask(x, float(sigma))[0]
+
+    def with_variance(self, x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor | None]:
+        """The answer, and the variance of each of its pixels, like x, by the network's own account; None
+        where it predicts none.
+        """
+        denoised, fraction = self._ask(x, float(sigma))
+        if fraction is None:
+            return denoised, None
+        return denoised, self.diffusion.denoised_variance(fraction, self.timestep(float(sigma))).to(x.dtype)
+
+    def _ask(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor | None]:
         t = self.timestep(sigma)
         x_t = (x / math.sqrt(1 + sigma**2)).float()
-        prediction, _ = self.diffusion.ask(self.model, x_t, self._timesteps(t, x), self.model_kwargs)
+        prediction, fraction = self.diffusion.ask(self.model, x_t, self._timesteps(t, x), self.model_kwargs)
         require_finite(prediction, "network output", round(t), sigma)
         prediction = prediction.to(x.dtype)
         predicts_x0 = self.diffusion.model_mean_type is ModelMeanType.START_X
         denoised = prediction if predicts_x0 else x - sigma * prediction
-        return denoised.clamp(-1, 1) if self.clip_denoised else denoised
+        return denoised.clamp(-1, 1) if self.clip_denoised else denoised, fraction
 
     def timestep(self, sigma: float) -> float:
         """The original timestep of a level; whole at the trained levels. Raises ValueError outside them."""
@@ -75,7 +86,7 @@ class DiscreteDenoiser:
         if not self.sigma_min * (1 - slack) <= sigma <= self.sigma_max * (1 + slack):
             trained = f"{self.sigma_min:.4g} to {self.sigma_max:.4g}"
             raise ValueError(f"noise level {sigma:g} is outside those of this network, {trained}")
-        t = float(np.interp(math.log(sigma), self._log_sigmas, np.arange(len(self._log_sigmas))))
+        t = float(np.interp(math.log(sigma), self.log_sigmas, np.arange(len(self.log_sigmas))))
         return float(round(t)) if abs(t - round(t)) < _SAME_TIMESTEP else t
 
     def _timesteps(self, t: float, x: Tensor) -> Tensor:
@@ -91,13 +102,24 @@ class DiscreteDenoiser:
         return torch.as_tensor(sigma)
 
 
+class LabelledDenoiser:
+    """EDM's net(x, sigma, class_labels) with its labels bound; class_labels: one-hot, or None for none."""
+
+    def __init__(self, net: Any, class_labels: Tensor | None):
+        self.net, self.class_labels = net, class_labels
+        self.sigma_min, self.sigma_max, self.round_sigma = net.sigma_min, net.sigma_max, net.round_sigma
+
+    def __call__(self, x: Tensor, sigma: float | Tensor) -> Tensor:
+        return self.net(x, sigma, self.class_labels)
+
+
 class GuidedDenoiser:
     """Guidance for every solver: it answers like `net`, with guidance's shift added.
 
     The shift is taken at the answer, clamped to [-1, 1] where `clip_denoised` (pixels; latents have no such
-    bounds). The step's variance is `ddim_strength`: Euler steps under it are DDIM under `guidance`. y: (N,)
-    int64, the wanted classes. Further arguments of a call go to `net`; attributes (sigma_min, round_sigma,
-    ...) are the net's.
+    bounds). The step's variance is `ddim_strength`: Euler steps under it are DDIM under `guidance`. Its
+    denoised_variance is the net's, where that answers `with_variance`. y: (N,) int64, the wanted classes.
+    Further arguments of a call go to `net`; attributes (sigma_min, round_sigma, ...) are the net's.
 
     Raises ValueError for a rule that looks at the noisy sample, and where sigma is not one level for all
     images.
@@ -111,17 +133,26 @@ class GuidedDenoiser:
         self._memory = Memory()
 
     def __call__(self, x: Tensor, sigma: float | Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        pull_back = None
+        denoised, shift = self.parts(x, sigma, *args, **kwargs)
+        return denoised + shift
+
+    def parts(self, x: Tensor, sigma: float | Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The net's answer and guidance's shift; their sum is the answer. For solvers that split guidance."""
+        # Of the class: the net may pass on the attributes of a network inside it.
+        with_variance = getattr(type(self.net), "with_variance", None)
+        variance = pull_back = None
         if getattr(self.guidance, "through_network", False):
             denoised, pull_back = differentiable(self.net, x, sigma, *args, **kwargs)
-        else:
+        elif with_variance is None:
             denoised = self.net(x, sigma, *args, **kwargs)
+        else:
+            denoised, variance = with_variance(self.net, x, sigma, *args, **kwargs)
         if not denoised.isfinite().all():
-            return denoised  # not guidance's fault: the sampler says whose
+            return denoised, no_shift(denoised)  # not guidance's fault: the sampler says whose
         seen = denoised.clamp(-1, 1) if self.clip_denoised else denoised
-        step = _denoising_step(sigma)
+        step = _denoising_step(sigma, variance)
         step = replace(step, memory=self._memory.at(step.sigma), pull_back=pull_back)
-        return denoised + self.guidance(seen, self.y, step)
+        return denoised, self.guidance(seen, self.y, step)
 
     def __getattr__(self, name: str) -> Any:
         # Without __getattribute__, a copy in the making, which has no net yet, would ask itself for one for
@@ -129,11 +160,12 @@ class GuidedDenoiser:
         return getattr(object.__getattribute__(self, "net"), name)
 
 
-def _denoising_step(sigma: float | Tensor) -> GuidanceStep:
+def _denoising_step(sigma: float | Tensor, denoised_variance: Tensor | None) -> GuidanceStep:
     low, high = (float(level) for level in torch.as_tensor(sigma, dtype=torch.float64).aminmax())
     if low != high:
         raise ValueError(
             f"guidance takes one noise level for the whole batch, got sigma from {low:g} to {high:g}"
         )
     variance = ddim_strength(low)
-    return GuidanceStep.counting_down(linear_timestep(low), 1000, variance, variance, low)
+    counts = (linear_timestep(low), 1000, variance, variance, low)
+    return GuidanceStep.counting_down(*counts, denoised_variance=denoised_variance)

@@ -61,7 +61,8 @@ class GaussianDiffusion(DiffusionProcess):
                 mean + out["variance"] * cond_fn(x, self._model_timesteps(t), **(model_kwargs or {})).float()
             )
         if guidance is not None:
-            step = self._step(index, out["variance"], variance_max, memory)
+            weight = float(self.posterior_mean_coef1[index])
+            step = self._step(index, out, out["variance"], variance_max, weight, memory)
             mean = mean + guidance(out["pred_xstart"], model_kwargs["y"], step)
         keep_noise = (t != 0).view(-1, *[1] * (x.ndim - 1))
         return {**out, "sample": mean + keep_noise * torch.exp(0.5 * out["log_variance"]) * noise}
@@ -97,7 +98,7 @@ class GaussianDiffusion(DiffusionProcess):
         if guidance is not None:
             index = int(t[0])
             variance = ddim_strength(self.sigma(index))  # the rule above for eps, written for x_0
-            step = self._step(index, variance, variance, memory)
+            step = self._step(index, out, variance, variance, 1.0, memory)
             pred_xstart = pred_xstart + guidance(pred_xstart, model_kwargs["y"], step)
         eps = self._eps_from_xstart(x, t, pred_xstart)
         # Zero at t = 0, where alpha_bar_prev is 1.
@@ -105,10 +106,12 @@ class GaussianDiffusion(DiffusionProcess):
         mean = alpha_bar_prev.sqrt() * pred_xstart + (1 - alpha_bar_prev - sigma**2).sqrt() * eps
         return {**out, "pred_xstart": pred_xstart, "sample": mean + sigma * noise}
 
-    def _step(self, index, variance, variance_max, memory):
-        sigma, memory = self.sigma(index), {} if memory is None else memory
-        counts = (index, self.num_timesteps, variance, variance_max, sigma)
-        return GuidanceStep.counting_down(*counts, memory=memory)
+    def _step(self, index, out, variance, variance_max, weight, memory):
+        fraction = out["variance_fraction"]
+        learned = None if fraction is None else self.denoised_variance(fraction, self.timestep_map[index])
+        counts = (index, self.num_timesteps, variance, variance_max, self.sigma(index))
+        more = {"denoised_weight": weight, "denoised_variance": learned}
+        return GuidanceStep.counting_down(*counts, memory={} if memory is None else memory, **more)
 
     def sigma(self, index):
         """The noise level of x_t at respaced step `index` in EDM's units: standard deviation of the noise

@@ -17,19 +17,6 @@ Denoiser = Callable[..., Tensor]
 _SAME_LEVEL = 1e-6
 
 
-class Conditioned:
-    """A denoiser with its further arguments bound, such as EDM's labels; attributes are the net's."""
-
-    def __init__(self, net: Denoiser, *conditions: Any):
-        self.net, self.conditions = net, conditions
-
-    def __call__(self, x: Tensor, sigma: float | Tensor) -> Tensor:
-        return self.net(x, sigma, *self.conditions)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "net"), name)
-
-
 class CFGDenoiser:
     """Classifier-free guidance, D = D_u + scale (D_c - D_u) (Ho and Salimans, 2022); 1 is D_c, 0 is D_u.
 

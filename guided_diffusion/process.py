@@ -6,6 +6,7 @@ original timestep, `timestep_map[t]`.
 """
 
 import enum
+import math
 
 import numpy as np
 import torch
@@ -116,7 +117,8 @@ class DiffusionProcess:
 
     def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
         """Return p(x_{t-1} | x_t) as a dict of tensors like x: mean, variance, log_variance, pred_xstart
-        (clamped if asked for).
+        (clamped if asked for); and variance_fraction, what the network says of the variance, None where it is
+        not learned.
 
         `model(x, timesteps, **model_kwargs)` answers (N, C, H, W), or (N, 2C, H, W) where the variance is
         learned. `denoised_fn` is applied to pred_xstart before the clamp. Raises NonFiniteError, since
@@ -140,7 +142,10 @@ class DiffusionProcess:
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
         mean = self.q_posterior_mean(pred_xstart, x, t)
-        return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
+        return {
+            **{"mean": mean, "variance": variance, "log_variance": log_variance},
+            **{"pred_xstart": pred_xstart, "variance_fraction": fraction},
+        }
 
     def ask(self, model, x_t, timesteps, model_kwargs=None):
         """Call `model(x_t, timesteps, **model_kwargs)`, timesteps (N,) of the original process, int or float.
@@ -157,6 +162,23 @@ class DiffusionProcess:
                 f"{self.model_var_type.name} variance it must have {channels} channels (check learn_sigma)"
             )
         return output.split(x_t.shape[1], dim=1) if learned else (output, None)
+
+    def denoised_variance(self, fraction, t):
+        """Var[x_0 | x_t] of every pixel, like `fraction`, by the learned variance of the trained process; t
+        is an original timestep, a float.
+
+        x_{t-1} is coef1 x_0 + coef2 x_t and noise of variance beta~, so the variance of p(x_{t-1} | x_t) is
+        beta~ + coef1^2 Var[x_0 | x_t]. The network says it as beta~^(1-f) beta^f, f = (fraction + 1) / 2.
+        With delta = beta / beta~ - 1, and beta~ / coef1^2 = (1 - alpha_bar) / delta, it follows that
+        Var[x_0 | x_t] = (1 - alpha_bar) ((1 + delta)^f - 1) / delta, near f (1 - alpha_bar).
+        """
+        left = 1 - self.trained_alphas_cumprod  # 1 - alpha_bar
+        times = np.arange(1, len(left))
+        t = max(float(t), 1.0)  # at 0 there is no beta~; the network is told the next one
+        log_ratio = float(np.interp(t, times, np.log(left[1:] / left[:-1])))
+        noise_share = float(np.interp(t, np.arange(len(left)), left))
+        f = ((fraction + 1) / 2).clamp(min=0)
+        return noise_share / math.expm1(log_ratio) * torch.expm1(f * log_ratio)
 
     def _fixed_variance(self):
         if self.model_var_type is ModelVarType.FIXED_LARGE:

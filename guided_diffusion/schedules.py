@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DISCRETIZATIONS = ("vp", "ve", "iddpm", "edm")
+LEVELS = ("karras", "logsnr", "uniform")
 EPSILON_S = 1e-3  # where VP's time ends; it begins at 1
 
 
@@ -54,6 +55,33 @@ def karras_sigmas(num_steps, sigma_min, sigma_max, rho):
             f"got {sigma_min}, {sigma_max}, rho {rho}"
         )
     return np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps, dtype=np.float64) ** rho
+
+
+def named_levels(
+    name: str,
+    num_steps: int,
+    sigma_min: float,
+    sigma_max: float,
+    *,
+    rho: float = 7.0,
+    log_sigmas: NDArray[np.float64] | None = None,
+) -> NDArray[np.float64]:
+    """(num_steps,) levels for a solver, from sigma_max down to sigma_min, without the closing 0.
+
+    "karras": even in sigma^(1 / rho). "logsnr": even in log sigma. "uniform": even in t, of a process whose
+    timesteps 0, 1, .. have the levels exp(log_sigmas), rising; without it, of the VP process between the two
+    levels. One step is sigma_max alone. Raises ValueError for another name and for levels that cannot be.
+    """
+    if name not in LEVELS:
+        raise ValueError(f"unknown levels {name!r}; choose {', '.join(LEVELS)}")
+    if name != "uniform" or log_sigmas is None:
+        return noise_levels(
+            {"karras": "edm", "logsnr": "ve", "uniform": "vp"}[name], num_steps, sigma_min, sigma_max, rho
+        )
+    karras_sigmas(num_steps, sigma_min, sigma_max, 1)  # refuses what cannot be
+    timesteps = np.arange(len(log_sigmas))
+    first, last = np.interp(np.log([sigma_max, sigma_min]), log_sigmas, timesteps)
+    return np.exp(np.interp(np.linspace(first, last, num_steps), timesteps, log_sigmas))
 
 
 def linear_timestep(sigma):

@@ -11,10 +11,12 @@ from guided_diffusion.flags.guidance import OFF_THE_SHELF, GuidanceFlags
 from guided_diffusion.flags.mixed import MixedFlags
 from guided_diffusion.flags.networks import DiffusionFlags, NoisyClassifierFlags, UNetFlags
 from guided_diffusion.flags.run import RunFlags
+from guided_diffusion.flags.solvers import SolverFlags
+from guided_diffusion.solvers import SOLVERS
 
 NUM_CLASSES = 1000  # of ImageNet
 LOOPS = ("ddpm", "ddim")  # of the process itself; the other samplers are solvers
-SAMPLERS = (*LOOPS, "euler", "heun")
+SAMPLERS = (*LOOPS, *SOLVERS)
 
 FIXED_CLASS = Need(lambda config: config.fix_class, lambda config: "without --fix_class True: add it")
 ANCESTRAL = Need(
@@ -33,7 +35,11 @@ class SamplingFlags(Flags):
     model_path: str = flag("", "the U-Net's checkpoint")
     checkpoint_key: str = flag("", "which state dict, where that file holds several, such as ema")
     num_samples: int = flag(10000, "images in all", check=at_least(1))
-    sampler: str = flag("ddpm", "ddpm is ancestral; euler and heun solve the ODE", choices=SAMPLERS)
+    sampler: str = flag(
+        "ddpm",
+        "ddpm (ancestral) and ddim are the process's own loops; the others are solvers",
+        choices=SAMPLERS,
+    )
     steps: int | None = flag(
         None, "steps, the same as --timestep_respacing N", kind=int, check=at_least(1), compared=False
     )
@@ -68,6 +74,7 @@ class ADMFlags(
     RunFlags,
     GuidanceFlags,
     MixedFlags,
+    SolverFlags,
     SamplingFlags,
     NoisyClassifierFlags,
     DiffusionFlags,
@@ -129,6 +136,11 @@ class ADMFlags(
             raise ValueError(
                 f"--steps {self.steps} and --timestep_respacing {self.timestep_respacing} "
                 "are two names of one thing: keep one"
+            )
+        if self.posterior == "learned" and "posterior" not in self.idle() and not self.learn_sigma:
+            raise ValueError(
+                "--posterior learned needs a network that predicts its variance, with --learn_sigma True: "
+                "choose scalar or frequency"
             )
         if self.guided_by_noisy_classifier and self.sampler not in LOOPS and self.classifier_scale != 0:
             raise ValueError(

@@ -16,13 +16,27 @@ from guided_diffusion.flags.guidance import OFF_THE_SHELF, GuidanceFlags
 from guided_diffusion.flags.mixed import MixedFlags
 from guided_diffusion.flags.parser import parse_bool, parse_numbers
 from guided_diffusion.flags.run import RunFlags
+from guided_diffusion.flags.solvers import BY_SOLVER, TRAINED, SolverFlags
 from guided_diffusion.guidance import Guidance, Strength, released_edm_guidance, released_edm_schedule
-from guided_diffusion.schedules import DISCRETIZATIONS, default_levels
-from guided_diffusion.solvers import STEPS
+from guided_diffusion.schedules import DISCRETIZATIONS, LEVELS, default_levels
+from guided_diffusion.solvers import SOLVERS, STEPS
 
 FORMS = ("released", "score")
-CHURN = Need(lambda config: config.S_churn > 0)
-DISC_EDM = Need(lambda config: config.disc == "edm", lambda config: f"with --disc {config.disc}: drop it")
+CHURN = Need(lambda config: config.S_churn > 0 and config.sampler == "edm")
+EDM_SAMPLER = Need(
+    lambda config: config.sampler == "edm",
+    lambda config: f"with --sampler {config.sampler}: it belongs to EDM's own, --sampler edm",
+)
+KARRAS = Need(
+    lambda config: config.disc == "edm" if config.sampler == "edm" else config.levels == "karras",
+    lambda config: (
+        f"with --{f'disc {config.disc}' if config.sampler == 'edm' else f'levels {config.levels}'}: drop it"
+    ),
+)
+RANGE = Need(
+    lambda config: config.sampler == "edm" or config.levels in LEVELS,
+    lambda config: f"with --levels {config.levels}, which says all levels: drop it",
+)
 PNGS = Need(lambda config: config.format == "png", lambda config: "without PNGs: drop it, or --format npz")
 
 
@@ -56,25 +70,41 @@ class EDMSamplingFlags(Flags):
     num_classes: int = flag(
         NUM_CLASSES, "of the classifier, where the network itself has no labels", check=at_least(1)
     )
-    steps: int = flag(18, "N; Heun asks the network 2 N - 1 times, Euler N times", check=at_least(1))
-    sigma_min: float | None = flag(None, "lowest noise level; by default that of --disc", kind=float)
-    sigma_max: float | None = flag(None, "highest noise level; by default that of --disc", kind=float)
-    rho: float = flag(7.0, "exponent of --disc edm", check=finite, needs=DISC_EDM)
-    S_churn: float = flag(0.0, "how much new noise, over all steps; 0 is none", check=at_least(0))
+    sampler: str = flag("edm", "EDM's own, with its churn, or a solver", choices=("edm", *SOLVERS))
+    steps: int = flag(18, "N; Heun asks the network 2 N - 1 times, the others N times", check=at_least(1))
+    sigma_min: float | None = flag(
+        None, "lowest noise level; by default that of --disc", kind=float, needs=RANGE
+    )
+    sigma_max: float | None = flag(
+        None, "highest noise level; by default that of --disc", kind=float, needs=RANGE
+    )
+    rho: float = flag(7.0, "exponent of --disc edm and of --levels karras", check=finite, needs=KARRAS)
+    S_churn: float = flag(
+        0.0, "how much new noise, over all steps; 0 is none", check=at_least(0), needs=EDM_SAMPLER
+    )
     S_min: float = flag(0.0, "lowest noise level that gets new noise", needs=CHURN)
     S_max: float = flag(math.inf, "highest noise level that gets new noise", needs=CHURN)
     S_noise: float = flag(1.0, "factor of the new noise", check=finite, needs=CHURN)
-    solver: str = flag("heun", "of which order", choices=tuple(STEPS))
-    disc: str = flag("edm", "which noise levels are visited", choices=DISCRETIZATIONS)
-    schedule: str = flag("linear", "sigma(t)", choices=SCHEDULES)
-    scaling: str = flag("none", "s(t)", choices=SCALINGS)
+    solver: str = flag("heun", "the step of --sampler edm", choices=tuple(STEPS), needs=EDM_SAMPLER)
+    disc: str = flag(
+        "edm", "which noise levels --sampler edm visits", choices=DISCRETIZATIONS, needs=EDM_SAMPLER
+    )
+    schedule: str = flag("linear", "sigma(t)", choices=SCHEDULES, needs=EDM_SAMPLER)
+    scaling: str = flag("none", "s(t)", choices=SCALINGS, needs=EDM_SAMPLER)
     format: str = flag("png", "a PNG per seed, or one npz", choices=("png", "npz"))
     subdirs: bool = flag(False, "PNGs in a folder for every 1000 seeds", needs=PNGS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EDMFlags(RunFlags, GuidanceFlags, MixedFlags, EDMSamplingFlags):
+class EDMFlags(RunFlags, GuidanceFlags, MixedFlags, SolverFlags, EDMSamplingFlags):
     """An EDM network, guided."""
+
+    levels: str = flag(
+        "karras",
+        "noise levels of a solver: karras, logsnr, uniform (in VP's t), a list such as 80,10,1, or a file of "
+        "scripts/optimize_levels.py",
+        needs=BY_SOLVER,
+    )
 
     batch_size: int = flag(64, "images per step", names=("batch_size", "batch"), check=at_least(1))
     out: str = flag("", "output folder; by default results/PRESET", names=("out", "outdir"), compared=False)
@@ -106,7 +136,6 @@ class EDMFlags(RunFlags, GuidanceFlags, MixedFlags, EDMSamplingFlags):
     )
     add_factor: float = flag(0.0, "released form: weight of the sine on top", check=finite, needs=RELEASED)
     classifier_scale: float = flag(1.0, "score form: factor of the gradient", check=finite, needs=SCORE)
-    gamma_factor: float = flag(0.0, "score form: weight of the sine term", check=finite, needs=SCORE)
 
     HOW_TO_GUIDE = "--use_classifier True"
     HOW_TO_GUIDE_DENOISER = "--use_classifier True and --guidance_form score"
@@ -120,6 +149,10 @@ class EDMFlags(RunFlags, GuidanceFlags, MixedFlags, EDMSamplingFlags):
     @property
     def guided_off_the_shelf(self) -> bool:
         return self.use_classifier
+
+    @property
+    def has_strength(self) -> bool:
+        return self.guides_denoiser and not self.through_network
 
     @property
     def guided_by_noisy_classifier(self) -> bool:
@@ -152,7 +185,7 @@ class EDMFlags(RunFlags, GuidanceFlags, MixedFlags, EDMSamplingFlags):
             )
         return seeds
 
-    def levels(self) -> tuple[float, float]:
+    def ends(self) -> tuple[float, float]:
         """(sigma_min, sigma_max), those of --disc where they are not given."""
         low, high = default_levels(self.disc)
         return (
@@ -183,6 +216,24 @@ class EDMFlags(RunFlags, GuidanceFlags, MixedFlags, EDMSamplingFlags):
             raise ValueError("--network is missing: give an EDM network, or a --preset")
         if self.uses_cfg and self.unconditional:
             raise ValueError(f"--cfg_scale {self.cfg_scale} needs the labels: drop --unconditional")
+        self._check_sampler()
         if self.S_min > self.S_max:
             raise ValueError(f"--S_min must be at most --S_max, got {self.S_min} and {self.S_max}")
         self.seed_list  # noqa: B018, raises for what cannot be
+
+    def _check_sampler(self):
+        if self.sampler == "edm":
+            return
+        if self.use_classifier and self.guidance_form == "released":
+            raise ValueError(
+                "--guidance_form released looks at the noisy sample, and "
+                f"--sampler {self.sampler} hands over the denoised image: add --guidance_form score, or keep --sampler edm"
+            )
+        if self.levels == TRAINED:
+            raise ValueError(
+                f"--levels {TRAINED}: EDM's networks have no levels of their own; choose {', '.join(LEVELS)}"
+            )
+        if self.posterior == "learned" and "posterior" not in self.idle():
+            raise ValueError(
+                "--posterior learned: EDM's networks do not predict a variance; choose scalar or frequency"
+            )

@@ -65,6 +65,11 @@ def finite(value: float) -> str | None:
     return None if math.isfinite(value) else "must be finite"
 
 
+def above(low: float) -> Check:
+    """Finite, and not at a number or below it."""
+    return lambda value: None if low < value < math.inf else f"must be above {low} and finite"
+
+
 def at_least(low: float) -> Check:
     """Not below a number."""
     return lambda value: None if value >= low else f"must be at least {low}"

@@ -3,15 +3,37 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from guided_diffusion.flags.fields import finite, flag, flag_fields
-from guided_diffusion.flags.needs import A_CLASSIFIER, OFF_THE_SHELF, SCALABLE
+from guided_diffusion.flags.fields import above, finite, flag, flag_fields
+from guided_diffusion.flags.needs import (
+    A_CLASSIFIER,
+    FREQUENCY,
+    OFF_THE_SHELF,
+    POSTERIOR,
+    SAMPLERS_STRENGTH,
+    SCALABLE,
+    SIGMA_DATA,
+    STRENGTH,
+)
 from guided_diffusion.flags.rules import RuleFlags
-from guided_diffusion.guidance import ClassifierGuidance, Guidance, Observe, Strength, sine_schedule, wrapper
+from guided_diffusion.guidance import (
+    ClassifierGuidance,
+    Guidance,
+    Observe,
+    Strength,
+    frequency_posterior,
+    learned_posterior,
+    named_strength,
+    natural_spectrum,
+    read_spectrum,
+    wrapper,
+)
 from guided_diffusion.guidance.classifier import tempered
+from guided_diffusion.guidance.strength import STRENGTHS
 from guided_diffusion.solvers import STEPS
 
 WRAPPED = ("gradient", "guidance")  # called as (x, y, step)
@@ -38,7 +60,27 @@ class GuidanceFlags(RuleFlags):
         1.0, "tau_1, factor of the wanted class's logit", check=finite, needs=OFF_THE_SHELF
     )
     gamma_factor: float = flag(
-        0.0, "weight of the sine term in the strength of a step", check=finite, needs=OFF_THE_SHELF
+        0.0, "weight of the sine term in the sampler's strength", check=finite, needs=SAMPLERS_STRENGTH
+    )
+    guidance_strength: str = flag(
+        "sampler",
+        "what a unit of gradient is worth: the sampler's variance, DDIM's rule, or the posterior's variance",
+        choices=STRENGTHS,
+        needs=STRENGTH,
+    )
+    posterior: str = flag(
+        "scalar",
+        "its variance: one number, per frequency, or per pixel by the network's own learned variance",
+        choices=("scalar", "frequency", "learned"),
+        needs=POSTERIOR,
+    )
+    sigma_data: float = flag(
+        0.5, "standard deviation of the data, in [-1, 1]", check=above(0), needs=SIGMA_DATA
+    )
+    spectrum: str = flag(
+        "",
+        "of --posterior frequency: a file of scripts/data_spectrum.py; by default that of natural images",
+        needs=FREQUENCY,
     )
     classifier_input: str = flag(
         "paper",
@@ -67,6 +109,11 @@ class GuidanceFlags(RuleFlags):
         return bool(self.classifier_type)
 
     @property
+    def has_strength(self) -> bool:
+        """Whether a rule guides that has a strength of the gradient."""
+        return self.guided_off_the_shelf and not self.through_network
+
+    @property
     def guided_by_noisy_classifier(self) -> bool:
         """Whether a classifier of noisy images guides."""
         return bool(self.classifier_path) and not self.classifier_type
@@ -93,11 +140,6 @@ class GuidanceFlags(RuleFlags):
 
     def check(self) -> None:
         super().check()
-        if self.through_network and "gamma_factor" in self.given:
-            raise ValueError(
-                f"--gamma_factor {self.gamma_factor} has no place in --through_network True, "
-                "whose strength is sigma^2: drop one"
-            )
         if self.guided_off_the_shelf:
             self.build_guidance(lambda x: x, None)  # raises for what the parts of the rule refuse
 
@@ -119,8 +161,26 @@ class GuidanceFlags(RuleFlags):
         return ClassifierGuidance(classifier, classifier_scale=self.classifier_scale, **parts)
 
     def strength(self) -> Strength:
-        """The strength before any field changes it."""
-        return partial(sine_schedule, gamma_factor=self.gamma_factor)
+        """The strength before any field changes it. Raises what `read_spectrum` does."""
+        if self.guidance_strength != "posterior" or self.posterior == "scalar":
+            gamma_factor = self.gamma_factor if self.guidance_strength == "sampler" else 0.0
+            return named_strength(self.guidance_strength, gamma_factor, self.sigma_data)
+        if self.posterior == "learned":
+            return learned_posterior
+        if not self.spectrum:
+            return partial(
+                frequency_posterior, spectrum=partial(natural_spectrum, sigma_data=self.sigma_data)
+            )
+        measured = read_spectrum(self.spectrum)
+        return partial(frequency_posterior, spectrum=lambda *shape: measured)
+
+    def guidance_files(self) -> dict[str, Callable[[], Path | None]]:
+        """The files that these flags name beside the classifier's, as a Job has them."""
+        return (
+            {}
+            if "spectrum" in self.idle()
+            else {"spectrum": lambda: Path(self.spectrum) if self.spectrum else None}
+        )
 
     def _built(self, kind: str, part: Any) -> Any:
         """A part of guidance as the fields of this kind change it."""

@@ -24,19 +24,33 @@ _ELUCD = {
     "classifier_use_fp16": True,
 }
 
+_DIGITS = {
+    **NETWORKS["digits/unet.safetensors"],
+    "num_samples": 300,
+    "batch_size": 50,
+    "labels": "balanced",
+    "model_path": str(PRETRAINED_DIR / "digits/unet.safetensors"),
+    "classifier_type": "digits_guide",
+}
+# Few steps, ours: the posterior's strength under a solver. On ImageNet the scale is not measured here.
+_FEW_STEPS = {"sampler": "dpmpp_2m", "levels": "karras", "guidance_strength": "posterior"}
+
 PRESETS = {
     "digits": {
-        **NETWORKS["digits/unet.safetensors"],
+        **_DIGITS,
         "timestep_respacing": "25",
-        "num_samples": 300,
-        "batch_size": 50,
-        "labels": "balanced",
-        "model_path": str(PRETRAINED_DIR / "digits/unet.safetensors"),
-        "classifier_type": "digits_guide",
         "classifier_scale": 2.0,
         "softplus_beta": 3.0,
         "margin_temperature_discount": 0.5,
         "gamma_factor": 0.3,
+    },
+    "digits-fewstep": {
+        **_DIGITS,
+        **_FEW_STEPS,
+        "timestep_respacing": "10",
+        "classifier_scale": 2.0,
+        "softplus_beta": 5.0,
+        "margin_temperature_discount": 0.0,
     },
     "imagenet128-unguided": _ADM_128,
     "imagenet128-finetuned": {
@@ -48,6 +62,16 @@ PRESETS = {
     },
     "imagenet128-resnet50": {**_ADM_128, **_ELUCD, "classifier_type": "resnet50"},
     "imagenet128-resnet101": {**_ADM_128, **_ELUCD, "classifier_type": "resnet101"},
+    "imagenet128-resnet101-fewstep": {
+        **_ADM_128,
+        **_FEW_STEPS,
+        "timestep_respacing": "25",
+        "classifier_type": "resnet101",
+        "classifier_scale": 2.0,
+        "softplus_beta": 3.0,
+        "margin_temperature_discount": 0.5,
+        "classifier_use_fp16": True,
+    },
 }
 
 
@@ -64,6 +88,15 @@ _EDM_CIFAR10 = {
     "network": str(PRETRAINED_DIR / "edm-cifar10-32x32-cond-vp.pkl"),
     "seeds": "0-49999",
     "steps": 18,
+}
+_EDM_ELUCD = {
+    "use_classifier": True,
+    "classifier_type": "resnet101",
+    "softplus_beta": 5.0,
+    "joint_temperature": 1.0,
+    "uncond_temperature": 0.0,
+    "max_guidance": 0.004,
+    "add_factor": 0.3,
 }
 EDM_PRESETS = {
     "digits-edm": {
@@ -90,15 +123,28 @@ EDM_PRESETS = {
         "add_factor": 0.3,
     },
     "imagenet64-edm-unguided": _EDM_64,
-    "imagenet64-edm-resnet101": {
+    "imagenet64-edm-resnet101": {**_EDM_64, **_EDM_ELUCD},
+    # EluCD's line for 256 steps, with EDM's churn for ImageNet.
+    "imagenet64-edm-resnet101-256": {
         **_EDM_64,
+        **_EDM_ELUCD,
+        "steps": 256,
+        "max_guidance": 0.001,
+        "S_churn": 40.0,
+        "S_min": 0.05,
+        "S_max": 50.0,
+        "S_noise": 1.003,
+    },
+    "imagenet64-edm-resnet101-fewstep": {
+        **_EDM_64,
+        **_FEW_STEPS,
+        "steps": 18,
         "use_classifier": True,
+        "guidance_form": "score",
         "classifier_type": "resnet101",
+        "classifier_scale": 2.0,
         "softplus_beta": 5.0,
-        "joint_temperature": 1.0,
         "uncond_temperature": 0.0,
-        "max_guidance": 0.004,
-        "add_factor": 0.3,
     },
 }
 

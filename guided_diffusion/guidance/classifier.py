@@ -10,7 +10,7 @@ from torch import Tensor
 from guided_diffusion.guidance.directions import Direction, log_prob
 from guided_diffusion.guidance.gradient import ClassifierGradient, Observe
 from guided_diffusion.guidance.step import Guidance, GuidanceStep, looks_at
-from guided_diffusion.guidance.strength import Strength, released_edm_schedule, sine_schedule
+from guided_diffusion.guidance.strength import Strength, named_strength, released_edm_schedule
 from guided_diffusion.guidance.wrappers import no_shift, root_mean_square
 
 ChangeGradient = Callable[[Guidance], Guidance]
@@ -22,10 +22,12 @@ class ClassifierGuidance:
 
     classifier: any callable, [-1, 1] (N, C, H, W) -> logits (N, classes). The direction is `log_prob` at the
     two temperatures; the marginal one is absolute (the flag `margin_temperature_discount` is its ratio to the
-    joint one). The strength is the sampler's variance with the sine term of `gamma_factor` on top. direction,
-    strength: other ones in their place. gradient: (gradient) -> gradient, a wrapper that changes it before
-    scale and strength. classifier_scale: factor of the gradient; at 0 the classifier is not called and the
-    shift changes no bit. on_nonfinite, observe: see `ClassifierGradient`.
+    joint one). strength: "sampler" is the sampler's variance with the sine term of `gamma_factor` on top;
+    "ddim" is DDIM's rule under every sampler; "posterior" is the variance of the clean image, of standard
+    deviation sigma_data, given the noisy one; or a function of the step. direction: another one in the place
+    of `log_prob`. gradient: (gradient) -> gradient, a wrapper that changes it before scale and strength.
+    classifier_scale: factor of the gradient; at 0 the classifier is not called and the shift changes no bit.
+    on_nonfinite, observe: see `ClassifierGradient`.
     """
 
     looks_at = "denoised"
@@ -39,13 +41,14 @@ class ClassifierGuidance:
         classifier_scale: float = 1.0,
         gamma_factor: float = 0.0,
         direction: Direction | None = None,
-        strength: Strength | None = None,
+        strength: str | Strength = "sampler",
+        sigma_data: float = 0.5,
         gradient: ChangeGradient | None = None,
         on_nonfinite: str = "stop",
         observe: Observe | None = None,
     ):
         self.classifier, self.classifier_scale = classifier, classifier_scale
-        self.strength = strength or partial(sine_schedule, gamma_factor=gamma_factor)
+        self.strength = named_strength(strength, gamma_factor, sigma_data)
         gradient_of = ClassifierGradient(
             direction or tempered(joint_temperature, marginal_temperature),
             scale=classifier_scale,

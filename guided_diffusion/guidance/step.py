@@ -26,6 +26,9 @@ class GuidanceStep:
     rule, a float or a tensor that broadcasts to x. variance_max: float, the largest variance so far. sigma:
     the noise level of the sample, as the standard deviation of the noise where the clean image has weight 1.
     progress: the share of the way that lies behind, in [0, 1]: 0 at the noisiest step.
+    denoised_weight: what one unit of the predicted clean image is worth in what the shift is added to: 1
+    where that is the prediction itself, the posterior's coefficient in the ancestral mean. denoised_variance:
+    like x, the variance of the clean image by the network's own account; None where it gives none.
     memory: what rules keep over one trajectory, by rule; the sampler hands the same dict to all steps of a
     trajectory, and an empty one to the next trajectory. pull_back: v -> J^T v, J the derivative of the
     predicted clean image by the noisy sample; None where the sampler does not offer it.
@@ -37,6 +40,8 @@ class GuidanceStep:
     variance_max: float
     sigma: float
     progress: float
+    denoised_weight: float = 1.0
+    denoised_variance: Tensor | None = None
     memory: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     pull_back: Callable[[Tensor], Tensor] | None = field(default=None, compare=False, repr=False)
 
@@ -50,7 +55,7 @@ class GuidanceStep:
         sigma: float,
         **more: Any,
     ) -> "GuidanceStep":
-        """A step of a sampler whose index runs from num_steps - 1 to 0. more: memory, pull_back."""
+        """A step of a sampler whose index runs from num_steps - 1 to 0. more: the other fields."""
         progress = (num_steps - 1 - index) / num_steps
         return cls(index, num_steps, variance, variance_max, sigma, progress, **more)
 

@@ -8,16 +8,16 @@ data of standard deviation s, J = s^2 / (sigma^2 + s^2) and both agree.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from guided_diffusion.files.nonfinite import require_finite
 from guided_diffusion.guidance.step import Guidance, GuidanceStep, name_of
 from guided_diffusion.guidance.wrappers import wrapper
-from guided_diffusion.solvers import Denoise, OnStep, falling_pairs
+from guided_diffusion.solvers.walk import Denoise, OnStep, RandnLike, Solver, arrived, solver
 
 
 @wrapper
@@ -64,8 +64,8 @@ def differentiable(
 
 def recurrent(
     step: Callable[[Callable[[Tensor, float], Tensor], Tensor, float, float], Tensor], rounds: int
-) -> Callable[..., Tensor]:
-    """A solver (contract of solvers.py) of single steps, each done `rounds` times: after all but the last of
+) -> Solver:
+    """A solver of single steps, each done `rounds` times: after all but the last of
     them noise brings the sample back to where the step began, x = x' + sqrt(sigma^2 - sigma'^2) * noise.
 
     step: of solvers.STEPS. It asks the denoiser `rounds` times as often, and calls `randn_like` rounds - 1
@@ -74,29 +74,25 @@ def recurrent(
     if rounds < 1:
         raise ValueError(f"recurrence takes 1 round or more, got {rounds}")
 
-    @torch.no_grad()
+    @solver
     def solve(
         denoise: Denoise,
         x: Tensor,
-        sigmas: Sequence[float],
+        sigmas: list[float],
         *,
-        randn_like: Callable[[Tensor], Tensor] | None = None,
+        randn_like: RandnLike = torch.randn_like,
         on_step: OnStep | None = None,
     ) -> Tensor:
         def slope(x: Tensor, sigma: float) -> Tensor:
             return (x - denoise(x, sigma)) / sigma
 
-        x_next = x.double()
-        for i, (sigma, sigma_next) in enumerate(falling_pairs(sigmas)):
-            x_cur = x_next
+        for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+            x_cur = x
             for k in range(rounds):
-                x_next = step(slope, x_cur, sigma, sigma_next)
-                require_finite(x_next, "network output", i, sigma)
+                x = step(slope, x_cur, sigma, sigma_next)
                 if k < rounds - 1:
-                    added = math.sqrt(sigma**2 - sigma_next**2)
-                    x_cur = x_next + added * (randn_like or torch.randn_like)(x_next)
-            if on_step is not None:
-                on_step(i, x_next)
-        return x_next
+                    x_cur = x + math.sqrt(sigma**2 - sigma_next**2) * randn_like(x)
+            x = arrived(x, i, sigma, on_step)
+        return x
 
     return solve

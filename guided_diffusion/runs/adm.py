@@ -17,14 +17,13 @@ from guided_diffusion.flags.adm import LOOPS, ADMFlags
 from guided_diffusion.flags.fields import defaults_of
 from guided_diffusion.flags.labels import label_source, labels_file
 from guided_diffusion.flags.networks import NoisyClassifierFlags
+from guided_diffusion.flags.solvers import solver_files
 from guided_diffusion.flags.trained import unlike_training
 from guided_diffusion.guidance import noisy_classifier_gradient, wrapper
-from guided_diffusion.guidance.universal import recurrent
 from guided_diffusion.runs.job import Job, Sampler
 from guided_diffusion.runs.noise import DRAWN_BY_INDEX, DrawnAhead, SampleNoise
 from guided_diffusion.runs.tally import Tally
 from guided_diffusion.script_util import create_classifier, create_from_flags
-from guided_diffusion.solvers import SOLVERS, STEPS
 
 Network = Callable[..., Tensor]
 
@@ -38,6 +37,8 @@ def make_job(config: ADMFlags, classifiers: Any) -> Job:
     files = {
         "model_path": partial(existing_file, config.model_path),
         "labels": partial(labels_file, config.labels),
+        **solver_files(config),
+        **config.guidance_files(),
     }
     if config.mixes and config.guide_model:
         files["guide_model"] = partial(existing_file, config.guide_model)
@@ -77,41 +78,58 @@ def build(
     if config.asks_denoiser:
         network = load_denoiser(config, network, diffusion, device)
     guides = load_guides(config, classifiers, device, tally)
-    draw = _loop if config.sampler in LOOPS else _solve
+    prepare = _loop if config.sampler in LOOPS else _solver
+    draw, num_steps, notes = prepare(config, network, diffusion, guides)
 
     def sample(indices, tick):
         y = torch.from_numpy(labels_of(indices)).to(device)
         shape = (len(indices), 3, config.image_size, config.image_size)
         with closing(DrawnAhead(SampleNoise(config.seed, indices), shape)) as noise:
-            return draw(config, network, diffusion, guides, shape, y, noise, tick), y
+            return draw(shape, y, noise, tick), y
 
-    return Sampler(sample, diffusion.num_timesteps, config.image_size, _notes(config, device))
+    return Sampler(sample, num_steps, config.image_size, [*_notes(config, device), *notes])
 
 
-def _loop(config, network, diffusion, guides, shape, y, noise, tick):
-    """The image by one of the process's own loops."""
+def _loop(config, network, diffusion, guides):
+    """The image by one of the process's own loops: a function, how many steps it takes, and what the log
+    should say.
+    """
     loops = {"ddpm": diffusion.p_sample_loop_progressive, "ddim": diffusion.ddim_sample_loop_progressive}
-    conditions = {"clip_denoised": config.clip_denoised, "model_kwargs": {"y": y}, **guides}
+    conditions = {"clip_denoised": config.clip_denoised, **guides}
     if config.guided_off_the_shelf:
         conditions["variance_max"] = config.variance_max
-    for out in loops[config.sampler](network, shape, device=y.device, randn_like=noise, **conditions):
-        images = out["sample"]
-        tick()
-    return images
+
+    def draw(shape, y, noise, tick):
+        options = {"device": y.device, "randn_like": noise, "model_kwargs": {"y": y}, **conditions}
+        for out in loops[config.sampler](network, shape, **options):
+            images = out["sample"]
+            tick()
+        return images
+
+    return draw, diffusion.num_timesteps, []
 
 
-def _solve(config, denoiser_of, diffusion, guides, shape, y, noise, tick):
-    """The image by a solver, on the levels of the respaced process."""
-    sigmas = [*(diffusion.sigma(t) for t in range(diffusion.num_timesteps - 1, -1, -1)), 0.0]
-    denoise = denoiser_of(y, sigmas)
-    if guides:
-        denoise = GuidedDenoiser(denoise, guides["guidance"], y, clip_denoised=config.clip_denoised)
-    # The process begins with x_T ~ N(0, I), which is x / sqrt(1 + sigma^2).
-    x = noise.randn(shape).to(y.device) * math.sqrt(1 + sigmas[0] ** 2)
-    solver = SOLVERS[config.sampler]
-    if config.takes_single_steps and config.recurrence > 1:
-        solver = recurrent(STEPS[config.sampler], config.recurrence)
-    return solver(denoise, x, sigmas, randn_like=noise, on_step=lambda i, x: tick())
+def _solver(config, denoiser_of, diffusion, guides):
+    """The image by a solver: as `_loop`."""
+    known = DiscreteDenoiser(denoiser_of, diffusion)  # for its levels
+    sigmas, notes = config.solver_levels(
+        diffusion.num_timesteps,
+        (known.sigma_min, known.sigma_max),
+        known.round_sigma,
+        trained=[diffusion.sigma(t) for t in range(diffusion.num_timesteps - 1, -1, -1)],
+        log_sigmas=known.log_sigmas,
+    )
+    solver = config.build_solver()
+
+    def draw(shape, y, noise, tick):
+        denoise = denoiser_of(y, sigmas)
+        if guides:
+            denoise = GuidedDenoiser(denoise, guides["guidance"], y, clip_denoised=config.clip_denoised)
+        # The process begins with x_T ~ N(0, I), which is x / sqrt(1 + sigma^2).
+        x = noise.randn(shape).to(y.device) * math.sqrt(1 + sigmas[0] ** 2)
+        return solver(denoise, x, sigmas, randn_like=noise, on_step=lambda i, x: tick())
+
+    return draw, len(sigmas) - 1, notes
 
 
 def load_denoiser(

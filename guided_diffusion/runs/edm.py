@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from guided_diffusion.denoisers import GuidedDenoiser
+from guided_diffusion.denoisers import GuidedDenoiser, LabelledDenoiser
 from guided_diffusion.edm import edm_sampler, load_edm_network, time_steps
 from guided_diffusion.files.pretrained import existing_file
 from guided_diffusion.flags.edm import EDMFlags
+from guided_diffusion.flags.solvers import solver_files
 from guided_diffusion.guidance import Guidance, wrapper
-from guided_diffusion.mixed_denoisers import Conditioned
 from guided_diffusion.runs.job import Job, Sampler
 from guided_diffusion.runs.noise import DRAWN_BY_SEED, DrawnAhead, SeedNoise
 from guided_diffusion.runs.tally import Tally
@@ -25,6 +25,7 @@ def make_job(config: EDMFlags, classifiers: Any) -> Job:
     Nothing is loaded.
     """
     files = {"network": partial(existing_file, config.network)}
+    files |= {**solver_files(config), **config.guidance_files()}
     if config.use_classifier:
         files |= classifiers.classifier_files(config.classifier_type, config.classifier_path)
     if config.guide_model:
@@ -57,7 +58,8 @@ def build(config: EDMFlags, classifiers: Any, device: torch.device, tally: Tally
     guide = _load_guide_model(config, net, device)
     num_classes = net.label_dim or config.num_classes
     guidance = load_guidance(config, classifiers, net, num_classes, device, tally)
-    options, levels = _sampler_options(config, net)
+    prepare = _edm_sampler if config.sampler == "edm" else _solver
+    draw, num_steps, notes = prepare(config, net, guide, guidance)
 
     def sample(indices, tick):
         noise = SeedNoise([config.seed_list[i] for i in indices])
@@ -67,25 +69,51 @@ def build(config: EDMFlags, classifiers: Any, device: torch.device, tally: Tally
         class_labels = (
             F.one_hot(y, net.label_dim).float() if net.label_dim and not config.unconditional else None
         )
+        with closing(DrawnAhead(noise, shape, dtype=torch.float64)) as ahead:
+            images = draw(latents, class_labels, y, ahead, lambda i, x: tick())
+        return images, y
+
+    return Sampler(sample, num_steps, net.img_resolution, [*_notes(config, net, device), *notes])
+
+
+def _edm_sampler(config, net, guide, guidance):
+    """The image by EDM's own sampler: a function, how many steps it takes, and what the log should say."""
+    options, levels = _sampler_options(config, net)
+
+    def draw(latents, class_labels, y, noise, on_step):
         denoiser, at_noisy = net, guidance
         if config.mixes:
             denoiser = _mixed(config, net, guide, class_labels, levels)
             class_labels = None  # bound
         if guidance and config.guidance_form == "score":
             denoiser, at_noisy = GuidedDenoiser(denoiser, guidance, y), None
-        with closing(DrawnAhead(noise, shape, dtype=torch.float64)) as ahead:
-            conditions = {"guidance": at_noisy, "y": y, "on_step": lambda i, x: tick()}
-            images = edm_sampler(denoiser, latents, class_labels, ahead, **conditions, **options)
-        return images, y
+        conditions = {"guidance": at_noisy, "y": y, "on_step": on_step}
+        return edm_sampler(denoiser, latents, class_labels, noise, **conditions, **options)
 
-    return Sampler(sample, config.steps, net.img_resolution, _notes(config, net, device))
+    return draw, config.steps, []
+
+
+def _solver(config, net, guide, guidance):
+    """The image by a solver: as `_edm_sampler`."""
+    low, high = config.ends()
+    ends = (max(low, net.sigma_min), min(high, net.sigma_max))
+    sigmas, notes = config.solver_levels(config.steps, ends, net.round_sigma, rho=config.rho)
+    solver = config.build_solver()
+
+    def draw(latents, class_labels, y, noise, on_step):
+        denoise = _mixed(config, net, guide, class_labels, sigmas)
+        if guidance:
+            denoise = GuidedDenoiser(denoise, guidance, y)
+        return solver(denoise, latents.double() * sigmas[0], sigmas, randn_like=noise, on_step=on_step)
+
+    return draw, len(sigmas) - 1, notes
 
 
 def _sampler_options(config, net):
     """The arguments of `edm_sampler`, and the noise levels of its run. Raises ValueError for what cannot be,
     before the folder is this run's.
     """
-    low, high = config.levels()
+    low, high = config.ends()
     times = {
         **{name: getattr(config, name) for name in ("rho", "disc", "schedule", "scaling")},
         **{"num_steps": config.steps, "sigma_min": low, "sigma_max": high},
@@ -121,9 +149,9 @@ def _load_guide_model(config, net, device):
 
 def _mixed(config, net, guide, class_labels, levels):
     """The denoiser of the flags, with these labels bound."""
-    null = Conditioned(net, None) if config.uses_cfg else None
-    worse = Conditioned(guide, class_labels) if guide else None
-    return config.mixed(Conditioned(net, class_labels), null, worse, levels, clip_denoised=False)
+    null = LabelledDenoiser(net, None) if config.uses_cfg else None
+    worse = LabelledDenoiser(guide, class_labels) if guide else None
+    return config.mixed(LabelledDenoiser(net, class_labels), null, worse, levels, clip_denoised=False)
 
 
 def _labels(config, net, num_classes, noise, n):

@@ -7,7 +7,7 @@ import torch
 
 from guided_diffusion.denoisers import CFGDenoiser, GuidedDenoiser
 from guided_diffusion.guidance import ClassifierGuidance
-from guided_diffusion.mixed_denoisers import CFGPlusPlusDenoiser, CFGZeroStarDenoiser, Conditioned
+from guided_diffusion.mixed_denoisers import CFGPlusPlusDenoiser, CFGZeroStarDenoiser
 from guided_diffusion.solvers import SOLVERS
 
 N, SHAPE = 3, (4, 5, 5)
@@ -72,20 +72,11 @@ def test_only_the_first_channels_are_guided(parts):
 
 
 def test_it_answers_like_its_parts(parts):
-    for mixed in (
-        CFGDenoiser(*parts, 2.0),
-        copy.deepcopy(CFGDenoiser(*parts, 2.0)),
-        Conditioned(parts[0], 7),
-    ):
+    for mixed in (CFGDenoiser(*parts, 2.0), copy.deepcopy(CFGDenoiser(*parts, 2.0))):
         assert (mixed.sigma_min, mixed.sigma_max, mixed.img_channels) == (0.01, 90.0, 4)
         assert mixed.round_sigma(0.26) == 0.3
         with pytest.raises(AttributeError, match="no_such_name"):
             _ = mixed.no_such_name
-
-
-def test_a_condition_is_handed_on():
-    net = Conditioned(lambda x, sigma, labels: labels * x, 3.0)
-    assert torch.equal(net(X, 1.0), 3.0 * X)
 
 
 @pytest.mark.parametrize("name", ["euler", "heun"])

@@ -215,7 +215,7 @@ def test_samplers_share_no_memory(rule):
         ("released", "--entropy_scaling 0.1", "unit length"),
         ("euler", "--entropy_scaling 0.1 --fixed_length 1", "--entropy_scaling given with --fixed_length"),
         ("euler", "--max_shift 0.1 --fixed_length 1", "--max_shift given with --fixed_length"),
-        ("euler", "--through_network --gamma_factor 1", "--gamma_factor 1.0 has no place"),
+        ("euler", "--through_network --gamma_factor 1", "--gamma_factor given with --through_network True"),
         ("ddpm", "--recurrence 2", "--sampler euler or heun"),
         ("released", "--use_classifier False --damping 8", "--use_classifier True"),
         ("euler", "--adam 0.9", "--adam takes 2 numbers, commas between them, got 0.9"),
