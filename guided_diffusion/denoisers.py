@@ -11,6 +11,7 @@ takes GuidedDenoiser(DiscreteDenoiser(...), ...).
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,13 @@ from torch import Tensor
 
 from guided_diffusion.files.nonfinite import require_finite
 from guided_diffusion.guidance import Guidance, GuidanceStep, ddim_strength, no_shift, require_input
+from guided_diffusion.guidance.step import Memory
+from guided_diffusion.guidance.universal import differentiable
+from guided_diffusion.mixed_denoisers import CFGDenoiser
 from guided_diffusion.process import DiffusionProcess, ModelMeanType
 from guided_diffusion.schedules import linear_timestep
+
+__all__ = ["CFGDenoiser", "DiscreteDenoiser", "GuidedDenoiser"]
 
 # How far a level may lie from a timestep's, in timesteps, and be taken for it: what float arithmetic leaves.
 _SAME_TIMESTEP = 1e-6
@@ -124,6 +130,7 @@ class GuidedDenoiser:
     ):
         require_input(guidance, "denoised", "GuidedDenoiser")
         self.net, self.guidance, self.y, self.clip_denoised = net, guidance, y, clip_denoised
+        self._memory = Memory()
 
     def __call__(self, x: Tensor, sigma: float | Tensor, *args: Any, **kwargs: Any) -> Tensor:
         denoised, shift = self.parts(x, sigma, *args, **kwargs)
@@ -133,14 +140,19 @@ class GuidedDenoiser:
         """The net's answer and guidance's shift; their sum is the answer. For solvers that split guidance."""
         # Of the class: the net may pass on the attributes of a network inside it.
         with_variance = getattr(type(self.net), "with_variance", None)
-        if with_variance is None:
-            denoised, variance = self.net(x, sigma, *args, **kwargs), None
+        variance = pull_back = None
+        if getattr(self.guidance, "through_network", False):
+            denoised, pull_back = differentiable(self.net, x, sigma, *args, **kwargs)
+        elif with_variance is None:
+            denoised = self.net(x, sigma, *args, **kwargs)
         else:
             denoised, variance = with_variance(self.net, x, sigma, *args, **kwargs)
         if not denoised.isfinite().all():
             return denoised, no_shift(denoised)  # not guidance's fault: the sampler says whose
         seen = denoised.clamp(-1, 1) if self.clip_denoised else denoised
-        return denoised, self.guidance(seen, self.y, _denoising_step(sigma, variance))
+        step = _denoising_step(sigma, variance)
+        step = replace(step, memory=self._memory.at(step.sigma), pull_back=pull_back)
+        return denoised, self.guidance(seen, self.y, step)
 
     def __getattr__(self, name: str) -> Any:
         # Without __getattribute__, a copy in the making, which has no net yet, would ask itself for one for

@@ -83,6 +83,7 @@ def edm_sampler(
     process, t_steps = time_steps(net, num_steps, sigma_min, sigma_max, rho, disc, schedule, scaling)
     sigma, s, slope = process.sigma, process.s, partial(_slope, net, process, class_labels)
     x_next = latents.double() * (sigma(t_steps[0]) * s(t_steps[0]))
+    memory: dict[Any, Any] = {}  # of guidance, over this trajectory
     for i, (t_cur, t_next) in enumerate(pairwise(t_steps)):
         x_cur = x_next
 
@@ -92,7 +93,7 @@ def edm_sampler(
         added = math.sqrt(max(sigma(t_hat) ** 2 - sigma(t_cur) ** 2, 0))
         x_hat = s(t_hat) / s(t_cur) * x_cur + s(t_hat) * added * S_noise * randn_like(x_cur)
         if guidance is not None:
-            step = GuidanceStep(i, num_steps, 1.0, 1.0, sigma(t_cur), i / num_steps)
+            step = GuidanceStep(i, num_steps, 1.0, 1.0, sigma(t_cur), i / num_steps, memory=memory)
             x_hat = x_hat + s(t_hat) * guidance(x_cur / s(t_cur), wanted, step)
 
         x_next = STEPS[solver](slope, x_hat, t_hat, t_next)

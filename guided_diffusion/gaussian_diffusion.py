@@ -42,9 +42,10 @@ class GaussianDiffusion(DiffusionProcess):
         guidance=None,
         noise=None,
         first_pixel_max=None,
+        memory=None,
     ):
         """One ancestral step: the dict of `p_mean_variance` and sample, x_{t-1}. noise: like x, drawn here if
-        None.
+        None. memory: the dict of the trajectory, for rules that remember.
 
         first_pixel_max: if a float, guidance's `variance_max` is the larger of it and of the variance at the
         first pixel of the batch, and the dict carries it on under that name; if None, the largest posterior
@@ -62,7 +63,7 @@ class GaussianDiffusion(DiffusionProcess):
             )
         if guidance is not None:
             weight = float(self.posterior_mean_coef1[index])
-            step = self._step(index, out, out["variance"], variance_max, weight)
+            step = self._step(index, out, out["variance"], variance_max, weight, memory)
             mean = mean + guidance(out["pred_xstart"], model_kwargs["y"], step)
         keep_noise = (t != 0).view(-1, *[1] * (x.ndim - 1))
         return {**out, "sample": mean + keep_noise * torch.exp(0.5 * out["log_variance"]) * noise}
@@ -81,9 +82,10 @@ class GaussianDiffusion(DiffusionProcess):
         *,
         guidance=None,
         noise=None,
+        memory=None,
     ):
         """One step of DDIM (Song et al., 2021, eq. 12): the dict of `p_mean_variance` and sample. noise: like
-        x, drawn if None.
+        x, drawn if None. memory: as in `p_sample`.
         """
         noise = torch.randn_like(x) if noise is None else noise
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
@@ -97,7 +99,7 @@ class GaussianDiffusion(DiffusionProcess):
         if guidance is not None:
             index = int(t[0])
             variance = ddim_strength(self.sigma(index))  # the rule above for eps, written for x_0
-            step = self._step(index, out, variance, variance, 1.0)
+            step = self._step(index, out, variance, variance, 1.0, memory)
             pred_xstart = pred_xstart + guidance(pred_xstart, model_kwargs["y"], step)
         eps = self._eps_from_xstart(x, t, pred_xstart)
         # Zero at t = 0, where alpha_bar_prev is 1.
@@ -105,11 +107,12 @@ class GaussianDiffusion(DiffusionProcess):
         mean = alpha_bar_prev.sqrt() * pred_xstart + (1 - alpha_bar_prev - sigma**2).sqrt() * eps
         return {**out, "pred_xstart": pred_xstart, "sample": mean + sigma * noise}
 
-    def _step(self, index, out, variance, variance_max, weight):
+    def _step(self, index, out, variance, variance_max, weight, memory):
         fraction = out["variance_fraction"]
         learned = None if fraction is None else self.denoised_variance(fraction, self.timestep_map[index])
         counts = (index, self.num_timesteps, variance, variance_max, self.sigma(index))
-        return GuidanceStep.counting_down(*counts, denoised_weight=weight, denoised_variance=learned)
+        more = {"denoised_weight": weight, "denoised_variance": learned}
+        return GuidanceStep.counting_down(*counts, memory={} if memory is None else memory, **more)
 
     def sigma(self, index):
         """The noise level of x_t at respaced step `index` in EDM's units: standard deviation of the noise
@@ -149,12 +152,12 @@ class GaussianDiffusion(DiffusionProcess):
         _require_guidance(guidance, model_kwargs, "p_sample_loop")
         randn_like = randn_like or torch.randn_like
         x = _start(model, shape, noise, device, randn_like)
-        first_pixel_max = 0.0 if variance_max == "first_pixel" else None
+        first_pixel_max, memory = 0.0 if variance_max == "first_pixel" else None, {}
         for t in self._descending(x, progress):
             step_noise = randn_like(x)
             out = self.p_sample(
                 model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs,
-                guidance=guidance, noise=step_noise, first_pixel_max=first_pixel_max,
+                guidance=guidance, noise=step_noise, first_pixel_max=first_pixel_max, memory=memory,
             )  # fmt: skip
             yield out
             x, first_pixel_max = out["sample"], out.get("first_pixel_max")
@@ -193,21 +196,13 @@ class GaussianDiffusion(DiffusionProcess):
             raise ValueError(f"variance_max {variance_max!r} has no meaning in DDIM; leave it at schedule")
         _require_guidance(guidance, model_kwargs, "ddim_sample_loop")
         randn_like = randn_like or torch.randn_like
-        x = _start(model, shape, noise, device, randn_like)
+        x, memory = _start(model, shape, noise, device, randn_like), {}
         for t in self._descending(x, progress):
             step_noise = randn_like(x)
             out = self.ddim_sample(
-                model,
-                x,
-                t,
-                clip_denoised,
-                denoised_fn,
-                cond_fn,
-                model_kwargs,
-                eta,
-                guidance=guidance,
-                noise=step_noise,
-            )
+                model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta,
+                guidance=guidance, noise=step_noise, memory=memory,
+            )  # fmt: skip
             yield out
             x = out["sample"]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from guided_diffusion.flags.fields import Flags, Need, at_least, finite, flag
 from guided_diffusion.flags.guidance import OFF_THE_SHELF, GuidanceFlags
+from guided_diffusion.flags.mixed import MixedFlags
 from guided_diffusion.flags.networks import DiffusionFlags, NoisyClassifierFlags, UNetFlags
 from guided_diffusion.flags.run import RunFlags
 from guided_diffusion.flags.solvers import SolverFlags
@@ -75,6 +76,7 @@ class ADMFlags(
     LabelFlags,
     RunFlags,
     GuidanceFlags,
+    MixedFlags,
     SolverFlags,
     SamplingFlags,
     NoisyClassifierFlags,
@@ -102,6 +104,14 @@ class ADMFlags(
     @property
     def marginal_temperature(self) -> float:
         return self.joint_temperature * self.margin_temperature_discount
+
+    @property
+    def asks_denoiser(self) -> bool:
+        return self.sampler not in LOOPS
+
+    @property
+    def guides_denoiser(self) -> bool:
+        return self.guided_off_the_shelf and self.asks_denoiser
 
     @property
     def folder(self) -> Path:
@@ -142,6 +152,9 @@ class ADMFlags(
             )
 
     def _check_labels(self):
+        if self.uses_cfg and (self.unconditional or not self.null_class):
+            fix = "drop --unconditional" if self.unconditional else "add --null_class True if it has one"
+            raise ValueError(f"--cfg_scale {self.cfg_scale} needs the labels and a null class: {fix}")
         if self.fix_class and "labels" in self.given:
             raise ValueError(f"--fix_class True and --labels {self.labels} contradict each other: keep one")
         if self.null_class and not self.class_cond:

@@ -13,6 +13,7 @@ from guided_diffusion.edm import SCALINGS, SCHEDULES
 from guided_diffusion.flags.adm import NUM_CLASSES
 from guided_diffusion.flags.fields import Flags, Need, at_least, finite, finite_from, flag
 from guided_diffusion.flags.guidance import OFF_THE_SHELF, GuidanceFlags
+from guided_diffusion.flags.mixed import MixedFlags
 from guided_diffusion.flags.parser import parse_bool, parse_numbers
 from guided_diffusion.flags.run import RunFlags
 from guided_diffusion.flags.solvers import BY_SOLVER, TRAINED, SolverFlags
@@ -95,7 +96,7 @@ class EDMSamplingFlags(Flags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EDMFlags(RunFlags, GuidanceFlags, SolverFlags, EDMSamplingFlags):
+class EDMFlags(RunFlags, GuidanceFlags, MixedFlags, SolverFlags, EDMSamplingFlags):
     """An EDM network, guided."""
 
     levels: str = flag(
@@ -137,6 +138,7 @@ class EDMFlags(RunFlags, GuidanceFlags, SolverFlags, EDMSamplingFlags):
     classifier_scale: float = flag(1.0, "score form: factor of the gradient", check=finite, needs=SCORE)
 
     HOW_TO_GUIDE = "--use_classifier True"
+    HOW_TO_GUIDE_DENOISER = "--use_classifier True and --guidance_form score"
 
     @classmethod
     def of(cls, values: Mapping[str, Any], given: frozenset[str]) -> "EDMFlags":
@@ -150,11 +152,19 @@ class EDMFlags(RunFlags, GuidanceFlags, SolverFlags, EDMSamplingFlags):
 
     @property
     def has_strength(self) -> bool:
-        return self.use_classifier and self.guidance_form == "score"
+        return self.guides_denoiser and not self.through_network
 
     @property
     def guided_by_noisy_classifier(self) -> bool:
         return False
+
+    @property
+    def guides_denoiser(self) -> bool:
+        return self.use_classifier and not self.unit_gradient
+
+    @property
+    def unit_gradient(self) -> bool:
+        return self.guidance_form == "released"
 
     @property
     def marginal_temperature(self) -> float:
@@ -204,6 +214,8 @@ class EDMFlags(RunFlags, GuidanceFlags, SolverFlags, EDMSamplingFlags):
         super().check()
         if not self.network:
             raise ValueError("--network is missing: give an EDM network, or a --preset")
+        if self.uses_cfg and self.unconditional:
+            raise ValueError(f"--cfg_scale {self.cfg_scale} needs the labels: drop --unconditional")
         self._check_sampler()
         if self.S_min > self.S_max:
             raise ValueError(f"--S_min must be at most --S_max, got {self.S_min} and {self.S_max}")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from guided_diffusion.flags.parser import NOT_GIVEN, Parser, parse_bool
+from guided_diffusion.flags.parser import NOT_GIVEN, Parser, parse_bool, parse_floats
 
 Check = Callable[[Any], str | None]
 
@@ -50,7 +50,7 @@ def flag(
     kind: how its text is read; by default as the default's type. names: how it is written where that is not
     the field's name, the first one for the record. check: value -> what is wrong with it, or None. compared:
     whether it decides about the samples, so that a run with another value may not resume in the same folder.
-    builds: see `guided_diffusion.flags.guidance`.
+    builds: see `guided_diffusion.flags.rules`.
     """
     metadata: dict[str, Any] = {"help": help, "kind": kind, "names": tuple(names), "choices": tuple(choices)}
     metadata |= {"check": check, "needs": needs, "compared": compared, "builds": builds}
@@ -78,6 +78,26 @@ def at_least(low: float) -> Check:
 def finite_from(low: float) -> Check:
     """Not below a number, nor infinite."""
     return lambda value: finite(value) or at_least(low)(value)
+
+
+def between(low: float, high: float) -> Check:
+    """From one number to another."""
+    return lambda value: None if low <= value <= high else f"must be from {low} to {high}"
+
+
+def some_numbers(*counts: int) -> Check:
+    """Empty, or so many finite numbers with commas between them."""
+
+    def check(text: str) -> str | None:
+        try:
+            values = parse_floats(text)
+        except ValueError:
+            values = [math.nan]
+        if not text or (len(values) in counts and all(map(math.isfinite, values))):
+            return None
+        return f"takes {' or '.join(map(str, counts))} numbers, commas between them"
+
+    return check
 
 
 @dataclass(frozen=True, kw_only=True)

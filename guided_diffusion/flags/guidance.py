@@ -1,14 +1,4 @@
-"""The flags of guidance by an off-the-shelf classifier, and what they build.
-
-A rule is added here as one field. Its keyword says which part of guidance it changes, and how:
-
-    direction=   (direction, value) -> direction     what is to grow, see guidance/directions.py
-    strength=    (strength, value) -> strength       how far to go, see guidance/strength.py
-    guidance=    (guidance, value) -> guidance       when or how, see guidance/wrappers.py
-
-The function is called where the value is not the default. The fields are applied in the order in which they
-stand.
-"""
+"""The flags of guidance by an off-the-shelf classifier, and what they build; its rules are in rules.py."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from guided_diffusion.flags.fields import Flags, Need, above, finite, flag, flag_fields
-from guided_diffusion.flags.parser import parse_interval
+from guided_diffusion.flags.fields import above, finite, flag, flag_fields
+from guided_diffusion.flags.needs import (
+    A_CLASSIFIER,
+    FREQUENCY,
+    OFF_THE_SHELF,
+    POSTERIOR,
+    SAMPLERS_STRENGTH,
+    SCALABLE,
+    SIGMA_DATA,
+    STRENGTH,
+)
+from guided_diffusion.flags.rules import RuleFlags
 from guided_diffusion.guidance import (
     ClassifierGuidance,
     Guidance,
@@ -30,61 +30,17 @@ from guided_diffusion.guidance import (
     named_strength,
     natural_spectrum,
     read_spectrum,
-    within_interval,
     wrapper,
 )
 from guided_diffusion.guidance.classifier import tempered
 from guided_diffusion.guidance.strength import STRENGTHS
+from guided_diffusion.solvers import STEPS
 
-OFF_THE_SHELF = Need(
-    lambda config: config.guided_off_the_shelf,
-    lambda config: f"without an off-the-shelf classifier: add {config.HOW_TO_GUIDE}",
-)
-A_CLASSIFIER = Need(
-    lambda config: config.guided_off_the_shelf or config.guided_by_noisy_classifier,
-    lambda config: f"without a classifier: add {config.HOW_TO_GUIDE}",
-)
-SCALABLE = Need(
-    lambda config: A_CLASSIFIER.met(config) or config.classifier_scale == 0,
-    lambda config: f"without a classifier: add {config.HOW_TO_GUIDE}",
-)
-
-STRENGTH = Need(
-    lambda config: config.has_strength,
-    lambda config: (
-        "with --guidance_form released, which has a schedule of its own: add --guidance_form score"
-        if config.guided_off_the_shelf
-        else f"without an off-the-shelf classifier: add {config.HOW_TO_GUIDE}"
-    ),
-)
-
-
-def _strength(name: str, also: Callable[[Any], bool] = lambda config: True, hint: str = "") -> Need:
-    flags = f"--guidance_strength {name}{hint}"
-    return Need(
-        lambda config: config.has_strength and config.guidance_strength == name and also(config),
-        lambda config: (
-            f"without {flags}, to which it belongs: add that to a run with a classifier, or drop it"
-        ),
-    )
-
-
-SAMPLERS_STRENGTH = _strength("sampler")
-POSTERIOR = _strength("posterior")
-FREQUENCY = _strength("posterior", lambda config: config.posterior == "frequency", " --posterior frequency")
-SIGMA_DATA = _strength(
-    "posterior",
-    lambda config: config.posterior == "scalar" or (config.posterior == "frequency" and not config.spectrum),
-    " --posterior scalar, or frequency without --spectrum",
-)
-
-
-def _interval(guidance: Guidance, text: str) -> Guidance:
-    return within_interval(guidance, *parse_interval(text, "--guidance_interval"))
+WRAPPED = ("gradient", "guidance")  # called as (x, y, step)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuidanceFlags(Flags):
+class GuidanceFlags(RuleFlags):
     """Guidance."""
 
     classifier_type: str = flag("", "off-the-shelf classifier: a torchvision name, or FILE.py:builder")
@@ -132,12 +88,6 @@ class GuidanceFlags(Flags):
         choices=("paper", "imagenet"),
         needs=OFF_THE_SHELF,
     )
-    guidance_interval: str = flag(
-        "",
-        "LO,HI: guide only while the noise level sigma is in (LO, HI]",
-        needs=OFF_THE_SHELF,
-        guidance=_interval,
-    )
     # Batches that were finished under "stop" are those of "skip" too.
     on_nonfinite: str = flag(
         "stop",
@@ -151,6 +101,7 @@ class GuidanceFlags(Flags):
     )
 
     HOW_TO_GUIDE = "--classifier_type, for example resnet101"
+    HOW_TO_GUIDE_DENOISER = "--classifier_type and --sampler euler or heun"
 
     @property
     def guided_off_the_shelf(self) -> bool:
@@ -160,7 +111,7 @@ class GuidanceFlags(Flags):
     @property
     def has_strength(self) -> bool:
         """Whether a rule guides that has a strength of the gradient."""
-        return self.guided_off_the_shelf
+        return self.guided_off_the_shelf and not self.through_network
 
     @property
     def guided_by_noisy_classifier(self) -> bool:
@@ -168,17 +119,38 @@ class GuidanceFlags(Flags):
         return bool(self.classifier_path) and not self.classifier_type
 
     @property
+    def guides_denoiser(self) -> bool:
+        """Whether an off-the-shelf classifier guides a denoiser, by `GuidedDenoiser`."""
+        raise NotImplementedError
+
+    @property
+    def unit_gradient(self) -> bool:
+        """Whether the rule brings the gradient to unit length."""
+        return False
+
+    @property
+    def takes_single_steps(self) -> bool:
+        """Whether the sampler is a solver that does not look at earlier steps."""
+        return getattr(self, "sampler", None) in STEPS
+
+    @property
     def marginal_temperature(self) -> float:
         """tau_2, absolute."""
         raise NotImplementedError
 
-    def build_guidance(self, classifier: Callable[[Tensor], Tensor], observe: Observe) -> Guidance:
+    def check(self) -> None:
+        super().check()
+        if self.guided_off_the_shelf:
+            self.build_guidance(lambda x: x, None)  # raises for what the parts of the rule refuse
+
+    def build_guidance(self, classifier: Callable[[Tensor], Tensor], observe: Observe | None) -> Guidance:
         """The rule that the flags describe, around a classifier of [-1, 1] images."""
         direction = tempered(self.joint_temperature, self.marginal_temperature)
         rule = self.rule(
             classifier,
             direction=self._built("direction", direction),
             strength=self._built("strength", self.strength()),
+            gradient=partial(self._built, "gradient"),
             on_nonfinite=self.on_nonfinite,
             observe=observe,
         )
@@ -215,5 +187,5 @@ class GuidanceFlags(Flags):
         for each in flag_fields(self):
             build, value = each.metadata["builds"].get(kind), getattr(self, each.name)
             if build and value != each.default:
-                part = wrapper(build)(part, value) if kind == "guidance" else build(part, value)
+                part = wrapper(build)(part, value) if kind in WRAPPED else build(part, value)
         return part

@@ -104,6 +104,11 @@ def parse_numbers(text: str, flag: str) -> list[int]:
     return numbers
 
 
+def parse_floats(text: str) -> list[float]:
+    """ "0.3,0.9" as floats; empty for no text. Raises ValueError for another text."""
+    return [float(part) for part in text.split(",")] if text else []
+
+
 def parse_interval(text: str, flag: str) -> tuple[float, float]:
     """ "0.3,5" as two floats. Raises ValueError that names the flag."""
     try:

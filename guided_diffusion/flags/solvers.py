@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guided_diffusion.flags.fields import Flags, Need, flag
+from guided_diffusion.guidance.universal import recurrent
 from guided_diffusion.schedules import LEVELS, named_levels
-from guided_diffusion.solvers import ORDERS, SOLVERS, UNIPC_VARIANTS, Interval, falling_levels, restart
+from guided_diffusion.solvers import ORDERS, SOLVERS, STEPS, UNIPC_VARIANTS, Interval, falling_levels, restart
 
 TRAINED = "trained"
 _SLACK = 1e-6  # relative, of a level beside the network's lowest or highest
@@ -76,6 +77,8 @@ class SolverFlags(Flags):
         if self.split_guidance:
             options["split_guidance"] = True
         solver = SOLVERS[self.sampler]
+        if self.takes_single_steps and self.recurrence > 1:
+            solver = recurrent(STEPS[self.sampler], self.recurrence)
         return partial(restart(solver, self.intervals()) if self.restart else solver, **options)
 
     def intervals(self) -> list[Interval]:

@@ -20,8 +20,8 @@ class Observation:
     """What guidance saw and found at one step, for whoever watches: `observe(Observation(...))`.
 
     index, sigma: those of the step; where a noisy classifier guides, its timestep t and None. x: (N, C, H,
-    W), what the classifier was shown. y: (N,). logits: (N, classes). gradient: like x, scaled, before the
-    step's strength.
+    W), what the classifier was shown. y: (N,). logits: (N, classes). gradient: like x, scaled, before
+    anything changes it and before the step's strength.
     skipped: (N,) bool, the images whose gradient was not finite, and is zero here.
     """
 
@@ -50,12 +50,13 @@ def input_gradient(
 
 
 class ClassifierGradient:
-    """Called as (classifier, x, y, index, sigma): the scaled gradient of direction(classifier(x), y) with
-    respect to x.
+    """Called as (classifier, x, y, index, sigma): the gradient of direction(classifier(x), y) with respect to
+    x.
 
-    on_nonfinite: "stop" raises NonFiniteError where an image's gradient holds a NaN or an infinity, "skip"
-    makes that image's gradient zero. observe: called with an Observation each time. Raises ValueError for
-    another policy.
+    scale: what the caller multiplies the gradient by, at last; the observer and the policy look at the
+    product. on_nonfinite: "stop" raises NonFiniteError where an image's gradient holds a NaN or an infinity,
+    "skip" makes that image's gradient zero. observe: called with an Observation each time. Raises ValueError
+    for another policy.
     """
 
     def __init__(
@@ -80,11 +81,12 @@ class ClassifierGradient:
         sigma: float | None,
     ) -> Tensor:
         gradient, logits = input_gradient(classifier, x, lambda logits: self.direction(logits, y))
-        gradient = gradient * self.scale
+        scaled = gradient * self.scale
         if self.on_nonfinite == "stop":
-            require_finite(gradient, "guidance gradient", index, sigma)
-        skipped = nonfinite_images(gradient)
-        gradient = torch.where(skipped.view(-1, *[1] * (x.ndim - 1)), 0, gradient)
+            require_finite(scaled, "guidance gradient", index, sigma)
+        skipped = nonfinite_images(scaled)
+        of_skipped = skipped.view(-1, *[1] * (x.ndim - 1))
         if self.observe is not None:
-            self.observe(Observation(index, sigma, x, y, logits, gradient, skipped))
-        return gradient
+            seen = torch.where(of_skipped, 0, scaled)
+            self.observe(Observation(index, sigma, x, y, logits, seen, skipped))
+        return torch.where(of_skipped, 0, gradient)

@@ -26,6 +26,6 @@ def noisy_classifier_gradient(
     )
 
     def cond_fn(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return gradient_of(lambda x_t: classifier(x_t, t), x, y, int(t[0]), None)
+        return classifier_scale * gradient_of(lambda x_t: classifier(x_t, t), x, y, int(t[0]), None)
 
     return cond_fn

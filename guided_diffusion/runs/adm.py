@@ -1,7 +1,7 @@
 """Runs of ADM's networks: from the flags of scripts/classifier_sample.py to a Job."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -40,6 +40,8 @@ def make_job(config: ADMFlags, classifiers: Any) -> Job:
         **solver_files(config),
         **config.guidance_files(),
     }
+    if config.mixes and config.guide_model:
+        files["guide_model"] = partial(existing_file, config.guide_model)
     if config.guided_off_the_shelf:
         files |= classifiers.classifier_files(config.classifier_type, config.classifier_path)
     elif config.guided_by_noisy_classifier:
@@ -73,6 +75,8 @@ def build(
     """Load the networks; returns the Sampler."""
     torch.manual_seed(config.seed)  # for --classifier_path random; the samples' noise has streams of its own
     network, diffusion = load_network(config, device)
+    if config.asks_denoiser:
+        network = load_denoiser(config, network, diffusion, device)
     guides = load_guides(config, classifiers, device, tally)
     prepare = _loop if config.sampler in LOOPS else _solver
     draw, num_steps, notes = prepare(config, network, diffusion, guides)
@@ -105,10 +109,9 @@ def _loop(config, network, diffusion, guides):
     return draw, diffusion.num_timesteps, []
 
 
-def _solver(config, network, diffusion, guides):
+def _solver(config, denoiser_of, diffusion, guides):
     """The image by a solver: as `_loop`."""
-    denoiser = partial(DiscreteDenoiser, network, diffusion, clip_denoised=config.clip_denoised)
-    known = denoiser()
+    known = DiscreteDenoiser(denoiser_of, diffusion)  # for its levels
     sigmas, notes = config.solver_levels(
         diffusion.num_timesteps,
         (known.sigma_min, known.sigma_max),
@@ -119,7 +122,7 @@ def _solver(config, network, diffusion, guides):
     solver = config.build_solver()
 
     def draw(shape, y, noise, tick):
-        denoise = denoiser({"y": y})
+        denoise = denoiser_of(y, sigmas)
         if guides:
             denoise = GuidedDenoiser(denoise, guides["guidance"], y, clip_denoised=config.clip_denoised)
         # The process begins with x_T ~ N(0, I), which is x / sqrt(1 + sigma^2).
@@ -129,15 +132,36 @@ def _solver(config, network, diffusion, guides):
     return draw, len(sigmas) - 1, notes
 
 
-def load_network(config: ADMFlags, device: torch.device) -> tuple[Network, Any]:
-    """The network as a function (x, t, y) -> output, and its process."""
+def load_denoiser(
+    config: ADMFlags, network: Network, diffusion: Any, device: torch.device
+) -> Callable[[Tensor, Sequence[float]], Callable[..., Tensor]]:
+    """The function (labels, levels) -> denoiser that the flags describe; loads the --guide_model if any."""
+    guide = load_network(config, device, config.guide_model)[0] if config.guide_model else None
+    clip_parts = config.clip_denoised and not config.mixes
+
+    def part(network, y):
+        return DiscreteDenoiser(network, diffusion, {"y": y}, clip_denoised=clip_parts)
+
+    def denoiser_of(y, sigmas):
+        null = part(network, torch.full_like(y, config.num_classes)) if config.uses_cfg else None
+        worse = part(guide, y) if guide else None
+        return config.mixed(part(network, y), null, worse, sigmas, clip_denoised=config.clip_denoised)
+
+    return denoiser_of
+
+
+def load_network(config: ADMFlags, device: torch.device, path: str = "") -> tuple[Network, Any]:
+    """The network as a function (x, t, y) -> output, and its process. path: another checkpoint of the same
+    architecture.
+    """
+    path = path or config.model_path
     with torch.device("meta"):
         model, diffusion = create_from_flags(config.record())
-    weights = load_state_dict(config.model_path, config.checkpoint_key or None)
-    load_into(model, weights, config.model_path)
+    weights = load_state_dict(path, config.checkpoint_key or None)
+    load_into(model, weights, path)
     del weights
     # The file's tensors took the place of the network's own, and with it their memory format.
-    model.to(device, memory_format=torch.channels_last).eval().reuse_activations()
+    model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False).reuse_activations()
     if config.use_fp16:
         model.convert_to_fp16()
 

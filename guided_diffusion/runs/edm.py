@@ -28,6 +28,8 @@ def make_job(config: EDMFlags, classifiers: Any) -> Job:
     files |= {**solver_files(config), **config.guidance_files()}
     if config.use_classifier:
         files |= classifiers.classifier_files(config.classifier_type, config.classifier_path)
+    if config.guide_model:
+        files["guide_model"] = partial(existing_file, config.guide_model)
     seeds = config.seed_list
     return Job.of(
         config,
@@ -51,14 +53,13 @@ def png_name(config: EDMFlags, index: int) -> str:
 def build(config: EDMFlags, classifiers: Any, device: torch.device, tally: Tally) -> Sampler:
     """Load the networks; returns the Sampler. Raises ValueError for flags that the network contradicts."""
     torch.manual_seed(0)  # for --classifier_path random; the samples' noise has generators of its own
-    net = load_edm_network(config.network).to(device).reuse_activations()
-    if config.use_fp16 is not None:
-        net.use_fp16 = config.use_fp16
+    net = _load(config, config.network, device)
     _refuse_for_network(config, net)
+    guide = _load_guide_model(config, net, device)
     num_classes = net.label_dim or config.num_classes
     guidance = load_guidance(config, classifiers, net, num_classes, device, tally)
     prepare = _edm_sampler if config.sampler == "edm" else _solver
-    draw, num_steps, notes = prepare(config, net, guidance)
+    draw, num_steps, notes = prepare(config, net, guide, guidance)
 
     def sample(indices, tick):
         noise = SeedNoise([config.seed_list[i] for i in indices])
@@ -75,21 +76,24 @@ def build(config: EDMFlags, classifiers: Any, device: torch.device, tally: Tally
     return Sampler(sample, num_steps, net.img_resolution, [*_notes(config, net, device), *notes])
 
 
-def _edm_sampler(config, net, guidance):
+def _edm_sampler(config, net, guide, guidance):
     """The image by EDM's own sampler: a function, how many steps it takes, and what the log should say."""
-    options = _sampler_options(config, net)
+    options, levels = _sampler_options(config, net)
 
     def draw(latents, class_labels, y, noise, on_step):
         denoiser, at_noisy = net, guidance
+        if config.mixes:
+            denoiser = _mixed(config, net, guide, class_labels, levels)
+            class_labels = None  # bound
         if guidance and config.guidance_form == "score":
-            denoiser, at_noisy = GuidedDenoiser(net, guidance, y), None
+            denoiser, at_noisy = GuidedDenoiser(denoiser, guidance, y), None
         conditions = {"guidance": at_noisy, "y": y, "on_step": on_step}
         return edm_sampler(denoiser, latents, class_labels, noise, **conditions, **options)
 
     return draw, config.steps, []
 
 
-def _solver(config, net, guidance):
+def _solver(config, net, guide, guidance):
     """The image by a solver: as `_edm_sampler`."""
     low, high = config.ends()
     ends = (max(low, net.sigma_min), min(high, net.sigma_max))
@@ -97,7 +101,7 @@ def _solver(config, net, guidance):
     solver = config.build_solver()
 
     def draw(latents, class_labels, y, noise, on_step):
-        denoise = LabelledDenoiser(net, class_labels)
+        denoise = _mixed(config, net, guide, class_labels, sigmas)
         if guidance:
             denoise = GuidedDenoiser(denoise, guidance, y)
         return solver(denoise, latents.double() * sigmas[0], sigmas, randn_like=noise, on_step=on_step)
@@ -106,18 +110,48 @@ def _solver(config, net, guidance):
 
 
 def _sampler_options(config, net):
-    """The arguments of `edm_sampler`. Raises ValueError for what cannot be, before the folder is this
-    run's.
+    """The arguments of `edm_sampler`, and the noise levels of its run. Raises ValueError for what cannot be,
+    before the folder is this run's.
     """
     low, high = config.ends()
     times = {
         **{name: getattr(config, name) for name in ("rho", "disc", "schedule", "scaling")},
         **{"num_steps": config.steps, "sigma_min": low, "sigma_max": high},
     }
-    time_steps(net, **times)
+    process, steps = time_steps(net, **times)
+    levels = [*(process.sigma(t) for t in steps[:-1]), 0.0]
     return times | {
         name: getattr(config, name) for name in ("S_churn", "S_min", "S_max", "S_noise", "solver")
-    }
+    }, levels
+
+
+def _load(config, path, device):
+    net = load_edm_network(path).to(device).requires_grad_(False).reuse_activations()
+    if config.use_fp16 is not None:
+        net.use_fp16 = config.use_fp16
+    return net
+
+
+def _load_guide_model(config, net, device):
+    """The network of --guide_model, None where there is none. Raises ValueError for one of another kind."""
+    if not config.guide_model:
+        return None
+    guide = _load(config, config.guide_model, device)
+    for name in ("img_resolution", "img_channels", "label_dim"):
+        theirs, ours = getattr(guide, name), getattr(net, name)
+        if theirs != ours:
+            raise ValueError(
+                f"--guide_model {config.guide_model} has {name} {theirs}, but --network has {ours}: "
+                "give a checkpoint of the same architecture"
+            )
+    return guide
+
+
+def _mixed(config, net, guide, class_labels, levels):
+    """The denoiser of the flags, with these labels bound."""
+    null = LabelledDenoiser(net, None) if config.uses_cfg else None
+    worse = LabelledDenoiser(guide, class_labels) if guide else None
+    return config.mixed(LabelledDenoiser(net, class_labels), null, worse, levels, clip_denoised=False)
 
 
 def _labels(config, net, num_classes, noise, n):
@@ -139,6 +173,8 @@ def _refuse_for_network(config, net):
             f"--num_classes {config.num_classes} is for networks without labels, "
             f"and this has {net.label_dim}: drop it"
         )
+    if not net.label_dim and config.uses_cfg:
+        raise ValueError(f"--cfg_scale {config.cfg_scale}: {config.network} has no labels, drop it")
     if not net.label_dim and config.unconditional:
         raise ValueError(f"--unconditional True: {config.network} has no labels in any case, drop it")
     if not net.label_dim and config.class_idx is not None and not config.use_classifier:

@@ -1,0 +1,131 @@
+"""Denoisers made of denoisers: classifier-free guidance and its kin.
+
+Each answers as contract 1 in denoisers.py says, at the levels of its first part, whose attributes (sigma_min,
+round_sigma, ...) are its own. Further arguments of a call go to all parts. They compose: a solver takes
+GuidedDenoiser(CFGDenoiser(...), ...).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Denoiser = Callable[..., Tensor]
+
+# How far a level may lie from a listed one, as a share of it, and be taken for it.
+_SAME_LEVEL = 1e-6
+
+
+class CFGDenoiser:
+    """Classifier-free guidance, D = D_u + scale (D_c - D_u) (Ho and Salimans, 2022); 1 is D_c, 0 is D_u.
+
+    conditional, unconditional: the two denoisers. Autoguidance is the same with a network and a worse one
+    (Karras et al., 2024a): CFGDenoiser(network, guide, scale). channels: guide only the first so many, and
+    leave D_c in the others (DiT's released script has 3 of 4); None is all. clip_denoised: clamp the answer
+    to [-1, 1]; the parts are then to answer without a clamp of their own. At scale 1 the answer is D_c bit
+    for bit, and D_u is not asked.
+
+    Raises ValueError for channels below 1 or beyond those of the answer.
+    """
+
+    def __init__(
+        self,
+        conditional: Denoiser,
+        unconditional: Denoiser,
+        scale: float,
+        *,
+        channels: int | None = None,
+        clip_denoised: bool = False,
+    ):
+        if channels is not None and channels < 1:
+            raise ValueError(f"guided channels must be at least 1, got {channels}")
+        self.conditional, self.unconditional, self.scale = conditional, unconditional, scale
+        self.channels, self.clip_denoised = channels, clip_denoised
+
+    def __call__(self, x: Tensor, sigma: float | Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        d_c = self.conditional(x, sigma, *args, **kwargs)
+        d = d_c if self._is_conditional() else self._mixed(d_c, x, sigma, args, kwargs)
+        return d.clamp(-1, 1) if self.clip_denoised else d
+
+    def mix(self, d_c: Tensor, d_u: Tensor, sigma: float) -> Tensor:
+        """What is made of the two answers, (N, C, H, W) each, at a level."""
+        return d_u + self.scale * (d_c - d_u)
+
+    def _is_conditional(self) -> bool:
+        return self.scale == 1
+
+    def _mixed(self, d_c, x, sigma, args, kwargs):
+        d_u = self.unconditional(x, sigma, *args, **kwargs)
+        if self.channels is not None and self.channels > d_c.shape[1]:
+            raise ValueError(
+                f"{self.channels} channels are to be guided, but the network answers {d_c.shape[1]}"
+            )
+        n = self.channels or d_c.shape[1]
+        mixed = self.mix(d_c[:, :n], d_u[:, :n], float(sigma))
+        return torch.cat([mixed, d_c[:, n:]], dim=1)
+
+    def __getattr__(self, name: str) -> Any:
+        # Without __getattribute__, a copy in the making, which has no parts yet, would ask itself for ever.
+        return getattr(object.__getattribute__(self, "conditional"), name)
+
+
+class CFGPlusPlusDenoiser(CFGDenoiser):
+    """CFG++ (Chung et al., 2024, arXiv 2406.08070): step to D_u + scale (D_c - D_u), but renoise with the
+    unconditional noise, scale in [0, 1].
+
+    Euler's step from sigma to sigma' then is x' = D_cfg + sigma' (x - D_u) / sigma, which a denoiser brings
+    about by D_u + scale (D_c - D_u) / (1 - sigma' / sigma). sigmas: the levels of the run, from which sigma'
+    is read: the highest one below. Exact under Euler's method, and the same mixture at the levels that other
+    solvers ask.
+
+    Raises ValueError for a scale outside [0, 1], and at a level with none below it.
+    """
+
+    def __init__(
+        self, conditional: Denoiser, unconditional: Denoiser, scale: float, sigmas: Sequence[float], **options
+    ):
+        if not 0 <= scale <= 1:
+            raise ValueError(f"the scale of CFG++ must be from 0 to 1, got {scale}")
+        super().__init__(conditional, unconditional, scale, **options)
+        self.sigmas = sorted(float(level) for level in sigmas)
+
+    def mix(self, d_c: Tensor, d_u: Tensor, sigma: float) -> Tensor:
+        below = [level for level in self.sigmas if level < sigma * (1 - _SAME_LEVEL)]
+        if not below:
+            raise ValueError(f"no noise level lies below {sigma:g}, and CFG++ needs the next one")
+        return d_u + self.scale / (1 - below[-1] / sigma) * (d_c - d_u)
+
+    def _is_conditional(self) -> bool:
+        return False
+
+
+class CFGZeroStarDenoiser(CFGDenoiser):
+    """CFG-Zero* (Fan et al., 2025, arXiv 2503.18886): D = s D_u + scale (D_c - s D_u), s = <D_c, D_u> /
+    |D_u|^2 for each image, the projection of the conditional answer on the unconditional one.
+
+    zero_above: at higher levels D = 0, so that the first steps only lower the noise; infinity is nowhere.
+    """
+
+    def __init__(
+        self,
+        conditional: Denoiser,
+        unconditional: Denoiser,
+        scale: float,
+        *,
+        zero_above: float = float("inf"),
+        **options: Any,
+    ):
+        super().__init__(conditional, unconditional, scale, **options)
+        self.zero_above = zero_above
+
+    def __call__(self, x: Tensor, sigma: float | Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if float(sigma) > self.zero_above:
+            return torch.zeros_like(x)
+        return super().__call__(x, sigma, *args, **kwargs)
+
+    def mix(self, d_c: Tensor, d_u: Tensor, sigma: float) -> Tensor:
+        inner = tuple(range(1, d_u.ndim))
+        square = d_u.square().sum(dim=inner, keepdim=True)
+        s = (d_c * d_u).sum(dim=inner, keepdim=True) / torch.where(square > 0, square, 1)
+        return s * d_u + self.scale * (d_c - s * d_u)
