@@ -9,6 +9,7 @@ and what a library says ends up in it.
 import fcntl
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -49,5 +50,12 @@ def prefer_packages_beside():
             sys.exit(f"error: this script needs {ROOT / name}, and Python finds {place or 'none'} instead")
 
 
+def end_at_ctrl_c():
+    """Until `run_main` takes over, Ctrl-C ends a script at once: imports take seconds, nothing has begun."""
+    if Path(sys.argv[0]).resolve().parent == ROOT / "scripts":
+        signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+
+
 open_closed_streams()
+end_at_ctrl_c()
 prefer_packages_beside()

@@ -20,6 +20,7 @@ def main():
     parser = Parser(description=__doc__)
     parser.add_argument("preset", metavar="PRESET", help="see scripts/presets.py")
     args, flags = parser.parse_known_args()
+    flags = [flag for flag in flags if flag != "--preset"]  # its name has been taken already
     system = system_of(args.preset)
     config = parse(system.config, __doc__, system.presets, ["--preset", args.preset, *flags])
     if config.preset != args.preset:

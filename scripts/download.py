@@ -241,7 +241,7 @@ def parse(argv, table):
     parser = Parser(prog="download.py", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="PRESET|FILENAME", help="see --list")
     folder = pretrained.PRETRAINED_DIR
-    parser.add_argument("--dir", type=Path, default=folder, help="where the files go (default: %(default)s)")
+    parser.add_argument("--dir", type=Path, default=folder, help="where the files go")
     parser.add_argument("--sha256", metavar="HEX", type=str.lower, help="64 hex digits: the one file's hash")
     parser.add_switch("--list", help="print presets and files, with their licences")
     args = parser.parse_args(argv)

@@ -21,7 +21,7 @@ COMMON = "guided_diffusion.files"  # every room may import it
 ORDER = [
     "files checkpoints",
     "layers unet edm_unet song_unet dit schedules losses nn",
-    "process denoisers preconditioning solvers guidance gaussian_diffusion edm respace",
+    "process denoisers mixed_denoisers preconditioning solvers guidance gaussian_diffusion edm respace",
     "flags",
     "script_util",
     "runs training dist_util logger",

@@ -96,6 +96,8 @@ class ADMFlags(
             values = {**values, "classifier_path": ""}  # the preset's belongs to the preset's own classifier
         if "sampler" not in given and values.get("use_ddim"):
             values = {**values, "sampler": "ddim"}
+        if values.get("sampler") == "heun" and "levels" not in values:
+            values = {**values, "levels": "karras"}  # the process's own levels are too far apart for it
         if "steps" in given and "timestep_respacing" not in given:
             values = {**values, "timestep_respacing": str(values["steps"])}
         config = super().of(values, given)
@@ -140,6 +142,8 @@ class ADMFlags(
                 f"--steps {self.steps} and --timestep_respacing {self.timestep_respacing} "
                 "are two names of one thing: keep one"
             )
+        if self.steps and self.steps > self.diffusion_steps:
+            raise ValueError(f"--steps {self.steps} is more than --diffusion_steps {self.diffusion_steps}")
         if self.posterior == "learned" and "posterior" not in self.idle() and not self.learn_sigma:
             raise ValueError(
                 "--posterior learned needs a network that predicts its variance, with --learn_sigma True: "

@@ -13,10 +13,12 @@ or named, from the field alone.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from guided_diffusion.flags.parser import NOT_GIVEN, Parser, parse_bool, parse_floats
+from guided_diffusion.flags.presets import script_of
 
 Check = Callable[[Any], str | None]
 
@@ -141,6 +143,11 @@ class Flags:
         """Every flag by the name that it is written with."""
         return {written(each): getattr(self, each.name) for each in flag_fields(self)}
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The default of every flag, by the same name."""
+        return {written(each): each.default for each in flag_fields(cls)}
+
     def not_compared(self) -> set[str]:
         """The flags that do not decide about the samples, those without effect among them."""
         places = {written(each) for each in flag_fields(self) if not each.metadata["compared"]}
@@ -191,8 +198,10 @@ def given_flags(
     parser = Parser(description=description, usage="%(prog)s [--FLAG VALUE ...]")
     add_flags(parser, config_class)
     given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not NOT_GIVEN}
-    if given.get("preset", "") not in ("", *presets):
-        parser.error(f"unknown preset {given['preset']!r}; choose {', '.join(presets)}")
+    if (preset := given.get("preset", "")) not in ("", *presets):
+        with suppress(ValueError):
+            parser.error(f"{preset!r} is a preset of scripts/{script_of(preset)}")
+        parser.error(f"unknown preset {preset!r}; choose {', '.join(presets)}")
     return given
 
 
@@ -227,7 +236,7 @@ def add_flags(parser: Parser, config_class: type) -> None:
 def _add(section, each):
     default, about = each.default, each.metadata
     kind = about["kind"] or (parse_bool if isinstance(default, bool) else type(default))
-    shown = "" if default is None or default is False or default == "" else f" (default: {default})"
+    shown = "" if default is None else f" (default: {'none' if default == '' else default})"
     section.add_argument(
         *(f"--{name}" for name in about["names"] or (each.name,)),
         dest=each.name,

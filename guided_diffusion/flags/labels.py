@@ -31,7 +31,7 @@ def label_source(labels: str, seed: int, num_classes: int) -> Callable[[Sequence
     outside = [label for label in pool if not 0 <= label < num_classes]
     if outside:
         raise ValueError(
-            f"labels {labels!r}: class {outside[0]} is out of range, the classes are 0 to {num_classes - 1}"
+            f"--labels {labels}: class {outside[0]} is out of range, the classes are 0 to {num_classes - 1}"
         )
     return lambda indices: shuffled_labels(seed, indices, pool)
 

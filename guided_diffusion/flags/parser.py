@@ -4,7 +4,9 @@ import argparse
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
+from difflib import get_close_matches
 from itertools import pairwise
 from typing import NoReturn
 
@@ -36,7 +38,11 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf$", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
+        unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        flags = [name for action in self._actions for name in action.option_strings]
+        near = [name for word in unknown if word not in flags for name in get_close_matches(word, flags, 1)]
+        hint = f" (did you mean {', '.join(near)}?)" if near and "unrecognized" in message else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint}; --help lists the flags\n")
 
     def add_switch(self, name: str, help: str, default: bool = False) -> None:
         """Add a boolean flag."""
@@ -75,6 +81,8 @@ def run_main(main: Callable[[], None], resumable: bool = False) -> None:
 
     resumable: whether the same command resumes where this one was stopped; Ctrl-C then says so.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:

@@ -9,7 +9,9 @@ from guided_diffusion.flags.fields import Flags, at_least, flag
 class RunFlags(Flags):
     """The run."""
 
-    preset: str = flag("", "flags by name, see scripts/presets.py; flags that you write win", compared=False)
+    preset: str = flag(
+        "", "flags by name, which python scripts/presets.py lists; flags that you write win", compared=False
+    )
     batch_size: int = flag(16, "images per step", check=at_least(1))
     out: str = flag("", "output folder; by default results/PRESET", compared=False)
     overwrite: bool = flag(

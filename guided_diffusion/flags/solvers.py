@@ -48,7 +48,7 @@ class SolverFlags(Flags):
 
     levels: str = flag(
         TRAINED,
-        "noise levels of a solver: karras, logsnr, uniform (in t), trained (the process's own), "
+        "noise levels of a solver: karras (heun's own), logsnr, uniform (in t), trained (the process's), "
         "a list such as 80,10,1, or a file of scripts/optimize_levels.py",
         needs=BY_SOLVER,
     )

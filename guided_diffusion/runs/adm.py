@@ -229,6 +229,10 @@ def _notes(config, device):
         )
     if idle:
         lines.append(f"without effect in this run: {', '.join(f'--{name}' for name in idle)}")
+    if config.guided_off_the_shelf and config.classifier_scale == 0:
+        lines.append(
+            "--classifier_scale 0: nothing guides, and the other flags of guidance are without effect"
+        )
     if device.type == "cpu" and config.use_fp16:
         lines.append("--use_fp16 on a CPU: the U-Net runs in bfloat16")
     if (

@@ -52,7 +52,7 @@ class Job:
     build: loads the networks. rounding: a key of ROUNDING. drawn_by: who draws noise and labels, for the
     record. overwrite: start anew, unless this is another attempt of a job that did so. png_name: as
     `SampleStore`'s. name_of: what errors call a sample, by its index. remarks:
-    what else the record says.
+    what else the record says. defaults: of the flags.
     """
 
     folder: Path
@@ -70,6 +70,7 @@ class Job:
     png_name: Callable[[int], str] | None = None
     name_of: Callable[[int], object] = int
     remarks: Callable[[], Mapping[str, Any]] = dict
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Any, **fields: Any) -> "Job":
@@ -77,6 +78,7 @@ class Job:
         return cls(
             folder=config.folder,
             flags=config.record(),
+            defaults=config.defaults(),
             not_compared=config.not_compared(),
             batch_size=config.batch_size,
             overwrite=config.overwrite,
@@ -90,33 +92,53 @@ class Job:
         """Whether what the folder holds is to be removed."""
         return self.overwrite and not dist_util.is_restart()
 
+    def found_files(self) -> dict[str, Path]:
+        """The files by flag. Raises FileNotFoundError, with the flag, for one that is not there."""
+        found = {}
+        for flag, find in self.files.items():
+            try:
+                if path := find():
+                    found[flag] = path
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"--{flag}: {error}") from error
+        return found
+
     def settings(self) -> dict[str, Any]:
         """What decides about the samples: flags, hashes of files, versions."""
-        hashes = {flag: sha256(path) for flag, find in self.files.items() if (path := find())}
+        hashes = {flag: sha256(path) for flag, path in self.found_files().items()}
         flags = {
             key: value
-            for key, value in self._plain_flags().items()
+            for key, value in _plain(self.flags).items()
             if key not in {*self.not_compared, *hashes}
         }
         return {**flags, "sha256": hashes, "versions": machine.versions()}
 
     def open_store(self, settings: dict[str, Any], device: torch.device) -> SampleStore:
         """Open the output folder, and make it a run's where it is not yet."""
-        others = {key: value for key, value in self._plain_flags().items() if key not in settings}
+        others = {key: value for key, value in _plain(self.flags).items() if key not in settings}
         record = {
             "not_compared": {**others, "device": machine.describe(device)},
             "rounding": ROUNDING[self.rounding],
             "drawn_by": dict(self.drawn_by),
             **self.remarks(),
         }
-        return SampleStore(self.folder, settings, self.num_samples, self.batch_size, record, self.png_name)
+        return SampleStore(
+            self.folder,
+            settings,
+            self.num_samples,
+            self.batch_size,
+            record,
+            self.png_name,
+            _plain(self.defaults),
+        )
 
-    def _plain_flags(self):
-        # Standard JSON has no infinity.
-        return {
-            key: str(value) if isinstance(value, float) and math.isinf(value) else value
-            for key, value in self.flags.items()
-        }
+
+def _plain(flags):
+    """Flags as standard JSON, which has no infinity, can hold them."""
+    return {
+        key: str(value) if isinstance(value, float) and math.isinf(value) else value
+        for key, value in flags.items()
+    }
 
 
 def run(job: Job) -> Path | None:
@@ -126,6 +148,7 @@ def run(job: Job) -> Path | None:
     """
     dist_util.setup_dist()
     device = dist_util.choose_device(job.device)
+    job.found_files()  # before minutes go into loading
     _require_writable(job.folder)
     with locked(job.folder) if dist.get_rank() == 0 else nullcontext() as left_behind:
         tally = Tally(device, job.log_guidance)
@@ -141,6 +164,8 @@ def run(job: Job) -> Path | None:
                 )
             for note in sampler.notes:
                 logger.log(note)
+            there = job.num_samples - sum(map(len, store.missing()))
+            logger.log(f"{job.folder}: {there} of {job.num_samples} samples are there")
         sample_missing(store, rounded(job, sampler), sampler.num_steps, tally, job.name_of)
         result = store.finish() if dist.get_rank() == 0 else None
     dist.destroy_process_group()

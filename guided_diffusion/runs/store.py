@@ -11,7 +11,7 @@ import re
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -39,7 +39,8 @@ class SampleStore:
     Opening a folder that holds the same settings resumes its run. Raises ValueError where it holds another
     run's output, with the keys that differ, and OSError where it cannot be written. `record` is kept in
     run.json beside the settings, but not compared.
-    png_name: index -> path of that sample's PNG in the folder; None for one npz.
+    png_name: index -> path of that sample's PNG in the folder; None for one npz. defaults: what a setting
+    was before there was a flag for it, so that a new flag at its default leaves older folders theirs.
     """
 
     def __init__(
@@ -50,13 +51,14 @@ class SampleStore:
         shard_size: int,
         record: dict | None = None,
         png_name: Callable[[int], str] | None = None,
+        defaults: Mapping[str, object] | None = None,
     ):
         self.folder, self.num_samples, self.shard_size = Path(folder), num_samples, shard_size
         self.png_name = png_name
         self._shards = self.folder / "shards"
         settings = json.loads(json.dumps({**settings, "num_samples": num_samples, "shard_size": shard_size}))
         if (self.folder / "run.json").exists():
-            _require_same(self.folder, read_run(self.folder)["settings"], settings)
+            _require_same(self.folder, read_run(self.folder), settings, defaults or {})
         else:
             require_no_leftovers(self.folder, pictures=png_name is not None)
             self._shards.mkdir(parents=True, exist_ok=True)
@@ -253,7 +255,9 @@ def _remove_if_empty(folder):
         folder.rmdir()
 
 
-def _require_same(folder, old, new):
+def _require_same(folder, run, new, defaults):
+    unknown_then = new.keys() - run["settings"].keys() - run.get("not_compared", {}).keys()
+    old = {**{key: defaults[key] for key in unknown_then & defaults.keys()}, **run["settings"]}
     differing = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     if differing:
         changes = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in differing)
