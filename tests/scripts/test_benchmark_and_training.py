@@ -30,10 +30,10 @@ def test_the_benchmark_prints_the_four_figures():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--compile"], "error: --compile is for CUDA, and this runs on the CPU: drop it"),
-        (["--batch_sizes", "1,2"], "error: --batch_sizes is for CUDA, and this runs on the CPU: drop it"),
+        (["--compile"], "error: --compile given on the CPU, and is for CUDA: drop it"),
+        (["--batch_sizes", "1,2"], "error: --batch_sizes given on the CPU, and is for CUDA: drop it"),
         (["--repeats", "0"], "error: --repeats must be at least 1, got 0"),
-        (["--evaluation"], "error: --device is about sampling: drop it or --evaluation"),
+        (["--evaluation"], "error: --device does not go with --evaluation or --engine: drop it"),
         (["--preset", "imagenet128-unguided"], "imagenet128-unguided has no off-the-shelf classifier"),
     ],
 )

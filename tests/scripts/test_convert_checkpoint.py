@@ -120,7 +120,8 @@ def peak(tmp_path, megabytes):
     tensors = {f"w{i}": torch.rand(MiB) for i in range(megabytes // 4)}
     (tmp_path / "in.pkl").write_bytes(dumps({"ema": persistent("EDMPrecond", module_state(tensors))}))
     program = (
-        "import runpy\n"
+        "import runpy, sys\n"
+        "sys.path.insert(0, 'scripts')\n"
         "from guided_diffusion.runs import machine\n"
         "machine.available_memory = lambda device: 0\n"
         "runpy.run_path('scripts/convert_checkpoint.py', run_name='__main__')\n"
