@@ -19,7 +19,7 @@ from guided_diffusion.guidance import ClassifierGuidance, GuidanceStep, log_prob
 
 CASES, ARRAYS = load_golden("D_offtheshelf_guidance")
 # With variance 1, no sine term and scale 1, the shift is the gradient itself.
-GRADIENT_ONLY = GuidanceStep(index=1, num_steps=2, variance=1.0, variance_max=1.0)
+GRADIENT_ONLY = GuidanceStep(index=1, num_steps=2, variance=1.0, variance_max=1.0, sigma=1.0, progress=0.0)
 
 
 def load_case(name):

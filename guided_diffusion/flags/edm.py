@@ -227,8 +227,8 @@ class EDMFlags(RunFlags, GuidanceFlags, MixedFlags, SolverFlags, EDMSamplingFlag
         if self.use_classifier and self.guidance_form == "released":
             raise ValueError(
                 "--guidance_form released looks at the noisy sample, and "
-                f"--sampler {self.sampler} hands over the denoised image: "
-                "add --guidance_form score, or keep --sampler edm"
+                f"--sampler {self.sampler} hands over the denoised image: add --guidance_form score, "
+                "or keep --sampler edm"
             )
         if self.levels == TRAINED:
             raise ValueError(

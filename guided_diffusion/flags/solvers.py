@@ -141,6 +141,11 @@ class SolverFlags(Flags):
             restart(SOLVERS[self.sampler], self.intervals())
         if self.levels not in (TRAINED, *LEVELS):
             count = len(read_levels(self.levels))
+            if "timestep_respacing" in self.given:
+                raise ValueError(
+                    f"--timestep_respacing {self.timestep_respacing}, but --levels {self.levels} says all "
+                    "levels: drop one"
+                )
             if "steps" in self.given and self.steps != count:
                 raise ValueError(
                     f"--steps {self.steps}, but --levels {self.levels} are {count} steps: drop --steps"

@@ -10,7 +10,7 @@ import torch
 from helpers import call, load_script
 
 from guided_diffusion.edm import iDDPMPrecond
-from guided_diffusion.files.checkpoints import PRETRAINED_DIR
+from guided_diffusion.files.pretrained import PRETRAINED_DIR
 from guided_diffusion.flags.adm import ADMFlags
 from guided_diffusion.flags.edm import EDMFlags
 from guided_diffusion.flags.fields import parse
@@ -94,6 +94,7 @@ def test_levels_that_a_network_rounds_to_one_are_merged_and_said():
 
 
 REFUSED_ADM = {
+    "--sampler heun --timestep_respacing 9 --levels 9,1": "--timestep_respacing 9, but --levels 9,1 says all",
     "--levels karras": "--levels given with --sampler ddpm: add --sampler euler",
     "--sampler heun --solver_order 2": "--solver_order given with --sampler heun: it is for ipndm or unipc",
     "--sampler unipc --solver_order 4": "--solver_order 4: unipc has the orders 2, 3",

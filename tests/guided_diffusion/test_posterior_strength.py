@@ -96,9 +96,9 @@ def moved(strength, num_steps=200):
 
 
 def test_ddims_rule_goes_too_far_and_by_how_much():
-    """With u = (x - m) / sqrt(s^2 + sigma^2) the flow is du/dsigma = -strength w / (sigma sqrt(s^2 +
-    sigma^2)), so that the end moves by s times the integral. With DDIM's rule that grows as the logarithm of
-    sigma_max.
+    """With u = (x - m) / sqrt(s^2 + sigma^2) the flow is
+    du / dsigma = -strength w / (sigma sqrt(s^2 + sigma^2)),
+    so that the end moves by s times the integral. With DDIM's rule that grows as the logarithm of sigma_max.
     """
     s, top = 0.5, SIGMA_MAX
     exact = s**2 * (1 - s / math.hypot(s, top))
@@ -183,9 +183,7 @@ def test_a_network_that_predicts_no_variance_is_refused():
 @pytest.mark.parametrize("steps", [5, 25])
 @pytest.mark.parametrize("form", ["scalar", "frequency", "learned"])
 def test_the_ancestral_chain_keeps_the_tilted_mean_at_any_number_of_steps(form, steps):
-    """E[x_(t-1) | x_t, y] is coef1 E[x_0 | x_t, y] + coef2 x_t, so the mean moves by coef1 Cov[x_0 | x_t]
-    w.
-    """
+    """E[x_(t-1) | x_t, y] is coef1 E[x_0 | x_t, y] + coef2 x_t, so the mean moves by coef1 Cov w."""
     diffusion = process(steps)
     network, strength, target = {
         "scalar": (GaussianDenoiser(MEAN, 0.5), "posterior", MEAN + 0.25 * W[None]),
