@@ -36,7 +36,7 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib"],
-        "test": ["pytest", "setuptools>=70.1", "scikit-learn", "matplotlib"],
+        "test": ["pytest", "pytest-xdist", "setuptools>=70.1", "scikit-learn", "matplotlib"],
         "train": ["scikit-learn"],
         "dev": ["ruff==0.17.*", "mypy==2.*"],
     },
