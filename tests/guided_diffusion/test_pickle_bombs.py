@@ -219,7 +219,6 @@ def test_names_that_no_parameter_has(tmp_path, name):
         network(_non_persistent_buffers_set={"w"}),
         network({"w": tensor(metadata=({"neg": True},))}),
     ],
-    ids=str,
 )
 def test_content_that_is_no_snapshot(tmp_path, content):
     assert "is truncated, damaged or not an EDM snapshot" in refusal(write(tmp_path, content))
