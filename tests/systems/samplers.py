@@ -82,7 +82,8 @@ SAMPLERS = [
     adm("ddpm"),
     adm("ddim"),
     adm("euler", steps=(999, 500, 0)),
-    adm("heun", twice(ADM_LEVELS), twice((999, 500, 0))),
+    adm("heun", twice((157.407, 5.911, 0.01)), twice((999, 593, 0))),
+    *(adm(name, steps=(999, 500, 0)) for name in ("dpmpp_2m", "dpmpp_2m_sde", "ipndm", "unipc")),
     edm("released", "--max_guidance", EDM_LEVELS, (0, 1, 2)),
     edm("score", "--classifier_scale", twice(EDM_LEVELS), twice((930, 441, 0))),
 ]
