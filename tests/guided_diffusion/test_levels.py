@@ -10,7 +10,7 @@ import torch
 from helpers import call, load_script
 
 from guided_diffusion.edm import iDDPMPrecond
-from guided_diffusion.files.checkpoints import PRETRAINED_DIR
+from guided_diffusion.files.pretrained import PRETRAINED_DIR
 from guided_diffusion.flags.adm import ADMFlags
 from guided_diffusion.flags.edm import EDMFlags
 from guided_diffusion.flags.fields import parse
