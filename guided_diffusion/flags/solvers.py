@@ -84,7 +84,7 @@ class SolverFlags(Flags):
 
     @property
     def leaves_levels(self: Any) -> str:
-        """The flag by which the sampler visits other noise levels than those of its run; "" where none does."""
+        """The flag by which the sampler visits other noise levels than those of its run, or ""."""
         return "--restart" if self.restart and BY_ODE_SOLVER.met(self) else ""
 
     def build_solver(self: Any) -> Callable[..., Any]:
