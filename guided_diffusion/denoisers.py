@@ -20,9 +20,8 @@ from torch import Tensor
 
 from guided_diffusion.files.nonfinite import require_finite
 from guided_diffusion.guidance import Guidance, GuidanceStep, ddim_strength, no_shift, require_input
-from guided_diffusion.guidance.step import Memory
 from guided_diffusion.guidance.universal import differentiable
-from guided_diffusion.mixed_denoisers import CFGDenoiser
+from guided_diffusion.mixed_denoisers import CFGDenoiser, answer_with_variance
 from guided_diffusion.process import DiffusionProcess, ModelMeanType
 from guided_diffusion.schedules import linear_timestep
 
@@ -62,9 +61,7 @@ class DiscreteDenoiser:
         return self._ask(x, float(sigma))[0]
 
     def with_variance(self, x: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor | None]:
-        """The answer, and the variance of each of its pixels, like x, by the network's own account; None
-        where it predicts none.
-        """
+        """See `answer_with_variance`; None where the network predicts no variance."""
         denoised, fraction = self._ask(x, float(sigma))
         if fraction is None:
             return denoised, None
@@ -121,6 +118,9 @@ class GuidedDenoiser:
     denoised_variance is the net's, where that answers `with_variance`. y: (N,) int64, the wanted classes.
     Further arguments of a call go to `net`; attributes (sigma_min, round_sigma, ...) are the net's.
 
+    One is for one trajectory: what rules remember lasts as long as it does. Build another one for the next
+    batch, around the same guidance.
+
     Raises ValueError for a rule that looks at the noisy sample, and where sigma is not one level for all
     images.
     """
@@ -130,7 +130,7 @@ class GuidedDenoiser:
     ):
         require_input(guidance, "denoised", "GuidedDenoiser")
         self.net, self.guidance, self.y, self.clip_denoised = net, guidance, y, clip_denoised
-        self._memory = Memory()
+        self._memory: dict[Any, Any] = {}  # no level says where a trajectory begins: samplers add noise
 
     def __call__(self, x: Tensor, sigma: float | Tensor, *args: Any, **kwargs: Any) -> Tensor:
         denoised, shift = self.parts(x, sigma, *args, **kwargs)
@@ -138,20 +138,16 @@ class GuidedDenoiser:
 
     def parts(self, x: Tensor, sigma: float | Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The net's answer and guidance's shift; their sum is the answer. For solvers that split guidance."""
-        # Of the class: the net may pass on the attributes of a network inside it.
-        with_variance = getattr(type(self.net), "with_variance", None)
         variance = pull_back = None
         if getattr(self.guidance, "through_network", False):
             denoised, pull_back = differentiable(self.net, x, sigma, *args, **kwargs)
-        elif with_variance is None:
-            denoised = self.net(x, sigma, *args, **kwargs)
         else:
-            denoised, variance = with_variance(self.net, x, sigma, *args, **kwargs)
+            denoised, variance = answer_with_variance(self.net, x, sigma, *args, **kwargs)
         if not denoised.isfinite().all():
             return denoised, no_shift(denoised)  # not guidance's fault: the sampler says whose
         seen = denoised.clamp(-1, 1) if self.clip_denoised else denoised
         step = _denoising_step(sigma, variance)
-        step = replace(step, memory=self._memory.at(step.sigma), pull_back=pull_back)
+        step = replace(step, memory=self._memory, pull_back=pull_back)
         return denoised, self.guidance(seen, self.y, step)
 
     def __getattr__(self, name: str) -> Any:

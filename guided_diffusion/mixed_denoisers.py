@@ -5,7 +5,9 @@ round_sigma, ...) are its own. Further arguments of a call go to all parts. They
 GuidedDenoiser(CFGDenoiser(...), ...).
 """
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,6 +17,19 @@ Denoiser = Callable[..., Tensor]
 
 # How far a level may lie from a listed one, as a share of it, and be taken for it.
 _SAME_LEVEL = 1e-6
+
+
+def answer_with_variance(
+    denoise: Denoiser, x: Tensor, sigma: float | Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """A denoiser's answer, and the variance of each of its pixels, like x, by the network's own account; None
+    where it gives none.
+    """
+    # Of the class: a denoiser may pass on the attributes of another one inside it.
+    with_variance = getattr(type(denoise), "with_variance", None)
+    if with_variance is None:
+        return denoise(x, sigma, *args, **kwargs), None
+    return with_variance(denoise, x, sigma, *args, **kwargs)
 
 
 class CFGDenoiser:
@@ -44,9 +59,14 @@ class CFGDenoiser:
         self.channels, self.clip_denoised = channels, clip_denoised
 
     def __call__(self, x: Tensor, sigma: float | Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        d_c = self.conditional(x, sigma, *args, **kwargs)
-        d = d_c if self._is_conditional() else self._mixed(d_c, x, sigma, args, kwargs)
-        return d.clamp(-1, 1) if self.clip_denoised else d
+        return self._answer(self.conditional(x, sigma, *args, **kwargs), x, sigma, args, kwargs)
+
+    def with_variance(
+        self, x: Tensor, sigma: float | Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The answer, and the variance of D_c (`answer_with_variance`), which stands for the mixture's."""
+        d_c, variance = answer_with_variance(self.conditional, x, sigma, *args, **kwargs)
+        return self._answer(d_c, x, sigma, args, kwargs), variance
 
     def mix(self, d_c: Tensor, d_u: Tensor, sigma: float) -> Tensor:
         """What is made of the two answers, (N, C, H, W) each, at a level."""
@@ -54,6 +74,10 @@ class CFGDenoiser:
 
     def _is_conditional(self) -> bool:
         return self.scale == 1
+
+    def _answer(self, d_c, x, sigma, args, kwargs):
+        d = d_c if self._is_conditional() else self._mixed(d_c, x, sigma, args, kwargs)
+        return d.clamp(-1, 1) if self.clip_denoised else d
 
     def _mixed(self, d_c, x, sigma, args, kwargs):
         d_u = self.unconditional(x, sigma, *args, **kwargs)
@@ -75,11 +99,11 @@ class CFGPlusPlusDenoiser(CFGDenoiser):
     unconditional noise, scale in [0, 1].
 
     Euler's step from sigma to sigma' then is x' = D_cfg + sigma' (x - D_u) / sigma, which a denoiser brings
-    about by D_u + scale (D_c - D_u) / (1 - sigma' / sigma). sigmas: the levels of the run, from which sigma'
-    is read: the highest one below. Exact under Euler's method, and the same mixture at the levels that other
-    solvers ask.
+    about by D_u + scale (D_c - D_u) / (1 - sigma' / sigma). sigmas: the levels of the run, falling to 0, from
+    which sigma' is read: the one after sigma. Exact under Euler's method; other solvers get the same mixture.
 
-    Raises ValueError for a scale outside [0, 1], and at a level with none below it.
+    Raises ValueError for a scale outside [0, 1], and at a level that is not one of the run, as churn and
+    restarts have them: there the next level is not known.
     """
 
     def __init__(
@@ -88,13 +112,19 @@ class CFGPlusPlusDenoiser(CFGDenoiser):
         if not 0 <= scale <= 1:
             raise ValueError(f"the scale of CFG++ must be from 0 to 1, got {scale}")
         super().__init__(conditional, unconditional, scale, **options)
-        self.sigmas = sorted(float(level) for level in sigmas)
+        self.sigmas = [float(level) for level in sigmas]
 
     def mix(self, d_c: Tensor, d_u: Tensor, sigma: float) -> Tensor:
-        below = [level for level in self.sigmas if level < sigma * (1 - _SAME_LEVEL)]
-        if not below:
-            raise ValueError(f"no noise level lies below {sigma:g}, and CFG++ needs the next one")
-        return d_u + self.scale / (1 - below[-1] / sigma) * (d_c - d_u)
+        return d_u + self.scale / (1 - self._after(sigma) / sigma) * (d_c - d_u)
+
+    def _after(self, sigma):
+        for level, after in pairwise(self.sigmas):
+            if math.isclose(level, sigma, rel_tol=_SAME_LEVEL):
+                return after
+        raise ValueError(
+            f"noise level {sigma:g} is not one of the run, so that CFG++ does not know the next: "
+            "take a sampler without churn and restarts"
+        )
 
     def _is_conditional(self) -> bool:
         return False
@@ -104,7 +134,8 @@ class CFGZeroStarDenoiser(CFGDenoiser):
     """CFG-Zero* (Fan et al., 2025, arXiv 2503.18886): D = s D_u + scale (D_c - s D_u), s = <D_c, D_u> /
     |D_u|^2 for each image, the projection of the conditional answer on the unconditional one.
 
-    zero_above: at higher levels D = 0, so that the first steps only lower the noise; infinity is nowhere.
+    zero_above: at higher levels D = 0, so that the first steps only lower the noise; infinity is nowhere. The
+    network is not asked there, unless for its variance.
     """
 
     def __init__(
@@ -120,9 +151,20 @@ class CFGZeroStarDenoiser(CFGDenoiser):
         self.zero_above = zero_above
 
     def __call__(self, x: Tensor, sigma: float | Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if float(sigma) > self.zero_above:
-            return torch.zeros_like(x)
-        return super().__call__(x, sigma, *args, **kwargs)
+        return self._zero(x) if self._is_zero(sigma) else super().__call__(x, sigma, *args, **kwargs)
+
+    def with_variance(
+        self, x: Tensor, sigma: float | Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if not self._is_zero(sigma):
+            return super().with_variance(x, sigma, *args, **kwargs)
+        return self._zero(x), answer_with_variance(self.conditional, x, sigma, *args, **kwargs)[1]
+
+    def _is_zero(self, sigma):
+        return float(sigma) > self.zero_above * (1 + _SAME_LEVEL)
+
+    def _zero(self, x):
+        return x - x  # rather than a constant, so that it has a derivative: guidance may go through it
 
     def mix(self, d_c: Tensor, d_u: Tensor, sigma: float) -> Tensor:
         inner = tuple(range(1, d_u.ndim))

@@ -142,7 +142,7 @@ class Draws:
 
 # Samplers
 
-SAMPLERS = ("ddpm", "ddim", "euler", "heun", "edm")
+SAMPLERS = ("ddpm", "ddim", *SOLVERS, "edm")
 LOOPS = {"ddpm": "p_sample_loop", "ddim": "ddim_sample_loop"}
 
 

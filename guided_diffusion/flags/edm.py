@@ -151,10 +151,6 @@ class EDMFlags(RunFlags, GuidanceFlags, MixedFlags, SolverFlags, EDMSamplingFlag
         return self.use_classifier
 
     @property
-    def has_strength(self) -> bool:
-        return self.guides_denoiser and not self.through_network
-
-    @property
     def guided_by_noisy_classifier(self) -> bool:
         return False
 
@@ -165,6 +161,10 @@ class EDMFlags(RunFlags, GuidanceFlags, MixedFlags, SolverFlags, EDMSamplingFlag
     @property
     def unit_gradient(self) -> bool:
         return self.guidance_form == "released"
+
+    @property
+    def leaves_levels(self) -> str:
+        return "--S_churn" if CHURN.met(self) else super().leaves_levels
 
     @property
     def marginal_temperature(self) -> float:
@@ -222,6 +222,10 @@ class EDMFlags(RunFlags, GuidanceFlags, MixedFlags, SolverFlags, EDMSamplingFlag
         self.seed_list  # noqa: B018, raises for what cannot be
 
     def _check_sampler(self):
+        if self.posterior == "learned" and "posterior" not in self.idle():
+            raise ValueError(
+                "--posterior learned: EDM's networks do not predict a variance; choose scalar or frequency"
+            )
         if self.sampler == "edm":
             return
         if self.use_classifier and self.guidance_form == "released":
@@ -233,8 +237,4 @@ class EDMFlags(RunFlags, GuidanceFlags, MixedFlags, SolverFlags, EDMSamplingFlag
         if self.levels == TRAINED:
             raise ValueError(
                 f"--levels {TRAINED}: EDM's networks have no levels of their own; choose {', '.join(LEVELS)}"
-            )
-        if self.posterior == "learned" and "posterior" not in self.idle():
-            raise ValueError(
-                "--posterior learned: EDM's networks do not predict a variance; choose scalar or frequency"
             )

@@ -34,7 +34,6 @@ from guided_diffusion.guidance import (
 )
 from guided_diffusion.guidance.classifier import tempered
 from guided_diffusion.guidance.strength import STRENGTHS
-from guided_diffusion.solvers import STEPS
 
 WRAPPED = ("gradient", "guidance")  # called as (x, y, step)
 
@@ -101,7 +100,7 @@ class GuidanceFlags(RuleFlags):
     )
 
     HOW_TO_GUIDE = "--classifier_type, for example resnet101"
-    HOW_TO_GUIDE_DENOISER = "--classifier_type and --sampler euler or heun"
+    HOW_TO_GUIDE_DENOISER = "--classifier_type and a solver, such as --sampler heun"
 
     @property
     def guided_off_the_shelf(self) -> bool:
@@ -110,8 +109,9 @@ class GuidanceFlags(RuleFlags):
 
     @property
     def has_strength(self) -> bool:
-        """Whether a rule guides that has a strength of the gradient."""
-        return self.guided_off_the_shelf and not self.through_network
+        """Whether a rule guides whose strength is to choose."""
+        settled = self.unit_gradient or (self.through_network and self.guides_denoiser)
+        return self.guided_off_the_shelf and not settled
 
     @property
     def guided_by_noisy_classifier(self) -> bool:
@@ -127,11 +127,6 @@ class GuidanceFlags(RuleFlags):
     def unit_gradient(self) -> bool:
         """Whether the rule brings the gradient to unit length."""
         return False
-
-    @property
-    def takes_single_steps(self) -> bool:
-        """Whether the sampler is a solver that does not look at earlier steps."""
-        return getattr(self, "sampler", None) in STEPS
 
     @property
     def marginal_temperature(self) -> float:

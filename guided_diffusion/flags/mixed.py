@@ -1,5 +1,6 @@
 """The flags of denoisers that are made of denoisers, and what they build."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +12,18 @@ from guided_diffusion.mixed_denoisers import CFGDenoiser, CFGPlusPlusDenoiser, C
 
 CFG_RULES = ("cfg", "cfg++", "cfg-zero")
 
-MIXABLE = Need(lambda config: config.asks_denoiser, lambda config: config.HOW_TO_MIX)
+
+def _not_mixable(config: Any) -> str:
+    return f"with --sampler {config.sampler}, which takes one network: add a solver, such as --sampler heun"
+
+
+MIXABLE = Need(lambda config: config.asks_denoiser, _not_mixable)
 
 
 def _cfg_need(met: Callable[[Any], bool], missing: str) -> Need:
     return Need(
         lambda config: config.asks_denoiser and met(config),
-        lambda config: missing if config.asks_denoiser else config.HOW_TO_MIX,
+        lambda config: missing if config.asks_denoiser else _not_mixable(config),
     )
 
 
@@ -56,8 +62,6 @@ class MixedFlags(Flags):
     )
     guide_scale: float = flag(2.0, "weight of autoguidance: 1 is none", check=finite, needs=GUIDE_MODEL)
 
-    HOW_TO_MIX = "under a sampler that asks the network itself: add --sampler euler or heun"
-
     @property
     def asks_denoiser(self) -> bool:
         """Whether the sampler asks a denoiser, which may be made of several."""
@@ -73,13 +77,27 @@ class MixedFlags(Flags):
         """Whether the denoiser is made of several."""
         return self.uses_cfg or (self.asks_denoiser and bool(self.guide_model))
 
-    def check(self) -> None:
+    def check(self: Any) -> None:
         super().check()
         if self.uses_cfg and self.cfg_rule == "cfg++" and not 0 <= self.cfg_scale <= 1:
             raise ValueError(
                 f"--cfg_scale of --cfg_rule cfg++ must be from 0 to 1, got {self.cfg_scale}: 0.6 to 0.8 are "
                 "usual, and stand for about 7 to 12 of --cfg_rule cfg"
             )
+        by_level = {"cfg++": "--cfg_rule cfg++", "cfg-zero": self.cfg_zero_steps and "--cfg_zero_steps"}
+        if self.uses_cfg and self.leaves_levels and (name := by_level.get(self.cfg_rule)):
+            raise ValueError(
+                f"{name} goes by the noise levels of the run, which {self.leaves_levels} leaves: drop one"
+            )
+
+    def refuse_for_run(self, num_steps: int, channels: int) -> None:
+        """Raise ValueError for what cannot be in a run of so many steps, on images of so many channels."""
+        if self.uses_cfg and self.cfg_rule == "cfg-zero" and self.cfg_zero_steps >= num_steps:
+            raise ValueError(
+                f"--cfg_zero_steps {self.cfg_zero_steps}: of {num_steps} steps some must be left"
+            )
+        if self.uses_cfg and self.cfg_channels is not None and self.cfg_channels > channels:
+            raise ValueError(f"--cfg_channels {self.cfg_channels}: the images have {channels}")
 
     def mixed(
         self,
@@ -107,8 +125,6 @@ class MixedFlags(Flags):
         if self.cfg_rule == "cfg++":
             return CFGPlusPlusDenoiser(*parts, sigmas, **options)
         if self.cfg_rule == "cfg-zero":
-            if self.cfg_zero_steps >= len(sigmas) - 1:
-                steps = f"of {len(sigmas) - 1} steps some must be left"
-                raise ValueError(f"--cfg_zero_steps {self.cfg_zero_steps}: {steps}")
-            return CFGZeroStarDenoiser(*parts, zero_above=sigmas[self.cfg_zero_steps], **options)
+            zero_above = sigmas[self.cfg_zero_steps] if self.cfg_zero_steps else math.inf
+            return CFGZeroStarDenoiser(*parts, zero_above=zero_above, **options)
         return CFGDenoiser(*parts, **options)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 from guided_diffusion.flags.fields import Need
-from guided_diffusion.solvers import STEPS
 
 
 def _unguided(config: Any) -> str:
@@ -43,10 +42,6 @@ GUIDES_DENOISER = Need(
     lambda config: config.guides_denoiser,
     lambda config: f"where guidance does not see the network: add {config.HOW_TO_GUIDE_DENOISER}",
 )
-SINGLE_STEPS = Need(
-    lambda config: config.takes_single_steps,
-    lambda config: f"without a sampler that can repeat its steps: add --sampler {' or '.join(STEPS)}",
-)
 
 
 def _strengthless(config: Any, otherwise: str) -> str:
@@ -55,7 +50,7 @@ def _strengthless(config: Any, otherwise: str) -> str:
         return _unguided(config)
     if config.unit_gradient:
         return "with --guidance_form released, which has a schedule of its own: add --guidance_form score"
-    if config.through_network:
+    if not config.has_strength:
         return "with --through_network True, whose strength is sigma^2: drop one"
     return otherwise
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from guided_diffusion.flags.fields import Flags, at_least, between, finite, flag, some_numbers
-from guided_diffusion.flags.needs import GUIDES_DENOISER, NOT_FIXED, OFF_THE_SHELF, SINGLE_STEPS, SIZED
+from guided_diffusion.flags.needs import GUIDES_DENOISER, NOT_FIXED, OFF_THE_SHELF, SIZED
 from guided_diffusion.flags.parser import parse_floats, parse_interval
 from guided_diffusion.guidance import Guidance, directions, stateful, within_interval, wrappers
 from guided_diffusion.guidance.universal import noise_variance, through_network
@@ -86,12 +86,6 @@ class RuleFlags(Flags):
         needs=GUIDES_DENOISER,
         gradient=lambda gradient, on: through_network(gradient),
         strength=lambda strength, on: noise_variance,
-    )
-    recurrence: int = flag(
-        1,
-        "do every step so many times, noise between them",
-        check=at_least(1),
-        needs=SINGLE_STEPS,
     )
     momentum: float = flag(
         0.0,

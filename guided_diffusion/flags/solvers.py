@@ -11,10 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from guided_diffusion.flags.fields import Flags, Need, flag
-from guided_diffusion.guidance.universal import recurrent
+from guided_diffusion.flags.fields import Flags, Need, at_least, flag
 from guided_diffusion.schedules import LEVELS, named_levels
-from guided_diffusion.solvers import ORDERS, SOLVERS, STEPS, UNIPC_VARIANTS, Interval, falling_levels, restart
+from guided_diffusion.solvers import (
+    ORDERS,
+    SOLVERS,
+    STEPS,
+    UNIPC_VARIANTS,
+    Interval,
+    falling_levels,
+    recurrent,
+    restart,
+)
 
 TRAINED = "trained"
 _SLACK = 1e-6  # relative, of a level beside the network's lowest or highest
@@ -39,6 +47,10 @@ BY_SOLVER = Need(
 BY_ODE_SOLVER = Need(
     lambda config: config.sampler in SOLVERS and config.sampler != "dpmpp_2m_sde",
     lambda config: f"with --sampler {config.sampler}: it is for solvers of the ODE, such as heun",
+)
+SINGLE_STEPS = Need(
+    lambda config: config.sampler in STEPS,
+    lambda config: f"without a sampler that can repeat its steps: add --sampler {' or '.join(STEPS)}",
 )
 
 
@@ -66,6 +78,14 @@ class SolverFlags(Flags):
         "go back to more noise and walk down again: LEVELS,REPEATS,SIGMA_MIN,SIGMA_MAX; several with ';'",
         needs=BY_ODE_SOLVER,
     )
+    recurrence: int = flag(
+        1, "do every step so many times, noise between them", check=at_least(1), needs=SINGLE_STEPS
+    )
+
+    @property
+    def leaves_levels(self: Any) -> str:
+        """The flag by which the sampler visits other noise levels than those of its run, or ""."""
+        return "--restart" if self.restart and BY_ODE_SOLVER.met(self) else ""
 
     def build_solver(self: Any) -> Callable[..., Any]:
         """The solver that the flags describe, as contract 2 has it."""
@@ -77,7 +97,7 @@ class SolverFlags(Flags):
         if self.split_guidance:
             options["split_guidance"] = True
         solver = SOLVERS[self.sampler]
-        if self.takes_single_steps and self.recurrence > 1:
+        if SINGLE_STEPS.met(self) and self.recurrence > 1:
             solver = recurrent(STEPS[self.sampler], self.recurrence)
         return partial(restart(solver, self.intervals()) if self.restart else solver, **options)
 

@@ -15,7 +15,7 @@ int64, the wanted classes; step is a `GuidanceStep`, made by the sampler. One id
     classifier   the rules made of these: ClassifierGuidance, released_edm_guidance
     wrappers     guidance -> guidance, about when or how
     stateful     wrappers of the gradient that remember earlier steps
-    universal    the gradient with respect to the noisy sample, through the network; recurrence
+    universal    the gradient with respect to the noisy sample, through the network
     networks     guidance by a second network: the classic noisy classifier
 
 Method: "Elucidating The Design Space of Classifier-Guided Diffusion Generation" (Ma et al., ICLR 2024).

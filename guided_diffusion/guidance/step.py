@@ -29,9 +29,10 @@ class GuidanceStep:
     denoised_weight: what one unit of the predicted clean image is worth in what the shift is added to: 1
     where that is the prediction itself, the posterior's coefficient in the ancestral mean. denoised_variance:
     like x, the variance of the clean image by the network's own account; None where it gives none.
-    memory: what rules keep over one trajectory, by rule; the sampler hands the same dict to all steps of a
-    trajectory, and an empty one to the next trajectory. pull_back: v -> J^T v, J the derivative of the
-    predicted clean image by the noisy sample; None where the sampler does not offer it.
+    memory: what rules keep over one trajectory, by rule. All steps of a trajectory have the same dict: a loop
+    makes one when it starts, a GuidedDenoiser when it is built, so that it is for one trajectory.
+    pull_back: v -> J^T v, J the derivative of the predicted clean image by the noisy sample; None where the
+    sampler does not offer it.
     """
 
     index: int
@@ -58,23 +59,6 @@ class GuidanceStep:
         """A step of a sampler whose index runs from num_steps - 1 to 0. more: the other fields."""
         progress = (num_steps - 1 - index) / num_steps
         return cls(index, num_steps, variance, variance_max, sigma, progress, **more)
-
-
-class Memory:
-    """The memory of steps for a sampler that is not told where a trajectory begins, as GuidedDenoiser is not.
-
-    A trajectory begins where the level is as high as the highest so far, or higher: a solver comes back to
-    lower levels, if at all (Heun's correction, new noise, Restart).
-    """
-
-    def __init__(self) -> None:
-        self._highest, self._memory = 0.0, dict[Any, Any]()
-
-    def at(self, sigma: float) -> dict[Any, Any]:
-        """The memory for a call at this level."""
-        if sigma >= self._highest:
-            self._highest, self._memory = sigma, {}
-        return self._memory
 
 
 def looks_at(kind: Input) -> Callable[[Guidance], Guidance]:

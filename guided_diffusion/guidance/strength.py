@@ -98,8 +98,7 @@ def learned_posterior(step: GuidanceStep) -> Tensor:
     """
     if step.denoised_variance is None:
         raise ValueError(
-            "the learned posterior needs a network that predicts its variance, asked without a denoiser "
-            "around it that drops it: choose scalar or frequency"
+            "the learned posterior needs a network that predicts its variance: choose scalar or frequency"
         )
     return step.denoised_weight * step.denoised_variance
 

@@ -26,6 +26,7 @@ from guided_diffusion.runs.tally import Tally
 from guided_diffusion.script_util import create_classifier, create_from_flags
 
 Network = Callable[..., Tensor]
+CHANNELS = 3  # of the images
 
 
 def make_job(config: ADMFlags, classifiers: Any) -> Job:
@@ -83,7 +84,7 @@ def build(
 
     def sample(indices, tick):
         y = torch.from_numpy(labels_of(indices)).to(device)
-        shape = (len(indices), 3, config.image_size, config.image_size)
+        shape = (len(indices), CHANNELS, config.image_size, config.image_size)
         with closing(DrawnAhead(SampleNoise(config.seed, indices), shape)) as noise:
             return draw(shape, y, noise, tick), y
 
@@ -119,6 +120,7 @@ def _solver(config, denoiser_of, diffusion, guides):
         trained=[diffusion.sigma(t) for t in range(diffusion.num_timesteps - 1, -1, -1)],
         log_sigmas=known.log_sigmas,
     )
+    config.refuse_for_run(len(sigmas) - 1, CHANNELS)
     solver = config.build_solver()
 
     def draw(shape, y, noise, tick):

@@ -79,6 +79,7 @@ def build(config: EDMFlags, classifiers: Any, device: torch.device, tally: Tally
 def _edm_sampler(config, net, guide, guidance):
     """The image by EDM's own sampler: a function, how many steps it takes, and what the log should say."""
     options, levels = _sampler_options(config, net)
+    config.refuse_for_run(config.steps, net.img_channels)
 
     def draw(latents, class_labels, y, noise, on_step):
         denoiser, at_noisy = net, guidance
@@ -98,6 +99,7 @@ def _solver(config, net, guide, guidance):
     low, high = config.ends()
     ends = (max(low, net.sigma_min), min(high, net.sigma_max))
     sigmas, notes = config.solver_levels(config.steps, ends, net.round_sigma, rho=config.rho)
+    config.refuse_for_run(len(sigmas) - 1, net.img_channels)
     solver = config.build_solver()
 
     def draw(latents, class_labels, y, noise, on_step):

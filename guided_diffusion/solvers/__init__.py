@@ -15,6 +15,7 @@ A new solver is one function under `@solver` (walk.py), and one entry of SOLVERS
 """
 
 from guided_diffusion.solvers.multistep import ADAMS_BASHFORTH, dpmpp_2m, dpmpp_2m_sde, ipndm
+from guided_diffusion.solvers.recurrence import recurrent
 from guided_diffusion.solvers.restart import Interval, restart
 from guided_diffusion.solvers.single_step import STEPS, euler, euler_step, heun, heun_step
 from guided_diffusion.solvers.unipc import ORDERS as UNIPC_ORDERS
@@ -47,6 +48,7 @@ __all__ = [
     "heun",
     "heun_step",
     "ipndm",
+    "recurrent",
     "restart",
     "solver",
     "unipc",

@@ -7,6 +7,7 @@ import torch
 
 from guided_diffusion.denoisers import CFGDenoiser, GuidedDenoiser
 from guided_diffusion.guidance import ClassifierGuidance
+from guided_diffusion.guidance.universal import through_network
 from guided_diffusion.mixed_denoisers import CFGPlusPlusDenoiser, CFGZeroStarDenoiser
 from guided_diffusion.solvers import SOLVERS
 
@@ -103,8 +104,10 @@ def test_cfg_plus_plus_under_euler_renoises_with_the_unconditional_noise(parts, 
 def test_cfg_plus_plus_says_what_it_cannot(parts):
     with pytest.raises(ValueError, match="from 0 to 1, got 3"):
         CFGPlusPlusDenoiser(*parts, 3.0, LEVELS)
-    with pytest.raises(ValueError, match=r"no noise level lies below 0\.2"):
-        CFGPlusPlusDenoiser(*parts, 0.5, [9.0, 0.2])(X, 0.2)
+    for sigma in (9.0 * 1.1, 5.0, 0.0):
+        with pytest.raises(ValueError, match=f"noise level {sigma:g} is not one of the run"):
+            CFGPlusPlusDenoiser(*parts, 0.5, LEVELS)(X, sigma)
+    CFGPlusPlusDenoiser(*parts, 0.5, LEVELS)(X, torch.tensor(LEVELS[3]))  # as float32 has it
 
 
 def test_cfg_zero_star_extrapolates_from_the_projection(parts):
@@ -124,6 +127,45 @@ def test_cfg_zero_star_only_lowers_the_noise_at_first(parts):
     SOLVERS["euler"](mixed, X, LEVELS, on_step=lambda i, x: after.append(x))
     torch.testing.assert_close(after[1], X * LEVELS[2] / LEVELS[0])
     assert parts[0].asked == 2
+    assert mixed(X, torch.tensor(LEVELS[2] * (1 + 1e-7), dtype=torch.float64)).any()  # rounding is not a step
+    # Guidance through the network meets no network there, and does nothing.
+    rule = through_network(lambda x, y, step: torch.ones_like(x))
+    assert not GuidedDenoiser(mixed, rule, torch.zeros(N))(X, LEVELS[0]).any()
+
+
+class Learned(Part):
+    """A denoiser that tells its variance."""
+
+    def with_variance(self, x, sigma):
+        return self(x, sigma), torch.full_like(x, self.factor)
+
+
+def mixtures(conditional, other):
+    return [
+        CFGDenoiser(conditional, other, 3.0),
+        CFGPlusPlusDenoiser(conditional, other, 0.5, LEVELS),
+        CFGZeroStarDenoiser(conditional, other, 3.0),
+        CFGZeroStarDenoiser(conditional, other, 3.0, zero_above=1.0),
+        CFGDenoiser(CFGDenoiser(conditional, other, 2.0), other, 3.0, clip_denoised=True),
+    ]
+
+
+def test_the_variance_is_that_of_the_conditional_part(parts):
+    seen = []
+
+    def rule(x, y, step):
+        seen.append(step.denoised_variance)
+        return 0 * x
+
+    for mixed in mixtures(Learned(1), parts[1]):
+        answer, variance = mixed.with_variance(X, 3.0)
+        assert torch.equal(answer, mixed(X, 3.0)) and (variance == 0.1 + 0.2).all()
+        GuidedDenoiser(mixed, rule, torch.zeros(N))(X, 3.0)
+        assert torch.equal(seen[-1], variance)
+    assert all(mixed.with_variance(X, 3.0)[1] is None for mixed in mixtures(*parts))
+    conditional = Learned(1)
+    CFGDenoiser(conditional, parts[1], 3.0).with_variance(X, 3.0)
+    assert conditional.asked == 1
 
 
 def test_a_classifier_guides_the_mixture(parts):

@@ -14,9 +14,11 @@ from guided_diffusion.flags.adm import ADMFlags
 from guided_diffusion.flags.edm import EDMFlags
 from guided_diffusion.flags.fields import parse
 from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS
-from guided_diffusion.guidance.step import GuidanceStep, Memory
+from guided_diffusion.guidance.stateful import every
+from guided_diffusion.guidance.step import GuidanceStep
 from guided_diffusion.script_util import create_from_flags
-from guided_diffusion.solvers import SOLVERS
+from guided_diffusion.solvers import SOLVERS, Interval, recurrent, restart
+from guided_diffusion.solvers import STEPS as SINGLE
 
 RULES = {
     "reverse_kl": "0.5",
@@ -187,12 +189,26 @@ def test_every_kth_call_and_an_interval_cut_the_passes(sampler, calls):
 # The memory of a trajectory
 
 
-def test_a_denoiser_forgets_where_the_noise_is_highest():
-    """Heun comes back to a level, churn and Restart rise above the last one: none of them begins anew."""
-    memory = Memory()
-    first = memory.at(80.0)
-    assert all(memory.at(level) is first for level in (10.0, 10.0, 2.0, 12.0, 0.1))
-    assert memory.at(80.0) is not first and memory.at(90.0) is not memory.at(90.0)
+CHURN = {"num_steps": 3, "sigma_min": 50, "S_churn": 3, "S_max": 70}  # from 80 to 63, and up to 89
+BACK_UP = {
+    "recurrence": partial(recurrent(SINGLE["heun"], 2), sigmas=[9.0, 3.0, 0.0]),
+    "restart": partial(restart(SOLVERS["heun"], [Interval(2, 2, 3.0, 20.0)]), sigmas=[9.0, 3.0, 0.0]),
+    "churn": lambda net, x, randn_like: edm_sampler(net, x, None, randn_like, **CHURN),
+}
+
+
+@pytest.mark.parametrize("name", BACK_UP)
+def test_a_trajectory_that_comes_back_to_its_highest_level_or_above_remembers(name):
+    asked, levels = [], []
+    rule = every(lambda x, y, step: asked.append(step.sigma) or torch.zeros_like(x), 1000)
+
+    def noted(x, y, step):
+        levels.append(step.sigma)
+        return rule(x, y, step)
+
+    for batch in (1, 2):  # each with a denoiser of its own
+        BACK_UP[name](GuidedDenoiser(networks()[2], noted, Y), NOISE, randn_like=torch.cos)
+        assert len(asked) == batch and max(levels[1:]) >= levels[0]
 
 
 @pytest.mark.parametrize("rule", STATEFUL)
@@ -210,12 +226,13 @@ def test_samplers_share_no_memory(rule):
 @pytest.mark.parametrize(
     ("sampler", "flags", "told"),
     [
-        ("ddpm", "--through_network", "--sampler euler or heun"),
+        ("ddpm", "--through_network", "--classifier_type and a solver, such as --sampler heun"),
         ("released", "--through_network", "--guidance_form score"),
         ("released", "--entropy_scaling 0.1", "unit length"),
         ("euler", "--entropy_scaling 0.1 --fixed_length 1", "--entropy_scaling given with --fixed_length"),
         ("euler", "--max_shift 0.1 --fixed_length 1", "--max_shift given with --fixed_length"),
         ("euler", "--through_network --gamma_factor 1", "--gamma_factor given with --through_network True"),
+        ("score", "--guidance_strength posterior --posterior learned", "EDM's networks do not predict"),
         ("ddpm", "--recurrence 2", "--sampler euler or heun"),
         ("released", "--use_classifier False --damping 8", "--use_classifier True"),
         ("euler", "--adam 0.9", "--adam takes 2 numbers, commas between them, got 0.9"),
@@ -233,3 +250,11 @@ def test_samplers_share_no_memory(rule):
 def test_combinations_that_mean_nothing_are_refused(sampler, flags, told):
     with pytest.raises(ValueError, match=told):
         configured(sampler, [], *flags.split())
+
+
+def test_a_strength_is_to_choose_where_nothing_goes_through_the_network():
+    """The rows of a comparison leave out what means nothing in theirs, and no more."""
+    for sampler, idle in (("ddpm", {"through_network"}), ("euler", {"guidance_strength", "posterior"})):
+        config = ADMFlags(classifier_type="resnet18", sampler=sampler, through_network=True,
+                          guidance_strength="posterior")  # fmt: skip
+        assert config.idle() & {"through_network", "guidance_strength", "posterior"} == idle

@@ -7,8 +7,8 @@ import torch
 
 from guided_diffusion.denoisers import GuidedDenoiser
 from guided_diffusion.guidance import ClassifierGuidance, GuidanceStep, log_prob
-from guided_diffusion.guidance.universal import differentiable, noise_variance, recurrent, through_network
-from guided_diffusion.solvers import SOLVERS, STEPS
+from guided_diffusion.guidance.universal import differentiable, noise_variance, through_network
+from guided_diffusion.solvers import SOLVERS, STEPS, recurrent
 
 N, SHAPE, CLASSES = 3, (2, 4, 4), 5
 Y = torch.tensor([0, 4, 2])
@@ -103,6 +103,8 @@ LEVELS = [8.0, 3.0, 1.0, 0.0]
 def test_one_round_is_the_solver_itself(name):
     net = Gaussian(0.5)
     assert torch.equal(recurrent(STEPS[name], 1)(net, X, LEVELS), SOLVERS[name](net, X, LEVELS))
+    two = recurrent(STEPS[name], 2)(net, X, LEVELS, randn_like=None)  # torch's own, as under every solver
+    assert two.isfinite().all() and not torch.equal(two, recurrent(STEPS[name], 2)(net, X, LEVELS))
 
 
 def test_rounds_ask_as_many_times_and_the_noise_brings_each_back_to_its_level():

@@ -3,20 +3,21 @@
 import math
 
 import pytest
-from helpers import load_samples
+from helpers import DIGITS_NETWORK, load_samples, save_unet
 from samplers import BY_NAME, DDPM, DIGITS, RELEASED, SCORE
 
 EULER, HEUN = BY_NAME["euler"], BY_NAME["heun"]
 UNET, EDM_NET = DIGITS / "unet.safetensors", DIGITS / "edm.safetensors"
 CFG = ("--cfg_scale", 2)
+PLUS, ZERO = ("--cfg_rule", "cfg++", "--cfg_scale", 0.6), ("--cfg_rule", "cfg-zero")
 RUNS = [
     (EULER, CFG),
     (EULER, (*CFG, "--cfg_channels", 1)),
-    (EULER, ("--cfg_rule", "cfg++", "--cfg_scale", 0.6)),
-    (HEUN, ("--cfg_rule", "cfg-zero", "--cfg_scale", 2, "--cfg_zero_steps", 1)),
+    (EULER, PLUS),
+    (HEUN, (*ZERO, *CFG, "--cfg_zero_steps", 1)),
     (EULER, ("--recurrence", 2)),
     (RELEASED, CFG),
-    (SCORE, ("--cfg_rule", "cfg++", "--cfg_scale", 0.6, "--S_churn", 1)),
+    (SCORE, PLUS),
     (SCORE, (*CFG, "--through_network", "--guidance_every", 2)),
 ]
 
@@ -41,18 +42,49 @@ def test_a_network_does_not_guide_itself_and_the_labels_are_those_of_the_null(sa
     assert (images(sampler, tmp_path / "scale 0", "--cfg_scale", 0, base=sampler.unguided) == null).all()
 
 
+def test_cfg_zero_at_scale_1_is_the_network_under_churn_too(tmp_path):
+    churn = ("--S_churn", 1)
+    zero = images(SCORE, tmp_path / "zero", *churn, *ZERO)
+    assert (zero == images(SCORE, tmp_path / "plain", *churn)).all()
+
+
+@pytest.mark.parametrize("mixed", [CFG, (*CFG, "--cfg_rule", "cfg-zero", "--cfg_zero_steps", 1), ()])
+def test_the_learned_variance_is_that_of_a_mixture_too(mixed, tmp_path):
+    net = save_unet(tmp_path / "net.pt", {**DIGITS_NETWORK, "learn_sigma": True}, num_classes=11)
+    flags = (
+        "--model_path",
+        net,
+        "--learn_sigma",
+        True,
+        "--guidance_strength",
+        "posterior",
+        "--guide_model",
+        net,
+    )
+    images(EULER, tmp_path / "out", *flags, "--posterior", "learned", *mixed)
+
+
 @pytest.mark.parametrize(
     ("sampler", "flags", "told"),
     [
-        (DDPM, CFG, "--cfg_scale given under a sampler that asks the network itself: add --sampler euler"),
-        (DDPM, ("--guide_model", UNET), "--guide_model given under a sampler that asks the network itself"),
+        (DDPM, CFG, "with --sampler ddpm, which takes one network: add a solver, such as"),
+        (DDPM, ("--guide_model", UNET), "--guide_model given with --sampler ddpm, which takes one network"),
         (EULER, ("--cfg_channels", 1), "without classifier-free guidance: add --cfg_scale"),
         (EULER, (*CFG, "--cfg_zero_steps", 1), "without --cfg_rule cfg-zero"),
         (EULER, (*CFG, "--null_class", False), "null class: add --null_class True"),
         (EULER, (*CFG, "--unconditional", True), "drop --unconditional"),
-        (EULER, (*CFG, "--cfg_channels", 4), "4 channels are to be guided, but the network answers 3"),
+        (EULER, (*CFG, "--cfg_channels", 4), "--cfg_channels 4: the images have 3"),
+        (SCORE, (*CFG, "--cfg_channels", 4), "--cfg_channels 4: the images have 3"),
         (EULER, ("--cfg_rule", "cfg++", "--cfg_scale", 2), "from 0 to 1, got 2.0"),
-        (EULER, ("--cfg_rule", "cfg-zero", "--cfg_zero_steps", 3), "of 3 steps some must be left"),
+        (EULER, (*PLUS, "--restart", "3,1,1,2"), "--cfg_rule cfg++ goes by the noise levels of the run"),
+        (
+            SCORE,
+            (*PLUS, "--S_churn", 1),
+            "--cfg_rule cfg++ goes by the noise levels of the run, which --S_churn",
+        ),
+        (SCORE, (*ZERO, "--cfg_zero_steps", 1, "--S_churn", 1), "--cfg_zero_steps goes by the noise levels"),
+        (EULER, (*ZERO, "--cfg_zero_steps", 3), "of 3 steps some must be left"),
+        (SCORE, (*ZERO, "--cfg_zero_steps", 3), "of 3 steps some must be left"),
         (EULER, ("--guide_scale", 3), "add --guide_model PATH"),
         (EULER, ("--guide_model", "nowhere.pt"), "nowhere.pt"),
         (SCORE, (*CFG, "--unconditional", True), "drop --unconditional"),
@@ -62,3 +94,4 @@ def test_a_network_does_not_guide_itself_and_the_labels_are_those_of_the_null(sa
 def test_what_means_nothing_is_refused_in_one_line(sampler, flags, told, tmp_path):
     result = sampler.call(tmp_path, *flags)
     assert result.code == 1 and result.err.splitlines()[-1].startswith("error: ") and told in result.err
+    assert not list(tmp_path.iterdir())  # the folder is not taken
