@@ -166,5 +166,11 @@ def classifier_files(name: str, weights: str | Path | None) -> dict[str, Callabl
         "classifier_path": partial(weights_path, name, weights or None)
     }
     if code := name.rpartition(":")[0]:
-        files["classifier_code"] = partial(existing_file, code)
+        files["classifier_code"] = partial(_existing_code, code, name)
     return files
+
+
+def _existing_code(file, name):
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no file {file}, named by classifier {name!r}")
+    return Path(file)

@@ -18,13 +18,14 @@ from guided_diffusion.runs.systems import system_of
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("preset", metavar="PRESET", help="see scripts/presets.py")
+    parser.add_argument("name", nargs="?", metavar="PRESET", help="python scripts/presets.py lists them")
+    parser.add_argument("--preset", help="the same, as the sampling scripts have it")
     args, flags = parser.parse_known_args()
-    flags = [flag for flag in flags if flag != "--preset"]  # its name has been taken already
-    system = system_of(args.preset)
-    config = parse(system.config, __doc__, system.presets, ["--preset", args.preset, *flags])
-    if config.preset != args.preset:
-        raise ValueError(f"two presets, {args.preset} and {config.preset}: write one name, without --preset")
+    preset, *other = {args.name, args.preset} - {None} or {""}
+    if other or not preset:
+        parser.error(f"two presets, {preset} and {other[0]}" if other else "give the name of a PRESET")
+    system = system_of(preset)
+    config = parse(system.config, __doc__, system.presets, ["--preset", preset, *flags])
     dry_run(system.make_job(config, classifiers))
 
 

@@ -36,7 +36,9 @@ def _taken(option: str, also: Callable[[Any], bool] = lambda config: True, what:
     takers = " or ".join(name for name in SOLVERS if _takes(name, option))
     return Need(
         lambda config: _takes(config.sampler, option) and also(config),
-        lambda config: f"with --sampler {config.sampler}{what}: it is for {takers}{what and ' under one'}",
+        lambda config: (
+            f"with --sampler {config.sampler}{what}: it is for {takers}{what and ' under one'}: drop it"
+        ),
     )
 
 
@@ -46,7 +48,7 @@ BY_SOLVER = Need(
 )
 BY_ODE_SOLVER = Need(
     lambda config: config.sampler in SOLVERS and config.sampler != "dpmpp_2m_sde",
-    lambda config: f"with --sampler {config.sampler}: it is for solvers of the ODE, such as heun",
+    lambda config: f"with --sampler {config.sampler}: it is for solvers of the ODE, such as heun: drop it",
 )
 SINGLE_STEPS = Need(
     lambda config: config.sampler in STEPS,

@@ -17,6 +17,7 @@ from guided_diffusion.flags.adm import LOOPS, ADMFlags
 from guided_diffusion.flags.fields import defaults_of
 from guided_diffusion.flags.labels import label_source, labels_file
 from guided_diffusion.flags.networks import NoisyClassifierFlags
+from guided_diffusion.flags.rules import RuleFlags
 from guided_diffusion.flags.solvers import solver_files
 from guided_diffusion.flags.trained import unlike_training
 from guided_diffusion.guidance import noisy_classifier_gradient
@@ -231,10 +232,9 @@ def _notes(config, device):
         )
     if idle:
         lines.append(f"without effect in this run: {', '.join(f'--{name}' for name in idle)}")
-    if config.guided_off_the_shelf and config.classifier_scale == 0:
-        lines.append(
-            "--classifier_scale 0: nothing guides, and the other flags of guidance are without effect"
-        )
+    about_guidance = set(defaults_of(RuleFlags)) | {"gamma_factor", "joint_temperature"}
+    if config.classifier_scale == 0 and (given := sorted(about_guidance & config.given)):
+        lines.append(f"without effect at --classifier_scale 0: {', '.join(f'--{name}' for name in given)}")
     if device.type == "cpu" and config.use_fp16:
         lines.append("--use_fp16 on a CPU: the U-Net runs in bfloat16")
     if (

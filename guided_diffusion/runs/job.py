@@ -100,7 +100,8 @@ class Job:
                 if path := find():
                     found[flag] = path
             except FileNotFoundError as error:
-                raise FileNotFoundError(f"--{flag}: {error}") from error
+                named = f"--{flag}: {error}" if flag in self.flags else str(error)
+                raise FileNotFoundError(named) from error
         return found
 
     def settings(self) -> dict[str, Any]:
@@ -148,8 +149,8 @@ def run(job: Job) -> Path | None:
     """
     dist_util.setup_dist()
     device = dist_util.choose_device(job.device)
-    job.found_files()  # before minutes go into loading
     _require_writable(job.folder)
+    job.found_files()  # before minutes go into loading
     with locked(job.folder) if dist.get_rank() == 0 else nullcontext() as left_behind:
         tally = Tally(device, job.log_guidance)
         sampler = job.build(device, tally)
@@ -164,8 +165,10 @@ def run(job: Job) -> Path | None:
                 )
             for note in sampler.notes:
                 logger.log(note)
-            there = job.num_samples - sum(map(len, store.missing()))
-            logger.log(f"{job.folder}: {there} of {job.num_samples} samples are there")
+            missing = sum(map(len, store.missing()))
+            if 0 < missing < job.num_samples:
+                there = job.num_samples - missing
+                logger.log(f"{job.folder}: resumes, {there} of {job.num_samples} samples are there")
         sample_missing(store, rounded(job, sampler), sampler.num_steps, tally, job.name_of)
         result = store.finish() if dist.get_rank() == 0 else None
     dist.destroy_process_group()

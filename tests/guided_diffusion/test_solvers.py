@@ -10,10 +10,10 @@ from guided_diffusion.edm import edm_sampler
 from guided_diffusion.files.nonfinite import NonFiniteError
 from guided_diffusion.guidance import ClassifierGuidance
 from guided_diffusion.schedules import karras_sigmas
-from guided_diffusion.solvers import SOLVERS
+from guided_diffusion.solvers import SOLVERS, STEPS
 
 ORDERS = {"euler": 1, "heun": 2}
-every_solver = pytest.mark.parametrize("solver", SOLVERS)
+every_solver = pytest.mark.parametrize("solver", STEPS)  # the others: test_fewstep_solvers.py
 
 
 def levels(num_steps):

@@ -142,6 +142,7 @@ def test_interrupt_keeps_the_part(server, fetch, folder, tmp_path):
     (tmp_path / "table/files.json").write_text(json.dumps(server.table()))
     program = (
         "import runpy, signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
         "from pathlib import Path\n"
         "from guided_diffusion.files import pretrained\n"
         # A background job of a shell starts with Ctrl-C ignored.

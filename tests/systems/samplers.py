@@ -60,8 +60,8 @@ PLAIN_EDM = ("--network", DIGITS / "edm.safetensors", "--steps", STEPS)
 ADM_LEVELS, EDM_LEVELS = (157.407, 3.443, 0.01), (80, 2.515, 0.002)
 
 
-def adm(name, levels=ADM_LEVELS, steps=(2, 1, 0)):
-    flag = ("--sampler", name)
+def adm(name, levels=ADM_LEVELS, steps=(2, 1, 0), *more):
+    flag = ("--sampler", name, *more)
     zero, plain = ("--classifier_scale", 0), (*PLAIN_ADM, *flag)
     return Sampler(name, "classifier_sample", (*ADM, *flag), zero, plain, levels, steps)
 
@@ -82,7 +82,7 @@ SAMPLERS = [
     adm("ddpm"),
     adm("ddim"),
     adm("euler", steps=(999, 500, 0)),
-    adm("heun", twice((157.407, 5.911, 0.01)), twice((999, 593, 0))),
+    adm("heun", twice(ADM_LEVELS), twice((999, 500, 0)), "--levels", "trained"),
     *(adm(name, steps=(999, 500, 0)) for name in ("dpmpp_2m", "dpmpp_2m_sde", "ipndm", "unipc")),
     edm("released", "--max_guidance", EDM_LEVELS, (0, 1, 2)),
     edm("score", "--classifier_scale", twice(EDM_LEVELS), twice((930, 441, 0))),

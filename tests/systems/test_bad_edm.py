@@ -3,7 +3,7 @@
 import pytest
 from table import ADM, EDM, rows
 
-from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS
+from guided_diffusion.flags.presets import PRESETS
 
 OFF = "--use_classifier 0"
 SCORE = "--guidance_form score"
@@ -31,7 +31,7 @@ CONTRADICTIONS = [
         "--guidance_interval 0,1", "--guidance_form score", "--classifier_type resnet18",
     )),
     ("--classifier_scale 2", "--classifier_scale | --guidance_form score | drop it"),
-    ("--gamma_factor 2", "--gamma_factor | --guidance_form score | drop it"),
+    ("--gamma_factor 2", "--gamma_factor | add --guidance_form score"),
     (f"{SCORE} --max_guidance 0.1", "--max_guidance | --guidance_form released | drop it"),
     (f"{SCORE} --add_factor 0.1", "--add_factor | --guidance_form released | drop it"),
     ("--subdirs", "--subdirs | npz"),
@@ -91,7 +91,7 @@ ADM_WORDS = [
     ("--sampler rk4", "--sampler | 'rk4' | ddpm | heun"),
 ]
 EDM_WORDS = [
-    ("--preset digits", f"unknown preset 'digits' | {' | '.join(EDM_PRESETS)}"),
+    ("--preset digits", "'digits' is a preset of scripts/classifier_sample.py"),
     ("--step 3", "--step"),
     ("--solver rk4", "--solver | 'rk4' | heun"),
     ("--disc ddim", "--disc | 'ddim' | iddpm"),

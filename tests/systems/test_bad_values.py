@@ -185,7 +185,7 @@ WITHOUT_CLASSIFIER = [
         ("on_nonfinite", "skip"), ("log_guidance", True), ("variance_max", "first_pixel"),
         ("classifier_scale", 2),
     )),
-    ("--gamma_factor 0.3 --joint_temperature 1", "--gamma_factor | --joint_temperature | --classifier_type"),
+    ("--softplus_beta 3 --joint_temperature 1", "--softplus_beta | --joint_temperature | --classifier_type"),
     ("--classifier_path x.pt --softplus_beta 3", "--softplus_beta | --classifier_type"),
     ("--unconditional True --null_class False", "--unconditional True | --null_class True"),
     ("--class_cond False", "--null_class True | --class_cond True"),

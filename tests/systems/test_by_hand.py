@@ -48,7 +48,8 @@ def digits(respacing):
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "heun"])
 @pytest.mark.parametrize("respacing", ["3", "ddim3", "2,3"])
 def test_adm_unguided(tmp_path, name, respacing):
-    flags = ("--timestep_respacing", respacing, "--sampler", name, "--num_samples", 2)
+    own_levels = ("--levels", "trained") if name in SOLVERS else ()
+    flags = ("--timestep_respacing", respacing, "--sampler", name, "--num_samples", 2, *own_levels)
     BY_NAME[name].run(tmp_path, *flags, base=PLAIN_ADM)
     images, labels = load_samples(tmp_path)
     (model, diffusion), y, noise = digits(respacing), torch.from_numpy(labels), SampleNoise(0, range(2))

@@ -116,10 +116,10 @@ def test_half_a_run_is_counted_and_stays_as_it_is(tmp_path, finished):
     ("flags", "code", "fragments"),
     [
         (["digit"], 1, ["unknown preset 'digit'", "scripts/presets.py"]),
-        (["digits", "--preset", "digits-edm"], 2, ["unknown preset 'digits-edm'"]),
+        (["digits", "--preset", "digits-edm"], 2, ["two presets", "digits-edm"]),
         (
             ["digits", "--preset", "imagenet128-unguided"],
-            1,
+            2,
             ["two presets", "digits", "imagenet128-unguided"],
         ),
         ([], 2, ["PRESET"]),

@@ -139,5 +139,5 @@ def test_the_shell_sees_one_line_and_the_exit_code(tmp_path):
         command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: no checkpoint at absent.pkl")
+    assert done.stderr.startswith("error: --network: no checkpoint at absent.pkl")
     assert not list(tmp_path.rglob("*.npz"))
