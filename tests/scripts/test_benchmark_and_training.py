@@ -46,8 +46,8 @@ def test_the_benchmark_refuses_what_it_cannot_measure(flags, message):
 def evaluation_benchmark(monkeypatch):
     """The script with sizes that take seconds; its child processes find this checkout."""
     script = load_script("benchmark_evaluation")
-    sizes = {"DIMENSION": 64, "FEW": 20, "REFERENCE": 400, "SAMPLES": 600, "PICTURES": 4, "FURTHER": 400}
-    for name, size in {**sizes, "REAL_BATCHES": 10, "REPEATS": 1}.items():
+    sizes = {"DIMENSION": 64, "FEW": 20, "REFERENCE": 300, "SAMPLES": 200, "PICTURES": 2, "FURTHER": 100}
+    for name, size in {**sizes, "REAL_BATCHES": 5, "REPEATS": 1}.items():
         monkeypatch.setattr(script, name, size)
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
@@ -70,7 +70,7 @@ def test_the_evaluation_benchmark_prints_its_four_figures(evaluation_benchmark):
     )
     for line in (manifolds, memory):
         assert 0.1 < float(re.search(r"peak resident memory of the process (\S+) GB", line)[1]) < 2.5
-    assert re.search(r"-?[\d.]+ KB for each of the last 400 images", memory), memory
+    assert re.search(r"-?[\d.]+ KB for each of the last 100 images", memory), memory
 
 
 def test_training_writes_networks_that_load_and_a_record(tmp_path):
