@@ -72,10 +72,9 @@ def edm_sampler(
     latents: (N, C, H, W), standard normal. class_labels: (N, label_dim), one-hot. randn_like: called once per
     step, in order, the last step and S_churn = 0 included. guidance: called once per step at x_cur / s, its
     shift times s goes to x_hat and so through Euler's step and Heun's; `step.index` is i, 0 .. num_steps - 1.
-    y: (N,) int64, its wanted classes, by default those of `class_labels`.
-    solver, disc, schedule, scaling: the other columns of the paper's table 1, see solvers.STEPS and
-    schedules. on_step(i, x): called after each step. Raises NonFiniteError where the trajectory leaves the
-    finite numbers.
+    y: (N,) int64, its wanted classes, by default those of `class_labels`. solver, disc, schedule, scaling:
+    the other columns of the paper's table 1, see solvers.STEPS and schedules. on_step(i, x): called after
+    each step. Raises NonFiniteError where the trajectory leaves the finite numbers.
     """
     _check_options(S_churn, solver)
     require_input(guidance, "noisy", "edm_sampler")

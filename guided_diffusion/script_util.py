@@ -63,9 +63,7 @@ def create_model_and_diffusion(
     use_new_attention_order,
     num_classes=NUM_CLASSES,
 ):
-    """Return (UNetModel, GaussianDiffusion) for the flags of `model_and_diffusion_defaults`; `num_classes`
-    counts if `class_cond`.
-    """
+    """Return (UNetModel, GaussianDiffusion) for upstream's flags; `num_classes` counts if `class_cond`."""
     model = create_model(
         image_size,
         num_channels,
