@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from guided_diffusion.solvers.single_step import Slope
-from guided_diffusion.solvers.walk import Denoise, OnStep, RandnLike, Solver, arrived, solver
+from guided_diffusion.solvers.single_step import Slope, by_single_steps
+from guided_diffusion.solvers.walk import Denoise, OnStep, RandnLike, Solver, solver
 
 
 def recurrent(step: Callable[[Slope, Tensor, float, float], Tensor], rounds: int) -> Solver:
@@ -30,18 +29,15 @@ def recurrent(step: Callable[[Slope, Tensor, float, float], Tensor], rounds: int
         randn_like: RandnLike | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        randn_like = randn_like or torch.randn_like
+        draw = randn_like or torch.randn_like
 
-        def slope(x: Tensor, sigma: float) -> Tensor:
-            return (x - denoise(x, sigma)) / sigma
+        def repeated(slope, x_cur, sigma, sigma_next):
+            x_next = step(slope, x_cur, sigma, sigma_next)
+            for _ in range(rounds - 1):
+                x_cur = x_next + math.sqrt(sigma**2 - sigma_next**2) * draw(x_next)
+                x_next = step(slope, x_cur, sigma, sigma_next)
+            return x_next
 
-        for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-            x_cur = x
-            for k in range(rounds):
-                x = step(slope, x_cur, sigma, sigma_next)
-                if k < rounds - 1:
-                    x_cur = x + math.sqrt(sigma**2 - sigma_next**2) * randn_like(x)
-            x = arrived(x, i, sigma, on_step)
-        return x
+        return by_single_steps(repeated, denoise, x, sigmas, on_step)
 
     return solve

@@ -42,7 +42,7 @@ def euler(
     """Euler's method: one evaluation per step. On the levels of a discrete process it is DDIM (Song et al.,
     2021).
     """
-    return _by_single_steps(euler_step, denoise, x, sigmas, on_step)
+    return by_single_steps(euler_step, denoise, x, sigmas, on_step)
 
 
 @solver
@@ -57,10 +57,12 @@ def heun(
     """Heun's method, of second order: two evaluations per step, one in the last (Karras et al., 2022,
     algorithm 1).
     """
-    return _by_single_steps(heun_step, denoise, x, sigmas, on_step)
+    return by_single_steps(heun_step, denoise, x, sigmas, on_step)
 
 
-def _by_single_steps(step, denoise, x, sigmas, on_step):
+def by_single_steps(step, denoise, x, sigmas, on_step):
+    """Walk down the levels by `step`, a function as those of STEPS."""
+
     def slope(x, sigma):
         return (x - denoise(x, sigma)) / sigma
 
