@@ -28,11 +28,20 @@ from guided_diffusion.flags.adm import ADMFlags
 from guided_diffusion.flags.fields import Flags, Need, at_least, configure, flag, parse
 from guided_diffusion.flags.parser import parse_numbers, run_main
 from guided_diffusion.flags.presets import PRESETS
+from guided_diffusion.guidance import GuidanceStep
 from guided_diffusion.runs import adm, machine
 from guided_diffusion.runs.noise import SampleNoise
 from guided_diffusion.runs.stopwatch import Stopwatch
 from guided_diffusion.script_util import create_from_flags
 
+# Flags that ask the classifier less often. Of the preset's 250 steps, the interval is some three in five.
+EVERY_STEP = "at every step"
+CHEAPER = {
+    EVERY_STEP: {},
+    "--guidance_every 4": {"guidance_every": 4},
+    "--guidance_interval 0,5": {"guidance_interval": "0,5"},
+    "both": {"guidance_every": 4, "guidance_interval": "0,5"},
+}
 BATCH = 4  # of the CPU figures; memory is measured at batch 1
 ON_CUDA = Need(
     lambda config: config.place.type == "cuda", lambda config: "on the CPU, and is for CUDA: drop it"
@@ -112,7 +121,10 @@ class GuidedStep:
         self.model.to(device, memory_format=torch.channels_last).eval()
         self.model.reuse_activations(benchmark.reuse_activations)
         self.classifier = adm.load_guide(config, classifiers, device)
-        self.guidance = config.build_guidance(self.classifier, None)
+        self.guided = {
+            text: replace(config, **flags).build_guidance(self.classifier, None)
+            for text, flags in CHEAPER.items()
+        }
         self.network = torch.compile(self.model, dynamic=False) if benchmark.compile else self.model
 
     def halve(self):
@@ -135,7 +147,7 @@ class GuidedStep:
         rows = []
         for _ in range(repeats + 1):
             whole, network, guidance = (Stopwatch(self.device) for _ in range(3))
-            model, rule = network.wrap(self.network), guidance.wrap(self.guidance)
+            model, rule = network.wrap(self.network), guidance.wrap(self.guided[EVERY_STEP])
 
             def step(model=model, rule=rule):
                 self.diffusion.p_sample(model, x, t, model_kwargs={"y": y}, guidance=rule, noise=draw(x))
@@ -144,6 +156,21 @@ class GuidedStep:
             rest = whole.seconds - network.seconds - guidance.seconds
             rows.append((whole.seconds, network.seconds, guidance.seconds, rest))
         return tuple(statistics.median(column) for column in zip(*rows[1:], strict=True))
+
+    def time_guidance(self, batch_size, steps=20):
+        """Return, by the texts of CHEAPER, the seconds that guidance takes per step, over a run of so many steps
+        at evenly spaced timesteps.
+        """
+        x, _, y = self._inputs(batch_size)
+        seconds = {}
+        for text, guidance in self.guided.items():
+            clock, memory = Stopwatch(self.device), {}
+            timed = clock.wrap(guidance)
+            for index in range(steps - 1, -1, -1):
+                sigma = self.diffusion.sigma(index * self.diffusion.num_timesteps // steps)
+                timed(x, y, GuidanceStep.counting_down(index, steps, 1.0, 1.0, sigma, memory=memory))
+            seconds[text] = clock.seconds / steps
+        return seconds
 
     def _inputs(self, batch_size):
         x = torch.randn(batch_size, 3, self.size, self.size, device=self.device)
@@ -156,6 +183,7 @@ def report_cpu(step, repeats):
     memory = machine.peak_memory() / 1e9
     plain = plain_convolution_rate(BATCH, repeats)
     full = step.time(BATCH, repeats)
+    guidance = step.time_guidance(BATCH)
     step.halve()
     half = step.time(BATCH, repeats)
     rate = BATCH * step.gflop(1) / full[1]
@@ -168,6 +196,9 @@ def report_cpu(step, repeats):
     )
     print(f"bfloat16 makes the guided step {full[0] / half[0]:.2f} times as fast")
     print(f"guidance takes {full[2] / full[0]:.1%} of the float32 step")
+    unguided = full[0] - full[2]
+    added = ", ".join(f"{text} {seconds / unguided:.2%}" for text, seconds in guidance.items())
+    print(f"guidance adds to an unguided float32 step, on average over a run: {added}")
 
 
 def report_cuda(step, batch_sizes, repeats):

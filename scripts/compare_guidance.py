@@ -15,13 +15,13 @@ from pathlib import Path
 
 import _beside  # noqa: F401
 import comparison
-import numpy as np
 from comparison import (
     FEATURES,
     METRICS,
     DigitsQuality,
     cells,
     distinct_numbers,
+    draw_rows,
     hold_out,
     require_other_judge,
     summaries,
@@ -33,7 +33,6 @@ from classifiers import load_classifier
 from evaluation.metrics import metric_key, metric_label
 from guided_diffusion.files.atomic import write_json
 from guided_diffusion.files.console import print_result
-from guided_diffusion.files.grid import save_grid
 from guided_diffusion.files.run_folder import read_run, read_samples
 from guided_diffusion.flags.adm import ADMFlags
 from guided_diffusion.flags.fields import given_flags
@@ -71,7 +70,8 @@ def main():
     judged = summaries(runs, ("network", "guidance"), lambda out: judge(out, args.judge))
     measured = measure_all(runs, seeds)
     write_json(folder / "comparison.json", {"judge": judged, "features": measured})
-    draw(folder / "comparison.png", {key: outs[0] for key, outs in runs.items()})
+    pictured = {"\n".join(key): outs[0] for key, outs in runs.items()}
+    draw_rows(folder / "comparison.png", pictured)
     lines = ["", *judgement(judged), *(["", *quality(measured)] if measured else [])]
     print_result("\n".join([*lines, f"pictures from the same noise: {folder / 'comparison.png'}"]))
 
@@ -120,18 +120,6 @@ def measure_all(runs, seeds):
         return []
     real = [hold_out(out.parent, count, seed) for out, seed in zip(outs, seeds, strict=True)]
     return summaries({**runs, ("real", ""): real}, ("network", "guidance"), DigitsQuality())
-
-
-def draw(path, folders, columns=20):
-    """One row per run, the same samples in each: the first two of every class, or as many as there are."""
-    groups, titles = [], []
-    for (network, mode), folder in folders.items():
-        images, labels = read_samples(folder)
-        rank = np.array([np.sum(labels[:i] == label) for i, label in enumerate(labels)])
-        first = np.lexsort((labels, rank))[:columns]
-        groups.append(images[first[np.argsort(labels[first], kind="stable")]])
-        titles.append(f"{network}\n{mode}")
-    save_grid(path, groups, scale=max(1, 48 // groups[0].shape[1]), columns=len(groups[0]), titles=titles)
 
 
 def judgement(rows):

@@ -17,10 +17,12 @@ from evaluation.reference import Reference
 from evaluation.resampling import Options
 from evaluation.sets import DENSITY_NEIGHBOURS, measure, open_set
 from guided_diffusion.files.atomic import renamed_when_complete
+from guided_diffusion.files.grid import save_grid
 from guided_diffusion.files.pretrained import PRETRAINED_DIR
-from guided_diffusion.files.run_folder import read_samples
+from guided_diffusion.files.run_folder import read_run, read_samples
 from guided_diffusion.flags.fields import configure
 from guided_diffusion.flags.parser import parse_numbers
+from guided_diffusion.runs.tally import CLASSIFIER, NETWORK
 
 METRICS = ("fid", "precision", "recall", "density", "coverage")
 FEATURES, RESAMPLES = "digits", 200
@@ -116,6 +118,13 @@ def judge(folder: Path, classifier: Callable[[Tensor], Tensor]) -> dict[str, flo
     }
 
 
+def cost(folder: Path) -> dict[str, float]:
+    """What an image of a finished run took: evaluations of networks, passes of the classifier, seconds."""
+    totals, images = read_run(folder)["totals"], len(read_samples(folder)[1])
+    taken = {"evaluations": NETWORK, "classifier_passes": CLASSIFIER, "seconds_per_image": "seconds"}
+    return {name: totals.get(key, 0) / images for name, key in taken.items()}
+
+
 class DigitsQuality:
     """The metrics of a set by the digits features, against the digits that the networks were trained on."""
 
@@ -147,3 +156,17 @@ def hold_out(folder: Path, count: int, seed: int) -> Path:
     with renamed_when_complete(path) as file:
         np.savez(file, arr_0=unseen[np.random.RandomState(seed).permutation(len(unseen))[:count]])
     return path
+
+
+def draw_rows(path: Path, folders: Mapping[str, Path], columns: int = 20) -> None:
+    """A picture of runs by title, one row per run, the same samples in each: the first two of every class, or as
+    many as there are.
+    """
+    groups, titles = [], []
+    for title, folder in folders.items():
+        images, labels = read_samples(folder)
+        rank = np.array([np.sum(labels[:i] == label) for i, label in enumerate(labels)])
+        first = np.lexsort((labels, rank))[:columns]
+        groups.append(images[first[np.argsort(labels[first], kind="stable")]])
+        titles.append(title)
+    save_grid(path, groups, scale=max(1, 48 // groups[0].shape[1]), columns=len(groups[0]), titles=titles)

@@ -8,8 +8,13 @@ import _beside  # noqa: F401
 from guided_diffusion.flags.parser import Parser, run_main
 from guided_diffusion.flags.presets import SCRIPTS, script_of
 
-# The small problems are there to be compared: with and without guidance, over numbers of steps.
-COMPARED = {"digits": "compare_guidance.py", "digits-edm": "compare_edm.py"}
+# The small problems are there to be compared: with and without guidance, over numbers of steps, with the paper's
+# recipe.
+COMPARED = {
+    "digits": "compare_guidance.py",
+    "digits-fewstep": "compare_fewstep.py",
+    "digits-edm": "compare_edm.py",
+}
 
 
 def main():

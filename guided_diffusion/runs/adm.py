@@ -23,7 +23,7 @@ from guided_diffusion.flags.trained import unlike_training
 from guided_diffusion.guidance import noisy_classifier_gradient
 from guided_diffusion.runs.job import Job, Sampler
 from guided_diffusion.runs.noise import DRAWN_BY_INDEX, DrawnAhead, SampleNoise
-from guided_diffusion.runs.tally import Tally
+from guided_diffusion.runs.tally import CLASSIFIER, NETWORK, Tally
 from guided_diffusion.script_util import create_classifier, create_from_flags
 
 Network = Callable[..., Tensor]
@@ -76,9 +76,9 @@ def build(
 ) -> Sampler:
     """Load the networks; returns the Sampler."""
     torch.manual_seed(config.seed)  # for --classifier_path random; the samples' noise has streams of its own
-    network, diffusion = load_network(config, device)
+    network, diffusion = load_network(config, device, tally)
     if config.asks_denoiser:
-        network = load_denoiser(config, network, diffusion, device)
+        network = load_denoiser(config, network, diffusion, device, tally)
     guides = load_guides(config, classifiers, device, tally)
     prepare = _loop if config.sampler in LOOPS else _solver
     draw, num_steps, notes = prepare(config, network, diffusion, guides)
@@ -136,10 +136,10 @@ def _solver(config, denoiser_of, diffusion, guides):
 
 
 def load_denoiser(
-    config: ADMFlags, network: Network, diffusion: Any, device: torch.device
+    config: ADMFlags, network: Network, diffusion: Any, device: torch.device, tally: Tally
 ) -> Callable[[Tensor, Sequence[float]], Callable[..., Tensor]]:
     """The function (labels, levels) -> denoiser that the flags describe; loads the --guide_model if any."""
-    guide = load_network(config, device, config.guide_model)[0] if config.guide_model else None
+    guide = load_network(config, device, tally, config.guide_model)[0] if config.guide_model else None
     clip_parts = config.clip_denoised and not config.mixes
 
     def part(network, y):
@@ -153,7 +153,9 @@ def load_denoiser(
     return denoiser_of
 
 
-def load_network(config: ADMFlags, device: torch.device, path: str = "") -> tuple[Network, Any]:
+def load_network(
+    config: ADMFlags, device: torch.device, tally: Tally, path: str = ""
+) -> tuple[Network, Any]:
     """The network as a function (x, t, y) -> output, and its process. path: another checkpoint of the same
     architecture.
     """
@@ -167,6 +169,7 @@ def load_network(config: ADMFlags, device: torch.device, path: str = "") -> tupl
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False).reuse_activations()
     if config.use_fp16:
         model.convert_to_fp16()
+    tally.count(NETWORK, model)
 
     def network(x, t, y):
         if not config.class_cond:
@@ -181,11 +184,15 @@ def load_guides(
 ) -> Mapping[str, Callable]:
     """What the loops are to be given: guidance, cond_fn, or nothing."""
     if config.guided_off_the_shelf:
-        guidance = config.build_guidance(load_guide(config, classifiers, device), tally.observe)
+        classifier = load_guide(config, classifiers, device)
+        tally.count(CLASSIFIER, classifier)
+        guidance = config.build_guidance(classifier, tally.observe)
         return {"guidance": tally.timed(guidance)}
     if config.guided_by_noisy_classifier and config.classifier_scale != 0:
+        classifier = load_noisy_classifier(config, device)
+        tally.count(CLASSIFIER, classifier)
         gradient = noisy_classifier_gradient(
-            load_noisy_classifier(config, device), config.classifier_scale, config.on_nonfinite, tally.observe
+            classifier, config.classifier_scale, config.on_nonfinite, tally.observe
         )
         return {"cond_fn": tally.stopwatch.wrap(gradient)}
     return {}

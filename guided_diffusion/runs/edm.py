@@ -15,7 +15,7 @@ from guided_diffusion.flags.solvers import solver_files
 from guided_diffusion.guidance import Guidance
 from guided_diffusion.runs.job import Job, Sampler
 from guided_diffusion.runs.noise import DRAWN_BY_SEED, DrawnAhead, SeedNoise
-from guided_diffusion.runs.tally import Tally
+from guided_diffusion.runs.tally import CLASSIFIER, NETWORK, Tally
 
 
 def make_job(config: EDMFlags, classifiers: Any) -> Job:
@@ -53,9 +53,9 @@ def png_name(config: EDMFlags, index: int) -> str:
 def build(config: EDMFlags, classifiers: Any, device: torch.device, tally: Tally) -> Sampler:
     """Load the networks; returns the Sampler. Raises ValueError for flags that the network contradicts."""
     torch.manual_seed(0)  # for --classifier_path random; the samples' noise has generators of its own
-    net = _load(config, config.network, device)
+    net = _load(config, config.network, device, tally)
     _refuse_for_network(config, net)
-    guide = _load_guide_model(config, net, device)
+    guide = _load_guide_model(config, net, device, tally)
     num_classes = net.label_dim or config.num_classes
     guidance = load_guidance(config, classifiers, net, num_classes, device, tally)
     prepare = _edm_sampler if config.sampler == "edm" else _solver
@@ -127,18 +127,19 @@ def _sampler_options(config, net):
     }, levels
 
 
-def _load(config, path, device):
+def _load(config, path, device, tally):
     net = load_edm_network(path).to(device).requires_grad_(False).reuse_activations()
     if config.use_fp16 is not None:
         net.use_fp16 = config.use_fp16
+    tally.count(NETWORK, net)
     return net
 
 
-def _load_guide_model(config, net, device):
+def _load_guide_model(config, net, device, tally):
     """The network of --guide_model, None where there is none. Raises ValueError for one of another kind."""
     if not config.guide_model:
         return None
-    guide = _load(config, config.guide_model, device)
+    guide = _load(config, config.guide_model, device, tally)
     for name in ("img_resolution", "img_channels", "label_dim"):
         theirs, ours = getattr(guide, name), getattr(net, name)
         if theirs != ours:
@@ -206,6 +207,7 @@ def load_guidance(
         image_size=net.img_resolution,
         checkpoint_key=config.classifier_checkpoint_key or None,
     ).to(device)
+    tally.count(CLASSIFIER, classifier)
     return tally.timed(config.build_guidance(classifier, tally.observe))
 
 

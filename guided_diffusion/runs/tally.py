@@ -1,14 +1,18 @@
-"""What guidance did in a run: how long it took, how often it was dropped, and, on request, its figures step
-by step.
+"""What a run took, and what guidance did in it: how many images the networks saw, how long guidance took, how
+often it was dropped, and, on request, its figures step by step.
 """
 
 import math
+from collections import Counter
 
 import torch
+from torch import nn
 
 from guided_diffusion.guidance import Guidance, Observation, wrapper
 from guided_diffusion.guidance.step import name_of
 from guided_diffusion.runs.stopwatch import Stopwatch
+
+NETWORK, CLASSIFIER = "network_evaluations", "classifier_passes"  # of images, in the record of a run
 
 
 class Tally:
@@ -25,6 +29,12 @@ class Tally:
         self._new_skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._lines: list[dict] = []
         self._seconds_before = 0.0
+        self._seen: Counter[str] = Counter()
+
+    def count(self, what: str, network: nn.Module) -> None:
+        """Count the images that a network is shown, from now on; `what` names them in the record."""
+        self._seen[what] += 0
+        network.register_forward_pre_hook(lambda _, args: self._seen.update({what: len(args[0])}))
 
     def observe(self, seen: Observation) -> None:
         """Take note of one step. Nothing is fetched from the accelerator before the batch is over."""
@@ -45,10 +55,12 @@ class Tally:
         """
         skipped, seconds = int(self._new_skipped), self.stopwatch.seconds
         stats = {"guidance_seconds": seconds - self._seconds_before, "skipped_guidance": skipped}
+        stats |= self._seen
         lines = [{key: _plain(value) for key, value in line.items()} for line in self._lines]
         self.skipped += skipped
         self._new_skipped, self._seconds_before = torch.zeros_like(self._new_skipped), seconds
         self._lines, self.guided = [], False
+        self._seen = Counter(dict.fromkeys(self._seen, 0))
         return stats, lines
 
 

@@ -15,7 +15,7 @@ from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.script_util import create_from_flags
 
 
-def test_the_benchmark_prints_the_four_figures():
+def test_the_benchmark_prints_its_figures():
     result = call(load_script("benchmark").main, ["--preset", "digits", "--device", "cpu", "--repeats", "1"])
     assert result.code == 0, result.err
     for figure in (
@@ -25,6 +25,10 @@ def test_the_benchmark_prints_the_four_figures():
         r"guidance takes \d+\.\d% of the float32 step",
     ):
         assert re.search(figure, result.out), result.out
+    (added,) = re.findall(r"guidance adds to an unguided float32 step, .*: (.*)", result.out)
+    shares = {text.rpartition(" ")[0]: float(text.rpartition(" ")[2][:-1]) for text in added.split(", ")}
+    names = ["at every step", "--guidance_every 4", "--guidance_interval 0,5", "both"]
+    assert list(shares) == names and shares["both"] < shares["--guidance_every 4"] < shares["at every step"]
 
 
 @pytest.mark.parametrize(

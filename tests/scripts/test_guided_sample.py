@@ -14,6 +14,7 @@ SCRIPT_OF = {
     **dict.fromkeys(PRESETS, "classifier_sample.py"),
     **dict.fromkeys(EDM_PRESETS, "edm_sample.py"),
     "digits": "compare_guidance.py",
+    "digits-fewstep": "compare_fewstep.py",
     "digits-edm": "compare_edm.py",
 }
 # Answers for presets.py, writes what it was asked to run else.

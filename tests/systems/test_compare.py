@@ -1,4 +1,4 @@
-"""scripts/compare_guidance.py and compare_edm.py: which runs they make, from which noise, and what they say.
+"""scripts/compare_guidance.py, compare_edm.py and compare_fewstep.py: which runs they make, from which noise, and what they say.
 The metrics: tests of scripts/comparison.py.
 """
 
@@ -21,6 +21,7 @@ from samplers import DDPM, RELEASED, manifest
 from classifiers import load_classifier
 
 GUIDANCE, EDM = load_script("compare_guidance"), load_script("compare_edm")
+FEW_STEPS = load_script("compare_fewstep")
 NETWORKS = ("class-conditional", "unconditional")
 ROWS = list(product(NETWORKS, ("unguided", "guided")))
 EDM_ROWS = list(product(NETWORKS, ("unguided", "released", "score"), (1, 2)))
@@ -267,3 +268,27 @@ def test_guidance_makes_an_unconditional_network_draw_the_wanted_class(tmp_path,
         sampler.run(tmp_path / name, *flags, *scale)
         hits[name] = judge(tmp_path / name, classifier)["hit"]
     assert hits["unguided"] < 0.35 and hits["guided"] > hits["unguided"] + 0.3
+
+
+# compare_fewstep.py
+
+
+def test_few_steps_beside_the_recipe(tmp_path, monkeypatch):
+    steps = {name: max(1, values["steps"] // 10) for name, values in FEW_STEPS.ROWS.items()}
+    rows = {name: values | {"steps": steps[name]} for name, values in FEW_STEPS.ROWS.items()}
+    monkeypatch.setattr(FEW_STEPS, "ROWS", rows)
+    flags = ("--num_samples", 6, "--seeds", "2-3", "--softplus_beta", 4, "--out", tmp_path)
+    result = call(FEW_STEPS.main, flags)
+    assert result.code == 0, result.err
+    settings = [manifest(path.parent)["settings"] for path in tmp_path.glob("seed2/*/run.json")]
+    assert sorted(each["sampler"] for each in settings) == ["ddpm"] * 3 + ["dpmpp_2m_sde"] * 2
+    assert len({each.get("softplus_beta") for each in settings} - {None}) == 1  # 4, where it is guided
+    for row in table_of(tmp_path):
+        assert row["evaluations"]["runs"] == [steps[row["name"]]] * 2
+        assert (
+            row["classifier_passes"]["runs"] == [0 if row["name"] == "unguided" else steps[row["name"]]] * 2
+        )
+        assert f"{row['hit']['mean']:.1%} ± {row['hit']['std']:.1%}" in result.out
+    assert_spreads(table_of(tmp_path), 2)
+    with Image.open(tmp_path / "comparison.png") as picture:
+        assert picture.height == len(rows) * 18 * 3

@@ -1,16 +1,17 @@
-"""What scripts/compare_guidance.py and compare_edm.py refuse, before anything is sampled."""
+"""What the scripts that compare runs of the digits refuse, before anything is sampled."""
 
 import pytest
 from helpers import call, load_script
 
 GUIDANCE, EDM = load_script("compare_guidance"), load_script("compare_edm")
+FEW_STEPS = load_script("compare_fewstep")
 TWICE, JUDGE, OWN = (
     "names a number twice",
     "is the guide itself; choose another",
     "own to give to each row: drop it",
 )
 IDLE = "means nothing in any row of this table: drop it"
-REFUSED_BY_BOTH = [
+REFUSED_BY_ALL = [
     (["--seeds", "2,1-3"], 1, f"--seeds 2,1-3 {TWICE}"),
     (["--seeds", "3-"], 1, "--seeds '3-' is not understood"),
     (["--seeds", ""], 1, "--seeds '' is not understood"),
@@ -18,13 +19,13 @@ REFUSED_BY_BOTH = [
     (["--classifier_type=digits_judge"], 1, f"--judge digits_judge {JUDGE}"),
     (["--classifier_type", "resnet18", "--judge", "resnet18"], 1, f"--judge resnet18 {JUDGE}"),
     (["--judge", "nobody"], 1, "unknown classifier 'nobody'"),
-    (["--unconditional", "False"], 1, f"--unconditional is this script's {OWN}"),
     (["--dry_run"], 1, f"--dry_run is this script's {OWN}"),
     (["--num_sampl", "3"], 2, "--num_sampl"),
 ]
 REFUSED = {
     GUIDANCE: [
         (["--preset", "digit"], 2, "digit"),
+        (["--unconditional", "False"], 1, f"--unconditional is this script's {OWN}"),
         (["--preset", "imagenet128-resnet50"], 1, "no network with a null class"),
         (["--seed", "3"], 1, f"--seed is this script's {OWN}"),
         (["--dropout", "0.1"], 1, f"--dropout {IDLE}"),
@@ -32,6 +33,7 @@ REFUSED = {
         (["--labels", "10"], 1, "class 10 is out of range"),
     ],
     EDM: [
+        (["--unconditional", "False"], 1, f"--unconditional is this script's {OWN}"),
         (["--steps", "5,10,5"], 1, f"--steps 5,10,5 {TWICE}"),
         (["--steps", "5-"], 1, "--steps '5-' is not understood"),
         (["--steps", "0"], 1, "--steps must be at least 1, got 0"),
@@ -45,8 +47,14 @@ REFUSED = {
         (["--class", "10"], 1, "--class 10 is out of range"),
         (["--max_guidance", "strong"], 2, "--max_guidance"),
     ],
+    FEW_STEPS: [
+        (["--preset", "digits"], 2, "digits"),
+        (["--seed", "3"], 1, f"--seed is this script's {OWN}"),
+        (["--num_samples", "5"], 1, "--num_samples must be at least 6, got 5"),
+        (["--classifier_type", "", "--gamma_factor", "2"], 1, f"--gamma_factor {IDLE}"),
+    ],
 }
-CASES = [(script, *row) for script, rows in REFUSED.items() for row in [*REFUSED_BY_BOTH, *rows]]
+CASES = [(script, *row) for script, rows in REFUSED.items() for row in [*REFUSED_BY_ALL, *rows]]
 
 
 @pytest.mark.parametrize(

@@ -97,3 +97,17 @@ def test_seconds_are_those_of_what_is_wrapped_in_this_batch():
     second = tally.take_batch()[0]["guidance_seconds"]
     assert 0.1 <= first < 0.25 and 0.01 <= second < 0.1
     assert Stopwatch(CPU).seconds == 0
+
+
+def test_images_are_counted_by_what_they_were_shown_to():
+    tally, network, guide = Tally(CPU), torch.nn.Identity(), torch.nn.Identity()
+    tally.count("network_evaluations", network)
+    tally.count("network_evaluations", another := torch.nn.Identity())
+    tally.count("classifier_passes", guide)
+    for shown, images in ((network, 2), (network, 3), (another, 4)):
+        shown(torch.zeros(images, 1))
+    stats = tally.take_batch()[0]
+    assert (stats["network_evaluations"], stats["classifier_passes"]) == (9, 0)
+    guide(torch.zeros(5, 1))
+    stats = tally.take_batch()[0]
+    assert (stats["network_evaluations"], stats["classifier_passes"]) == (0, 5)

@@ -1,0 +1,103 @@
+"""Draw the numbers of sweeps against each other, one curve for each line of their files.
+
+    python scripts/plot_sweep.py results/solvers --x evaluations --y fd_digits,precision,recall
+    python scripts/plot_sweep.py results/scales --x recall --y precision
+
+A name such as "EDM, labels / dpmpp_2m" is the curve dpmpp_2m in the row of panels "EDM, labels"; there is a panel
+in that row for each number of --y. A curve goes through its cells in the order of the file. A point is the mean
+over the seeds, its bars are their standard deviation.
+"""
+
+from pathlib import Path
+
+import _beside  # noqa: F401
+from sweep import NUMBERS, read_rows, summaries
+
+from guided_diffusion.files.console import print_result
+from guided_diffusion.files.figures import plain_style, plain_text, require_matplotlib, save_figure
+from guided_diffusion.flags.parser import Parser, run_main
+
+LOGARITHMIC = {"evaluations", "fd_digits"}
+
+
+def main():
+    parser = Parser(description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of scripts/sweep.py")
+    parser.add_argument("--x", choices=tuple(NUMBERS), default="evaluations", help="the horizontal axis")
+    parser.add_argument("--y", default="fd_digits,precision,recall", help="the vertical axes, a panel each")
+    parser.add_argument("--out", type=Path, help="the picture; by default sweep.png in the first folder")
+    args = parser.parse_args()
+    require_matplotlib("the plot needs")
+    columns = args.y.split(",")
+    for key in columns:
+        if key not in NUMBERS:
+            raise ValueError(f"--y {args.y}: {key!r} is not a number of a sweep; choose {', '.join(NUMBERS)}")
+    rows = [row for folder in args.folders for row in finished(folder)]
+    out = args.out or args.folders[0] / "sweep.png"
+    with plain_style():
+        save_figure(draw(curves(summaries(rows)), args.x, columns), out, dpi=110)
+    print_result(str(out))
+
+
+def finished(folder):
+    if not (folder / "rows.json").is_file():
+        raise FileNotFoundError(f"{folder} has no rows.json: give the --out of scripts/sweep.py")
+    return read_rows(folder / "rows.json")
+
+
+def curves(rows):
+    """{row of panels: {curve: its cells}}."""
+    panels = {}
+    for row in rows:
+        panel, slash, curve = row["name"].partition(" / ")
+        panels.setdefault(panel if slash else "", {}).setdefault(curve or panel, []).append(row)
+    return panels
+
+
+def draw(panels, x, columns):
+    """A figure: a row of panels for each of `panels`, a column for each of `columns`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(columns), 3.4 * len(panels) + 0.6), layout="constrained")
+    grid = figure.subplots(len(panels), len(columns), squeeze=False)
+    colours = {
+        name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(c for p in panels.values() for c in p))
+    }
+    handles = {}
+    for axes_of_row, (panel, lines) in zip(grid, panels.items(), strict=True):
+        for axes, y in zip(axes_of_row, columns, strict=True):
+            for name, cells in lines.items():
+                handles[name] = curve(axes, cells, x, y, colours[name])
+            axes.set(title=plain_text(panel), xlabel=NUMBERS[x][0], ylabel=NUMBERS[y][0])
+            axes.set_xscale("log" if x in LOGARITHMIC else "linear")
+            axes.set_yscale("log" if y in LOGARITHMIC else "linear")
+            axes.grid(alpha=0.3)
+            if x == "evaluations":
+                ticks = sorted({round(cell[x]["mean"]) for cells in lines.values() for cell in cells})
+                axes.set_xticks(spaced(ticks), [str(tick) for tick in spaced(ticks)])
+                axes.minorticks_off()
+    labels = [plain_text(name) for name in handles]
+    figure.legend(handles.values(), labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def curve(axes, cells, x, y, colour):
+    """One curve with its error bars; cells of one place are a point."""
+    places, heights = ([cell[key]["mean"] for cell in cells] for key in (x, y))
+    bars = [[cell[key]["std"] or 0 for cell in cells] for key in (x, y)]
+    return axes.errorbar(
+        places, heights, bars[1], bars[0], marker="o", markersize=4, linewidth=1.2, capsize=2, color=colour
+    )
+
+
+def spaced(ticks):
+    """Those of the ticks that have room for their numbers on a logarithmic axis."""
+    kept = ticks[:1]
+    for tick in ticks[1:]:
+        if tick >= 1.15 * kept[-1]:
+            kept.append(tick)
+    return kept
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,204 @@
+"""Sample every cell of a sweep for several seeds, measure the images, and write a table.
+
+    python scripts/sweep.py docs/few-steps/solvers.txt --seeds 0-2 --num_samples 1000 --out results/solvers
+
+A line of the file is NAME: PRESET [FLAGS...], preset and flags as ./guided_sample.sh takes them. {a,b} makes one
+cell with a and one with b, in every combination, and a column of the table; # begins a comment.
+
+Writes rows.json, a row for each cell and seed; table.md, their means and standard deviations; and table.csv.
+What rows.json holds is not drawn again: a sweep that was stopped resumes, and a cell that is added is drawn
+alone. Judge, features and reference are those of the digits, as in the other comparisons.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import re
+import shlex
+import sys
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+import _beside  # noqa: F401
+from comparison import SMALLEST, DigitsQuality, cost, distinct_numbers, judge, spread, with_error
+
+import classifiers
+from classifiers import load_classifier
+from evaluation.metrics import metric_key, metric_label
+from guided_diffusion.files.atomic import renamed_when_complete, write_json
+from guided_diffusion.files.console import print_result
+from guided_diffusion.flags.fields import configure, defaults_of, given_flags
+from guided_diffusion.flags.parser import Parser, run_main
+from guided_diffusion.runs.job import run
+from guided_diffusion.runs.systems import system_of
+
+DISTANCE = metric_key("fid", "digits")
+# Of a row: its key, the column's title, and how the number is written.
+NUMBERS = {
+    "evaluations": ("evaluations", ".0f"),
+    "classifier_passes": ("classifier passes", ".0f"),
+    "seconds_per_image": ("s per image", ".4f"),
+    DISTANCE: (metric_label("fid", "digits"), ".2f"),
+    "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"),
+    "density": ("density", ".3f"),
+    "coverage": ("coverage", ".3f"),
+    "hit": ("wanted class", ".1%"),
+}
+
+
+def main():
+    args = create_argparser().parse_args()
+    if args.num_samples < SMALLEST:
+        raise ValueError(f"--num_samples must be at least {SMALLEST}, got {args.num_samples}")
+    seeds = distinct_numbers(args.seeds, "--seeds")
+    cells = read_cells(args.cells)
+    out = args.out or Path("results", args.cells.stem)
+    planned = [plan(cell, seed, args.num_samples, out) for seed in seeds for cell in cells]
+    out.mkdir(parents=True, exist_ok=True)
+    rows = {row["id"]: row for row in read_rows(out / "rows.json")}
+    missing = [each for each in planned if each.id not in rows]
+    classifier, quality = load_classifier(args.judge, num_classes=10), DigitsQuality()
+    for number, each in enumerate(missing, 1):
+        print(f"{number}/{len(missing)}: {each.cell}, seed {each.seed}", file=sys.stderr)
+        run(each.job)
+        folder = each.job.folder
+        rows[each.id] = each.row(cost(folder) | judge(folder, classifier) | quality(folder))
+        write_json(out / "rows.json", list(rows.values()))
+    lines = table(summaries([rows[each.id] for each in planned]))
+    with renamed_when_complete(out / "table.md") as file:
+        file.write("".join(f"{line}\n" for line in markdown(lines)).encode())
+    with renamed_when_complete(out / "table.csv") as file:
+        file.write(comma_separated(lines).encode())
+    print_result("\n".join(markdown(lines)))
+
+
+def create_argparser():
+    parser = Parser(description=__doc__)
+    parser.add_argument("cells", type=Path, metavar="FILE", help="the cells, a line each")
+    parser.add_argument("--seeds", default="0", help="0-2 draws every cell three times, from other noise")
+    parser.add_argument("--num_samples", type=int, default=1000, help="images of each cell and seed")
+    parser.add_argument("--judge", default="digits_judge", help="the classifier that counts hits")
+    parser.add_argument("--out", type=Path, help="output folder, by default results/ and the file's name")
+    return parser
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its line's name, the preset, further flags as words, and what it chose in each {}."""
+
+    name: str
+    preset: str
+    words: tuple[str, ...]
+    chosen: dict[str, str] = field(hash=False)
+
+    def __str__(self):
+        return f"{self.name}: {shlex.join([self.preset, *self.words])}"
+
+
+def read_cells(path):
+    """The cells of a file. Raises ValueError with the line for one that is not understood."""
+    lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    cells = [
+        cell for number, line in enumerate(lines, 1) if line for cell in expanded(line, f"{path}:{number}")
+    ]
+    if not cells:
+        raise ValueError(f"{path} has no cells: write lines such as unguided: digits --classifier_scale 0")
+    return cells
+
+
+def expanded(line, place):
+    """The cells of one line."""
+    name, colon, text = line.partition(":")
+    words = shlex.split(text)
+    if not colon or not words:
+        raise ValueError(f"{place}: {line!r} is not understood; write NAME: PRESET [FLAGS...]")
+    choices = [re.fullmatch(r"\{(.*)\}", word) for word in words]
+    options = [match[1].split(",") if match else [word] for match, word in zip(choices, words, strict=True)]
+    names = [words[i - 1].lstrip("-") for i, match in enumerate(choices) if match]
+    for picked in product(*options):
+        chosen = [word for match, word in zip(choices, picked, strict=True) if match]
+        yield Cell(name.strip(), picked[0], picked[1:], dict(zip(names, chosen, strict=True)))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell and a seed: the run, and the id that its row has, which says all that decides about its images."""
+
+    cell: Cell
+    seed: int
+    job: object
+    id: str
+
+    def row(self, numbers):
+        cell = self.cell
+        about = {"id": self.id, "name": cell.name, "chosen": cell.chosen, "seed": self.seed}
+        return {**about, "command": shlex.join([cell.preset, *cell.words]), **numbers}
+
+
+def plan(cell, seed, count, out):
+    """Check the flags of a cell. Raises ValueError that names it for flags that mean nothing."""
+    system = system_of(cell.preset)
+    given = given_flags(system.config, None, system.presets, ["--preset", cell.preset, *cell.words])
+    if "seeds" in defaults_of(system.config):
+        images = {"seeds": f"{seed * count}-{(seed + 1) * count - 1}", "format": "npz"}
+    else:
+        images = {"seed": seed, "num_samples": count}
+    if own := sorted(images.keys() & given.keys()):
+        raise ValueError(f"{cell}: --{own[0]} is this script's own to give to each cell: drop it")
+    try:
+        job = system.make_job(configure(system.config, system.presets, {**given, **images}), classifiers)
+        settings = job.settings()
+    except ValueError as error:
+        raise ValueError(f"{cell}: {error}") from error
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    config = configure(system.config, system.presets, {**given, **images, "out": str(out / "runs" / digest)})
+    return Planned(cell, seed, system.make_job(config, classifiers), digest)
+
+
+def read_rows(path):
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def summaries(rows):
+    """One row per cell: its name, what it chose, and the spread of each number over the seeds."""
+    cells = {}
+    for row in rows:
+        cells.setdefault((row["name"], row["command"]), []).append(row)
+    return [
+        {"name": name, "chosen": same[0]["chosen"]}
+        | {key: spread([row[key] for row in same]) for key in NUMBERS}
+        for (name, _), same in cells.items()
+    ]
+
+
+def table(rows):
+    """The cells of the table as text, its titles first; a column for each flag that some line leaves open."""
+    flags = list(dict.fromkeys(flag for row in rows for flag in row["chosen"]))
+    lines = [["", *flags, *(title for title, _ in NUMBERS.values())]]
+    for row in rows:
+        numbers = [with_error(without_zero(row[key]), form) for key, (_, form) in NUMBERS.items()]
+        lines.append([row["name"], *(row["chosen"].get(flag, "") for flag in flags), *numbers])
+    return lines
+
+
+def without_zero(cell):
+    """A spread without its error where all runs agree."""
+    return cell if cell["std"] else {**cell, "std": None}
+
+
+def markdown(lines):
+    head, *rows = (f"| {' | '.join(cells)} |" for cells in lines)
+    return [head, "|" + "---|" * len(lines[0]), *rows]
+
+
+def comma_separated(lines):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    run_main(main, resumable=True)

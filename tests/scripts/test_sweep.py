@@ -1,0 +1,168 @@
+"""scripts/sweep.py: the cells of a file, what is drawn once and what again, and the table; plot_sweep.py draws it."""
+
+import csv
+import json
+
+import comparison
+import numpy as np
+import pytest
+from helpers import call, load_script
+from PIL import Image
+
+SWEEP, PLOT = load_script("sweep"), load_script("plot_sweep")
+LINES = """# two lines, three cells
+unguided: digits --use_ddim 1 --steps 2 --classifier_scale 0
+EDM / ours: digits-edm --guidance_form score --sampler heun --steps {1,2} --guidance_every 2  # Heun asks twice
+"""
+EVALUATIONS = {"unguided": [(2, 0)], "EDM / ours": [(1, 1), (3, 2)]}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "cells.txt"
+    path.write_text(LINES)
+    return path
+
+
+def flags(file, out, *more):
+    return [file, "--num_samples", 6, "--out", out, *more]
+
+
+def rows_of(folder):
+    return json.loads((folder / "rows.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, result) of two seeds."""
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "cells.txt").write_text(LINES)
+    result = call(SWEEP.main, flags(folder / "cells.txt", folder / "out", "--seeds", "0-1"))
+    assert result.code == 0, result.err
+    return folder / "out", result
+
+
+def test_braces_make_a_cell_for_every_combination():
+    cells = list(SWEEP.expanded("a / b: digits --steps {5,10} --labels 1,2 --sampler {euler,heun}", "f:1"))
+    chosen = [tuple(cell.chosen.items()) for cell in cells]
+    grid = [("5", "euler"), ("5", "heun"), ("10", "euler"), ("10", "heun")]
+    assert chosen == [(("steps", steps), ("sampler", name)) for steps, name in grid]
+    assert {(cell.name, cell.preset) for cell in cells} == {("a / b", "digits")}
+    assert cells[2].words == ("--steps", "10", "--labels", "1,2", "--sampler", "euler")
+
+
+def test_a_row_for_each_cell_and_seed_with_what_it_cost(finished):
+    rows = rows_of(finished[0])
+    assert [(row["name"], row["seed"]) for row in rows] == [
+        (name, seed) for seed in (0, 1) for name in ("unguided", "EDM / ours", "EDM / ours")
+    ]
+    for name, expected in EVALUATIONS.items():
+        own = [(row["evaluations"], row["classifier_passes"]) for row in rows if row["name"] == name]
+        assert own == expected * 2
+    assert len({row["fd_digits"] for row in rows}) == len(rows)  # seeds draw other images
+
+
+def test_the_table_has_means_and_deviations_and_a_column_for_what_differs(finished):
+    folder, result = finished
+    with open(folder / "table.csv", newline="") as file:
+        head, *lines = csv.reader(file)
+    assert head[:4] == ["", "steps", "evaluations", "classifier passes"]
+    assert [line[:3] for line in lines] == [
+        ["unguided", "", "2"], ["EDM / ours", "1", "1"], ["EDM / ours", "2", "3"]
+    ]  # fmt: skip
+    values = [row["fd_digits"] for row in rows_of(folder) if row["name"] == "unguided"]
+    cell = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+    assert lines[0][head.index("FD(digits)")] == cell
+    markdown = (folder / "table.md").read_text()
+    assert result.out == markdown and f"| {cell} |" in markdown
+
+
+def test_what_is_measured_is_not_drawn_again_and_a_new_cell_alone(finished, file, monkeypatch):
+    folder, first = finished
+    before = rows_of(folder)
+    monkeypatch.setattr(SWEEP, "run", None)
+    assert call(SWEEP.main, flags(file, folder, "--seeds", "0-1")).out == first.out
+    monkeypatch.undo()
+    file.write_text(LINES + "one more: digits --steps 1\n")
+    result = call(SWEEP.main, flags(file, folder))
+    assert [line for line in result.err.splitlines() if "/" in line[:4]] == [
+        "1/1: one more: digits --steps 1, seed 0"
+    ]
+    assert rows_of(folder)[:-1] == before and rows_of(folder)[-1]["name"] == "one more"
+
+
+def test_a_sweep_that_is_stopped_resumes_with_the_rows_that_it_has(file, tmp_path, finished, monkeypatch):
+    drawn, run = [], SWEEP.run
+
+    def run_one(job):
+        drawn.append(job.folder)
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return run(job)
+
+    monkeypatch.setattr(SWEEP, "run", run_one)
+    result = call(SWEEP.main, flags(file, tmp_path / "out"))
+    assert result.code == 130 and [row["name"] for row in rows_of(tmp_path / "out")] == ["unguided"]
+    assert call(SWEEP.main, flags(file, tmp_path / "out")).code == 0
+    assert len(drawn) == 4 and len(set(drawn)) == 3
+    again, undisturbed = rows_of(tmp_path / "out"), rows_of(finished[0])[:3]
+    for row in (*again, *undisturbed):
+        del row["seconds_per_image"]
+    assert again == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("digits --steps 2", "cells.txt:1: 'digits --steps 2' is not understood; write NAME: PRESET"),
+        ("name:", "cells.txt:1: 'name:' is not understood"),
+        ("# nothing", "has no cells: write lines such as"),
+        ("a: digits --sampler euler --gamma_factor 2 --guidance_strength ddim", "gamma_factor"),
+        ("a: nothing --steps 2", "unknown preset 'nothing'"),
+        ("a: digits --num_samples 9", "a: digits --num_samples 9: --num_samples is this script's own"),
+        ("a: digits-edm --seeds 9", "a: digits-edm --seeds 9: --seeds is this script's own"),
+    ],
+)
+def test_what_cannot_be_a_cell_is_refused_before_anything_is_drawn(file, tmp_path, line, message):
+    file.write_text(line)
+    result = call(SWEEP.main, flags(file, tmp_path / "out"))
+    assert result.code == 1 and message in result.err and "\n" not in result.err.strip()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_reference_is_not_measured_for_a_refused_number(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "DigitsQuality", None)
+    result = call(SWEEP.main, [file, "--num_samples", 5, "--out", tmp_path / "out"])
+    assert result.code == 1 and "--num_samples must be at least 6, got 5" in result.err
+
+
+# plot_sweep.py
+
+
+def test_a_line_of_the_file_is_a_curve_in_the_panels_before_its_slash(finished):
+    panels = PLOT.curves(SWEEP.summaries(rows_of(finished[0])[:3]))
+    assert {panel: list(lines) for panel, lines in panels.items()} == {"": ["unguided"], "EDM": ["ours"]}
+    figure = PLOT.draw(panels, "evaluations", ["fd_digits", "recall"])
+    assert [axes.get_ylabel() for axes in figure.axes] == ["FD(digits)", "recall"] * 2
+    (points, *_), ours = figure.axes[2].containers[0], panels["EDM"]["ours"]
+    assert points.get_xdata().tolist() == [1, 3]
+    assert points.get_ydata().tolist() == [cell["fd_digits"]["mean"] for cell in ours]
+
+
+def test_the_picture_of_a_sweep(finished):
+    result = call(PLOT.main, [finished[0], "--x", "recall", "--y", "precision"])
+    assert result.out == f"{finished[0] / 'sweep.png'}\n"
+    with Image.open(finished[0] / "sweep.png") as picture:
+        assert picture.format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--y", "precision,fid"], "--y precision,fid: 'fid' is not a number of a sweep"),
+        ([], "has no rows.json"),
+    ],
+)
+def test_what_cannot_be_drawn(tmp_path, more, message):
+    result = call(PLOT.main, [tmp_path, *more])
+    assert result.code == 1 and message in result.err
