@@ -158,8 +158,8 @@ class GuidedStep:
         return tuple(statistics.median(column) for column in zip(*rows[1:], strict=True))
 
     def time_guidance(self, batch_size, steps=20):
-        """Return, by the texts of CHEAPER, the seconds that guidance takes per step, over a run of so many steps
-        at evenly spaced timesteps.
+        """Return, by the texts of CHEAPER, the seconds that guidance takes per step, over a run of so many
+        steps at evenly spaced timesteps.
         """
         x, _, y = self._inputs(batch_size)
         seconds = {}

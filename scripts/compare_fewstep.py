@@ -1,13 +1,12 @@
-"""Sample the digits by the paper's recipe and by few steps of ours, from the same noise, and compare what comes
-out and what it costs.
+"""Sample the digits by the paper's recipe and by few steps of ours, from the same noise, and compare what
+comes out and what it costs.
 
     python scripts/compare_fewstep.py --preset digits-fewstep --seeds 0-2 --out results/digits-fewstep
 
 Every flag that is not listed here is one of scripts/classifier_sample.py, and goes to the rows in which it
-means something; each row is a run of its own. Evaluations of the network, passes of the classifier and seconds
-are per image. The judge is a classifier of another architecture and seed than the guide; the distance is by the
-features of a third network. Writes comparison.json and comparison.png beside the runs.
-"""
+means something; each row is a run of its own. Evaluations of the network, passes of the classifier and
+seconds are per image. The judge is a classifier of another architecture and seed than the guide; the distance
+is by the features of a third network. Writes comparison.json and comparison.png beside the runs."""
 
 import sys
 from pathlib import Path

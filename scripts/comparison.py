@@ -159,8 +159,8 @@ def hold_out(folder: Path, count: int, seed: int) -> Path:
 
 
 def draw_rows(path: Path, folders: Mapping[str, Path], columns: int = 20) -> None:
-    """A picture of runs by title, one row per run, the same samples in each: the first two of every class, or as
-    many as there are.
+    """A picture of runs by title, one row per run, the same samples in each: the first two of every class, or
+    as many as there are.
     """
     groups, titles = [], []
     for title, folder in folders.items():

@@ -3,10 +3,9 @@
     python scripts/plot_sweep.py results/solvers --x evaluations --y fd_digits,precision,recall
     python scripts/plot_sweep.py results/scales --x recall --y precision
 
-A name such as "EDM, labels / dpmpp_2m" is the curve dpmpp_2m in the row of panels "EDM, labels"; there is a panel
-in that row for each number of --y. A curve goes through its cells in the order of the file. A point is the mean
-over the seeds, its bars are their standard deviation.
-"""
+A name such as "EDM, labels / dpmpp_2m" is the curve dpmpp_2m in the row of panels "EDM, labels"; there is a
+panel in that row for each number of --y. A curve goes through its cells in the order of the file. A point is
+the mean over the seeds, its bars are their standard deviation."""
 
 from pathlib import Path
 

@@ -8,8 +8,8 @@ import _beside  # noqa: F401
 from guided_diffusion.flags.parser import Parser, run_main
 from guided_diffusion.flags.presets import SCRIPTS, script_of
 
-# The small problems are there to be compared: with and without guidance, over numbers of steps, with the paper's
-# recipe.
+# The small problems are there to be compared: with and without guidance, over numbers of steps, with the
+# paper's recipe.
 COMPARED = {
     "digits": "compare_guidance.py",
     "digits-fewstep": "compare_fewstep.py",

@@ -2,8 +2,8 @@
 
     python scripts/sweep.py docs/few-steps/solvers.txt --seeds 0-2 --num_samples 1000 --out results/solvers
 
-A line of the file is NAME: PRESET [FLAGS...], preset and flags as ./guided_sample.sh takes them. {a,b} makes one
-cell with a and one with b, in every combination, and a column of the table; # begins a comment.
+A line of the file is NAME: PRESET [FLAGS...], preset and flags as ./guided_sample.sh takes them. {a,b} makes
+one cell with a and one with b, in every combination, and a column of the table; # begins a comment.
 
 Writes rows.json, a row for each cell and seed; table.md, their means and standard deviations; and table.csv.
 What rows.json holds is not drawn again: a sweep that was stopped resumes, and a cell that is added is drawn
@@ -125,7 +125,9 @@ def expanded(line, place):
 
 @dataclass(frozen=True)
 class Planned:
-    """A cell and a seed: the run, and the id that its row has, which says all that decides about its images."""
+    """A cell and a seed: the run, and the id that its row has, which says all that decides about its
+    images.
+    """
 
     cell: Cell
     seed: int

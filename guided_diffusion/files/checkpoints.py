@@ -5,6 +5,7 @@ code at all. Which of them a file is, its bytes say (formats.py); which state di
 state_dicts.py.
 """
 
+import argparse
 import json
 import pickle
 import re
@@ -24,12 +25,15 @@ from guided_diffusion.files.pretrained import existing_file
 from guided_diffusion.files.state_dicts import choose_state_dict, first_line
 
 
-def load_state_dict(path: str | Path, checkpoint_key: str | None = None) -> dict[str, Tensor]:
+def load_state_dict(
+    path: str | Path, checkpoint_key: str | None = None, *, prefer: str = ""
+) -> dict[str, Tensor]:
     """Read name -> tensor from a torch file, safetensors, or the network "ema" of an EDM pickle, onto the
     CPU.
 
     The state dict may stand in a checkpoint, and in wrappers such as DataParallel, whose names it loses here.
-    checkpoint_key: which, where a checkpoint holds several, such as "ema".
+    checkpoint_key: which, where a checkpoint holds several, such as "ema". prefer: which, where several are
+    there and no key is given.
 
     Raises FileNotFoundError, and ValueError for a file that is cut short, asks for more than data, or is
     something else, with what it is.
@@ -43,7 +47,7 @@ def load_state_dict(path: str | Path, checkpoint_key: str | None = None) -> dict
             )
         return load_edm_checkpoint(path).state_dict
     content = _read_safetensors(path) if kind == SAFETENSORS else _read_torch(path)
-    return choose_state_dict(content, path, checkpoint_key)
+    return choose_state_dict(content, path, checkpoint_key, prefer)
 
 
 def _read_safetensors(path):
@@ -55,7 +59,9 @@ def _read_safetensors(path):
 
 def _read_torch(path):
     try:
-        with open(path, "rb") as file:  # not the path, whose ending torch would go by
+        # A training checkpoint of DiT's holds its flags, a class of nothing but attributes.
+        flags = torch.serialization.safe_globals([argparse.Namespace])
+        with flags, open(path, "rb") as file:  # not the path, whose ending torch would go by
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"(?:GLOBAL|global) ([\w.]+\.\w+)", str(error))

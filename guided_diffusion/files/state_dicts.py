@@ -23,13 +23,14 @@ _DEEPEST = 4
 # In a checkpoint
 
 
-def choose_state_dict(content: Any, source: str | Path, key: str | None = None) -> dict[str, Tensor]:
+def choose_state_dict(
+    content: Any, source: str | Path, key: str | None = None, prefer: str = ""
+) -> dict[str, Tensor]:
     """The one state dict in what a file holds, as its network without wrappers would name it.
 
     key: which one, where there are several: "ema", "state_dict", or "state_dict.teacher" for the tensors of
-    state_dict whose names begin with teacher. Raises ValueError that says what there is to choose from, or
-    what the file holds instead.
-    """
+    state_dict whose names begin with teacher. prefer: the one to take of several, where no key is given.
+    Raises ValueError that says what there is to choose from, or what the file holds instead."""
     found = dict(_state_dicts(content))
     if not found:
         raise ValueError(f"{source} {_instead(content)}")
@@ -44,6 +45,8 @@ def choose_state_dict(content: Any, source: str | Path, key: str | None = None) 
                 f"it holds {choices or 'one'}, whose names begin with {printable(begin)}"
             )
         return unwrapped(chosen[0])
+    if len(found) > 1 and prefer in found:
+        return unwrapped(found[prefer])
     if len(found) > 1:
         raise ValueError(f"{source} holds several networks: {choices}; choose one with --checkpoint_key")
     return unwrapped(next(iter(found.values())))

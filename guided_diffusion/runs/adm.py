@@ -153,9 +153,7 @@ def load_denoiser(
     return denoiser_of
 
 
-def load_network(
-    config: ADMFlags, device: torch.device, tally: Tally, path: str = ""
-) -> tuple[Network, Any]:
+def load_network(config: ADMFlags, device: torch.device, tally: Tally, path: str = "") -> tuple[Network, Any]:
     """The network as a function (x, t, y) -> output, and its process. path: another checkpoint of the same
     architecture.
     """

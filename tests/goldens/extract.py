@@ -5,12 +5,11 @@
 The full sets hold outputs of the published implementations on networks whose weights follow a rule
 (`goldens_util.set_golden_weights`). What is kept: the key manifests of the ADM, EDM, torchvision and
 Inception networks (set A), ADM U-Net and classifier forwards (B, C), classifier guidance gradients (D), DDPM
-and DDIM chains (E) and schedule tables (E_tables), EDM forwards and chains (F), the numbers and the manifold
-radii of the evaluation maths (H), Inception features (I), and forwards of EDM's other networks (J). What is
-dropped: inputs that are RandomState draws (checked here, drawn again in the tests), and most entries of large
-arrays, of which `goldens_util.thin` keeps a fixed subset. The norms of whole arrays stay in the json. The
-output depends on the input alone, byte for byte.
-"""
+and DDIM chains (E) and schedule tables (E_tables), EDM forwards and chains (F), DiT forwards and chains (G),
+the numbers and the manifold radii of the evaluation maths (H), Inception features (I), and forwards of EDM's
+other networks (J). What is dropped: inputs that are RandomState draws (checked here, drawn again in the
+tests), and most entries of large arrays, of which `goldens_util.thin` keeps a fixed subset. The norms of
+whole arrays stay in the json. The output depends on the input alone, byte for byte."""
 
 import argparse
 import gzip
@@ -32,6 +31,8 @@ MANIFESTS = (
     "adm_classifier_64",
     "adm_classifier_128",
     "baseline_cifar10_32_cond_vp",
+    "dit_s_2_256",
+    "dit_xl_2_256",
     "edm_cifar10_32_cond_vp",
     "edm_ffhq_64_uncond_ve",
     "edm_imagenet64_cond_adm",
@@ -185,6 +186,26 @@ def extract_edm(folder):
     write("F_edm", settings, small)
 
 
+def extract_dit(folder):
+    full, arrays = read(folder, "G_dit")
+    cases, small = {}, {}
+    for case, configuration in full["cases"].items():
+        stored = {
+            key.removeprefix(f"{case}/"): value for key, value in arrays.items() if key.startswith(f"{case}/")
+        }
+        cases[case] = select(configuration, "config", "input", "spec", "n_params", "out_rms", "final_rms")
+        if "input" in configuration:
+            x = stored.pop("x")
+            assert np.array_equal(x, random_input(configuration["input"]["seed"], x.shape)), case
+            cases[case]["x_shape"] = x.shape
+            kept = select(stored, "out", "pos_embed")
+        else:
+            kept = select(stored, "steps", "final_kept", "timesteps_seen_by_model")
+            kept["x"] = np.stack([thin(one) for one in stored["x"]])
+        small |= {f"{case}/{key}": value for key, value in kept.items()}
+    write("G_dit", cases, small)
+
+
 def random_noisy_image(seed, sigma, shape):
     """A sample at noise level `sigma` of data with a standard deviation of 0.5, float32."""
     sigma = sigma.astype(np.float32).reshape(-1, 1, 1, 1)
@@ -254,6 +275,7 @@ def main():
     extract_sampling(folder)
     extract_tables(folder)
     extract_edm(folder)
+    extract_dit(folder)
     extract_eval_math(folder)
     extract_inception(folder)
     extract_edm_networks(folder)

@@ -1,6 +1,5 @@
 """Reading weights: any file by its content, nothing run, and clear words where it is something else."""
 
-import argparse
 import gzip
 import io
 import os
@@ -8,6 +7,7 @@ import pickle
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -193,7 +193,7 @@ def test_code_is_refused_by_name_and_not_run(tmp_path, form, inside):
     ("content", "name"),
     [
         (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
-        ({"model": STATE, "args": argparse.Namespace(lr=1)}, "argparse.Namespace"),
+        ({"model": STATE, "args": SimpleNamespace(lr=1)}, "types.SimpleNamespace"),
         ({"model": STATE, "best": np.float64(1)}, ".multiarray.scalar"),
         ({"model": STATE, "folder": Path("x")}, "pathlib."),
     ],

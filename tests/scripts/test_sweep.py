@@ -1,4 +1,6 @@
-"""scripts/sweep.py: the cells of a file, what is drawn once and what again, and the table; plot_sweep.py draws it."""
+"""scripts/sweep.py: the cells of a file, what is drawn once and what again, and the table; plot_sweep.py
+draws it.
+"""
 
 import csv
 import json
@@ -12,7 +14,7 @@ from PIL import Image
 SWEEP, PLOT = load_script("sweep"), load_script("plot_sweep")
 LINES = """# two lines, three cells
 unguided: digits --use_ddim 1 --steps 2 --classifier_scale 0
-EDM / ours: digits-edm --guidance_form score --sampler heun --steps {1,2} --guidance_every 2  # Heun asks twice
+EDM / ours: digits-edm --guidance_form score --sampler heun --steps {1,2} --guidance_every 2  # of two
 """
 EVALUATIONS = {"unguided": [(2, 0)], "EDM / ours": [(1, 1), (3, 2)]}
 

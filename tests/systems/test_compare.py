@@ -1,4 +1,5 @@
-"""scripts/compare_guidance.py, compare_edm.py and compare_fewstep.py: which runs they make, from which noise, and what they say.
+"""scripts/compare_guidance.py, compare_edm.py and compare_fewstep.py: which runs they make, from which noise,
+and what they say.
 The metrics: tests of scripts/comparison.py.
 """
 
