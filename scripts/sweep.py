@@ -155,7 +155,9 @@ def plan(cell, seed, count, out):
         settings = job.settings()
     except ValueError as error:
         raise ValueError(f"{cell}: {error}") from error
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    # Without what is at its default, a flag that a later version adds leaves the id as it is.
+    decisive = {key: value for key, value in settings.items() if str(value) != str(job.defaults.get(key))}
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
     config = configure(system.config, system.presets, {**given, **images, "out": str(out / "runs" / digest)})
     return Planned(cell, seed, system.make_job(config, classifiers), digest)
 

@@ -33,10 +33,6 @@ KARRAS = Need(
         f"with --{f'disc {config.disc}' if config.sampler == 'edm' else f'levels {config.levels}'}: drop it"
     ),
 )
-RANGE = Need(
-    lambda config: config.sampler == "edm" or config.levels in LEVELS,
-    lambda config: f"with --levels {config.levels}, which says all levels: drop it",
-)
 PNGS = Need(lambda config: config.format == "png", lambda config: "without PNGs: drop it, or --format npz")
 
 
@@ -72,12 +68,6 @@ class EDMSamplingFlags(Flags):
     )
     sampler: str = flag("edm", "EDM's own, with its churn, or a solver", choices=("edm", *SOLVERS))
     steps: int = flag(18, "N; Heun asks the network 2 N - 1 times, the others N times", check=at_least(1))
-    sigma_min: float | None = flag(
-        None, "lowest noise level; by default that of --disc", kind=float, needs=RANGE
-    )
-    sigma_max: float | None = flag(
-        None, "highest noise level; by default that of --disc", kind=float, needs=RANGE
-    )
     rho: float = flag(7.0, "exponent of --disc edm and of --levels karras", check=finite, needs=KARRAS)
     S_churn: float = flag(
         0.0, "how much new noise, over all steps; 0 is none", check=finite_from(0), needs=EDM_SAMPLER

@@ -50,6 +50,14 @@ BY_ODE_SOLVER = Need(
     lambda config: config.sampler in SOLVERS and config.sampler != "dpmpp_2m_sde",
     lambda config: f"with --sampler {config.sampler}: it is for solvers of the ODE, such as heun: drop it",
 )
+RANGE = Need(
+    lambda config: config.sampler == "edm" or (config.sampler in SOLVERS and config.levels in LEVELS),
+    lambda config: (
+        f"with --levels {config.levels}, which says all levels: drop it"
+        if config.sampler in SOLVERS
+        else f"with --sampler {config.sampler}, which has the process's levels: add --sampler heun"
+    ),
+)
 SINGLE_STEPS = Need(
     lambda config: config.sampler in STEPS,
     lambda config: f"without a sampler that can repeat its steps: add --sampler {' or '.join(STEPS)}",
@@ -65,6 +73,15 @@ class SolverFlags(Flags):
         "noise levels of a solver: karras (heun's own), logsnr, uniform (in t), trained (the process's), "
         "a list such as 80,10,1, or a file of scripts/optimize_levels.py",
         needs=BY_SOLVER,
+    )
+    sigma_min: float | None = flag(
+        None,
+        "lowest noise level; by default the network's, of EDM's sampler that of --disc",
+        kind=float,
+        needs=RANGE,
+    )
+    sigma_max: float | None = flag(
+        None, "highest noise level, where the sample begins; by default as above", kind=float, needs=RANGE
     )
     solver_order: int | None = flag(
         None, "of ipndm, 1 to 4 (default 4), or unipc, 2 or 3 (default 2)", kind=int, needs=_taken("order")
@@ -113,6 +130,19 @@ class SolverFlags(Flags):
                 f"--restart {self.restart!r} is not understood; write LEVELS,REPEATS,SIGMA_MIN,SIGMA_MAX, "
                 "such as 4,1,1.09,1.92, and ; between several"
             ) from None
+
+    def range_within(self: Any, low: float, high: float) -> tuple[float, float]:
+        """(sigma_min, sigma_max), the network's where the flags say none. Raises ValueError outside of them."""
+        wanted = [("sigma_min", self.sigma_min, low), ("sigma_max", self.sigma_max, high)]
+        for name, value, _ in wanted:
+            if value is not None and not low <= value <= high:
+                raise ValueError(
+                    f"--{name} {value:g} is outside the levels of this network, {low:.4g} to {high:.4g}"
+                )
+        low, high = (limit if value is None else value for _, value, limit in wanted)
+        if low >= high:
+            raise ValueError(f"--sigma_min {low:g} must be below --sigma_max {high:g}")
+        return low, high
 
     def solver_levels(
         self: Any,

@@ -116,7 +116,7 @@ def _solver(config, denoiser_of, diffusion, guides):
     known = DiscreteDenoiser(denoiser_of, diffusion)  # for its levels
     sigmas, notes = config.solver_levels(
         diffusion.num_timesteps,
-        (known.sigma_min, known.sigma_max),
+        config.range_within(known.sigma_min, known.sigma_max),
         known.round_sigma,
         trained=[diffusion.sigma(t) for t in range(diffusion.num_timesteps - 1, -1, -1)],
         log_sigmas=known.log_sigmas,

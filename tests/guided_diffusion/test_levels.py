@@ -96,6 +96,8 @@ def test_levels_that_a_network_rounds_to_one_are_merged_and_said():
 REFUSED_ADM = {
     "--sampler heun --timestep_respacing 9 --levels 9,1": "--timestep_respacing 9, but --levels 9,1 says all",
     "--levels karras": "--levels given with --sampler ddpm: add --sampler euler",
+    "--sigma_max 5": "--sigma_max given with --sampler ddpm, which has the process's levels: add --sampler",
+    "--sampler euler --sigma_max 5": "--sigma_max given with --levels trained, which says all levels: drop it",
     "--sampler heun --solver_order 2": "--solver_order given with --sampler heun: it is for ipndm or unipc",
     "--sampler unipc --solver_order 4": "--solver_order 4: unipc has the orders 2, 3",
     "--sampler ipndm --unipc_variant bh1": "--unipc_variant given with --sampler ipndm",
@@ -157,6 +159,23 @@ def test_the_same_flags_run_on_both_networks(tmp_path, script, base):
         SCRIPTS[script].main, [*base, "--sampler", "heun", "--levels", "1e4,1", "--out", tmp_path / "new"]
     )
     assert outside.code == 1 and "10000 is outside those of this network" in outside.err
+
+
+def test_levels_between_ends_of_ones_own():
+    known = (0.01, 157.0)
+    config = adm("--sampler", "heun", "--sigma_max", "20")
+    assert config.range_within(*known) == (0.01, 20)
+    levels, _ = config.solver_levels(4, config.range_within(*known), lambda level: level)
+    assert levels[0] == pytest.approx(20) and levels[-2] == pytest.approx(0.01)
+    assert adm("--sampler", "heun").range_within(*known) == known
+    refused = {
+        "--sigma_max 158": "--sigma_max 158 is outside the levels of this network, 0.01 to 157",
+        "--sigma_min 0": "--sigma_min 0 is outside",
+        "--sigma_min 3 --sigma_max 2": "--sigma_min 3 must be below --sigma_max 2",
+    }
+    for text, message in refused.items():
+        with pytest.raises(ValueError, match=message):
+            adm("--sampler", "heun", *text.split()).range_within(*known)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ SAMPLING = {
     "classifier_scale": 1.0, "log_dir": "", "fix_class": False, "fix_class_index": 0, "classifier_type": "",
     "softplus_beta": INF, "joint_temperature": 1.0, "margin_temperature_discount": 1.0, "gamma_factor": 0.0,
     "seed": 0, "labels": "random", "out": "", "classifier_input": "paper", "guidance_interval": "",
-    "preset": "", "device": "", "on_nonfinite": "stop", "sampler": "ddpm", "steps": None,
+    "preset": "", "device": "", "on_nonfinite": "stop", "sampler": "ddpm", "steps": None, "sigma_max": None,
 }  # fmt: skip
 DEFAULTS = {**model_and_diffusion_defaults(), **classifier_defaults(), **SAMPLING}
 EDM_DEFAULTS = {
