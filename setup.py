@@ -38,6 +38,7 @@ setup(
         "plot": ["matplotlib"],
         "test": ["pytest", "pytest-xdist", "setuptools>=70.1", "scikit-learn", "matplotlib"],
         "train": ["scikit-learn"],
-        "dev": ["ruff==0.17.*", "mypy==2.*"],
+        "dit": ["diffusers"],
+        "dev": ["ruff==0.17.*", "mypy==2.*", "diffusers"],
     },
 )

@@ -13,7 +13,7 @@ OURS = {*ROOMS, "scripts", "tests"}
 # Besides the standard library and themselves. What is imported only where it is used may be missing.
 ALLOWED = {
     "guided_diffusion": {"torch", "numpy", "tqdm", "safetensors", "PIL", "filelock", "matplotlib"},
-    "classifiers": {"torch", "torchvision"},
+    "classifiers": {"torch", "torchvision", "diffusers"},
     "evaluation": {"torch", "torchvision", "numpy", "scipy", "pytorch_fid", "tqdm", "matplotlib"},
 }
 COMMON = "guided_diffusion.files"  # every room may import it

@@ -132,7 +132,9 @@ class SolverFlags(Flags):
             ) from None
 
     def range_within(self: Any, low: float, high: float) -> tuple[float, float]:
-        """(sigma_min, sigma_max), the network's where the flags say none. Raises ValueError outside of them."""
+        """(sigma_min, sigma_max), the network's where the flags say none. Raises ValueError outside of
+        them.
+        """
         wanted = [("sigma_min", self.sigma_min, low), ("sigma_max", self.sigma_max, high)]
         for name, value, _ in wanted:
             if value is not None and not low <= value <= high:

@@ -96,7 +96,7 @@ def test_levels_that_a_network_rounds_to_one_are_merged_and_said():
 REFUSED_ADM = {
     "--sampler heun --timestep_respacing 9 --levels 9,1": "--timestep_respacing 9, but --levels 9,1 says all",
     "--levels karras": "--levels given with --sampler ddpm: add --sampler euler",
-    "--sigma_max 5": "--sigma_max given with --sampler ddpm, which has the process's levels: add --sampler",
+    "--sigma_max 5": "--sigma_max given with --sampler ddpm, which has the process's levels",
     "--sampler euler --sigma_max 5": "--sigma_max given with --levels trained, which says all levels: drop it",
     "--sampler heun --solver_order 2": "--solver_order given with --sampler heun: it is for ipndm or unipc",
     "--sampler unipc --solver_order 4": "--solver_order 4: unipc has the orders 2, 3",
