@@ -97,7 +97,7 @@ REFUSED_ADM = {
     "--sampler heun --timestep_respacing 9 --levels 9,1": "--timestep_respacing 9, but --levels 9,1 says all",
     "--levels karras": "--levels given with --sampler ddpm: add --sampler euler",
     "--sigma_max 5": "--sigma_max given with --sampler ddpm, which has the process's levels",
-    "--sampler euler --sigma_max 5": "--sigma_max given with --levels trained, which says all levels: drop it",
+    "--sampler euler --sigma_max 5": "--sigma_max given with --levels trained, which says all levels",
     "--sampler heun --solver_order 2": "--solver_order given with --sampler heun: it is for ipndm or unipc",
     "--sampler unipc --solver_order 4": "--solver_order 4: unipc has the orders 2, 3",
     "--sampler ipndm --unipc_variant bh1": "--unipc_variant given with --sampler ipndm",
