@@ -1,19 +1,17 @@
 """Runs of ADM's networks: from the flags of scripts/classifier_sample.py to a Job."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from guided_diffusion.denoisers import DiscreteDenoiser, GuidedDenoiser
+from guided_diffusion.denoisers import DiscreteDenoiser
 from guided_diffusion.files.checkpoints import load_state_dict
 from guided_diffusion.files.pretrained import existing_file
 from guided_diffusion.files.state_dicts import load_into
-from guided_diffusion.flags.adm import LOOPS, ADMFlags
+from guided_diffusion.flags.adm import ADMFlags
 from guided_diffusion.flags.fields import defaults_of
 from guided_diffusion.flags.labels import label_source, labels_file
 from guided_diffusion.flags.networks import NoisyClassifierFlags
@@ -21,12 +19,12 @@ from guided_diffusion.flags.rules import RuleFlags
 from guided_diffusion.flags.solvers import solver_files
 from guided_diffusion.flags.trained import unlike_training
 from guided_diffusion.guidance import noisy_classifier_gradient
+from guided_diffusion.runs.discrete import Drawn, Network, sampler_of
 from guided_diffusion.runs.job import Job, Sampler
-from guided_diffusion.runs.noise import DRAWN_BY_INDEX, DrawnAhead, SampleNoise
+from guided_diffusion.runs.noise import DRAWN_BY_INDEX
 from guided_diffusion.runs.tally import CLASSIFIER, NETWORK, Tally
 from guided_diffusion.script_util import create_classifier, create_from_flags
 
-Network = Callable[..., Tensor]
 CHANNELS = 3  # of the images
 
 
@@ -77,62 +75,19 @@ def build(
     """Load the networks; returns the Sampler."""
     torch.manual_seed(config.seed)  # for --classifier_path random; the samples' noise has streams of its own
     network, diffusion = load_network(config, device, tally)
-    if config.asks_denoiser:
-        network = load_denoiser(config, network, diffusion, device, tally)
-    guides = load_guides(config, classifiers, device, tally)
-    prepare = _loop if config.sampler in LOOPS else _solver
-    draw, num_steps, notes = prepare(config, network, diffusion, guides)
-
-    def sample(indices, tick):
-        y = torch.from_numpy(labels_of(indices)).to(device)
-        shape = (len(indices), CHANNELS, config.image_size, config.image_size)
-        with closing(DrawnAhead(SampleNoise(config.seed, indices), shape)) as noise:
-            return draw(shape, y, noise, tick), y
-
-    return Sampler(sample, num_steps, config.image_size, [*_notes(config, device), *notes])
-
-
-def _loop(config, network, diffusion, guides):
-    """The image by one of the process's own loops: a function, how many steps it takes, and what the log
-    should say.
-    """
-    loops = {"ddpm": diffusion.p_sample_loop_progressive, "ddim": diffusion.ddim_sample_loop_progressive}
-    conditions = {"clip_denoised": config.clip_denoised, **guides}
-    if config.guided_off_the_shelf:
-        conditions["variance_max"] = config.variance_max
-
-    def draw(shape, y, noise, tick):
-        options = {"device": y.device, "randn_like": noise, "model_kwargs": {"y": y}, **conditions}
-        for out in loops[config.sampler](network, shape, **options):
-            images = out["sample"]
-            tick()
-        return images
-
-    return draw, diffusion.num_timesteps, []
-
-
-def _solver(config, denoiser_of, diffusion, guides):
-    """The image by a solver: as `_loop`."""
-    known = DiscreteDenoiser(denoiser_of, diffusion)  # for its levels
-    sigmas, notes = config.solver_levels(
-        diffusion.num_timesteps,
-        config.range_within(known.sigma_min, known.sigma_max),
-        known.round_sigma,
-        trained=[diffusion.sigma(t) for t in range(diffusion.num_timesteps - 1, -1, -1)],
-        log_sigmas=known.log_sigmas,
+    drawn = Drawn(
+        device=device,
+        network=network,
+        diffusion=diffusion,
+        denoiser_of=load_denoiser(config, network, diffusion, device, tally)
+        if config.asks_denoiser
+        else None,
+        guides=load_guides(config, classifiers, device, tally),
+        shape=(CHANNELS, config.image_size, config.image_size),
+        clip_denoised=config.clip_denoised,
+        labels_of=labels_of,
     )
-    config.refuse_for_run(len(sigmas) - 1, CHANNELS)
-    solver = config.build_solver()
-
-    def draw(shape, y, noise, tick):
-        denoise = denoiser_of(y, sigmas)
-        if guides:
-            denoise = GuidedDenoiser(denoise, guides["guidance"], y, clip_denoised=config.clip_denoised)
-        # The process begins with x_T ~ N(0, I), which is x / sqrt(1 + sigma^2).
-        x = noise.randn(shape).to(y.device) * math.sqrt(1 + sigmas[0] ** 2)
-        return solver(denoise, x, sigmas, randn_like=noise, on_step=lambda i, x: tick())
-
-    return draw, len(sigmas) - 1, notes
+    return sampler_of(config, drawn, config.image_size, _notes(config, device))
 
 
 def load_denoiser(
