@@ -32,6 +32,27 @@ def answer_with_variance(
     return with_variance(denoise, x, sigma, *args, **kwargs)
 
 
+def in_one_batch(
+    network: Callable[..., Tensor], null_class: int, scale: float, channels: int | None = None
+) -> Callable[..., Tensor]:
+    """Classifier-free guidance of a network of the discrete process, (x_t, t, y) -> (N, C or more, H, W):
+    both answers from one batch of 2 N, eps_u + scale (eps_c - eps_u) in the first `channels` of x's (None:
+    all), and the answer for y in the others, the variance among them.
+
+    eps or x_0 are mixed alike, so it is `CFGDenoiser` with the parts' variance, for the process's own loops
+    too."""
+
+    def guided(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        nobody = torch.full_like(y, null_class)
+        both = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, nobody]))
+        cond, uncond = both.chunk(2)
+        n = channels or x.shape[1]
+        mixed = uncond[:, :n] + scale * (cond[:, :n] - uncond[:, :n])
+        return torch.cat([mixed, cond[:, n:]], dim=1)
+
+    return guided
+
+
 class CFGDenoiser:
     """Classifier-free guidance, D = D_u + scale (D_c - D_u) (Ho and Salimans, 2022); 1 is D_c, 0 is D_u.
 

@@ -15,6 +15,7 @@ from goldens_util import (
 )
 
 from guided_diffusion.dit import DIT_MODELS, DiT
+from guided_diffusion.mixed_denoisers import in_one_batch
 from guided_diffusion.script_util import create_gaussian_diffusion
 
 CASES, ARRAYS = load_golden("G_dit")
@@ -57,6 +58,21 @@ def test_chain(name):
         assert rms_relative(thin(yielded[step]["sample"]), golden) <= 3e-4, f"the sample of step {step}"
     final = yielded[-1]["sample"][: len(spec["y"])]
     assert rms_relative(final, ARRAYS[f"{name}/final_kept"], case["final_rms"]) <= 3e-4
+
+
+@pytest.mark.parametrize("name", [name for name in FORWARDS if "cfg" in CASES[name]["input"]])
+def test_guidance_of_half_the_batch_is_the_published_one(name):
+    """Its second half is that of no class, of the same samples."""
+    case, spec = CASES[name], CASES[name]["input"]
+    net, half = set_golden_weights(DiT(**case["config"])), len(spec["y"]) // 2
+    guided = in_one_batch(net, net.num_classes, spec["cfg"], channels=3)
+    x, t, y = random_input(spec["seed"], case["x_shape"]), torch.tensor(spec["t"]), torch.tensor(spec["y"])
+    with torch.no_grad():
+        out = guided(x[:half], t[:half], y[:half])
+        all_four = in_one_batch(net, net.num_classes, spec["cfg"])(x[:half], t[:half], y[:half])
+    assert max_abs(out, ARRAYS[f"{name}/out"][:half]) <= 5e-4
+    changed = (all_four != out).any(dim=(0, 2, 3))
+    assert changed.nonzero().flatten().tolist() == [3]
 
 
 @pytest.mark.parametrize("name", ["dit_s_2_256", "dit_xl_2_256"])
