@@ -2,6 +2,7 @@
 one's own by file.
 """
 
+from classifiers.decoders import DecodedClassifier, autoencoder_weights, load_decoder
 from classifiers.registry import classifier_files, load_classifier
 
-__all__ = ["classifier_files", "load_classifier"]
+__all__ = ["DecodedClassifier", "autoencoder_weights", "classifier_files", "load_classifier", "load_decoder"]

@@ -32,7 +32,8 @@ _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 class AutoencoderDecoder(nn.Module):
     """The decoder of a diffusers autoencoder, for scaled latents.
 
-    network: AutoencoderKL or AutoencoderTiny. checkpointing: compute the activations again in the backward
+    network: AutoencoderKL or AutoencoderTiny. channels, factor: of its latents, and of its enlargement.
+    checkpointing: compute the activations again in the backward
     pass instead of keeping them. The answer is float32, whatever the network's dtype."""
 
     def __init__(self, network: Any, checkpointing: bool = False):
@@ -40,6 +41,11 @@ class AutoencoderDecoder(nn.Module):
         self.network: Any = network
         self.scale = float(network.config.scaling_factor)
         self.shift = float(getattr(network.config, "shift_factor", None) or 0)
+        self.channels = network.config.latent_channels
+        widths = (
+            getattr(network.config, "block_out_channels", None) or network.config.decoder_block_out_channels
+        )
+        self.factor = 2 ** (len(widths) - 1)  # pixels of the image's side to one of the latent's
         if checkpointing:
             network.enable_gradient_checkpointing()
 
@@ -117,27 +123,30 @@ def public_map() -> dict[str, Tensor]:
 def load_autoencoder(path: str | Path, *, tiny: bool = False) -> Any:
     """diffusers' AutoencoderKL, or AutoencoderTiny, of a folder, frozen. Raises as `load_decoder`."""
     diffusers = require_diffusers()
-    folder = autoencoder_folder(path)
+    folder = autoencoder_weights(path).parent
     config = json.loads((folder / "config.json").read_text())
     name = "AutoencoderTiny" if tiny else "AutoencoderKL"
     if config.get("_class_name", name) != name:
         raise ValueError(f"{folder} holds a {config['_class_name']}, not an {name}")
     network = getattr(diffusers, name).from_config(config)
-    weights = next(folder / file for file in _WEIGHTS if (folder / file).is_file())
+    weights = autoencoder_weights(folder)
     load_into(network, renamed(load_state_dict(weights), present_name), weights)
     return network.eval().requires_grad_(False)
 
 
-def autoencoder_folder(path: str | Path) -> Path:
-    """The folder with an autoencoder's config.json and weights: the path, or vae/ in it. Raises
+def autoencoder_weights(path: str | Path) -> Path:
+    """The file of weights beside an autoencoder's config.json: in the folder `path`, or in vae/ there. Raises
     FileNotFoundError.
     """
     for folder in (Path(path), Path(path) / "vae"):
-        if (folder / "config.json").is_file() and any((folder / file).is_file() for file in _WEIGHTS):
-            return folder
-    raise FileNotFoundError(
-        f"{path} has no config.json with {_WEIGHTS[0]}: give diffusers' folder of an autoencoder"
-    )
+        for file in _WEIGHTS:
+            if (folder / file).is_file() and (folder / "config.json").is_file():
+                return folder / file
+    published = f"https://huggingface.co/stabilityai/{Path(path).name}"
+    wanted = "give diffusers' folder of an autoencoder"
+    if Path(path).name.startswith("sd-vae"):
+        wanted = f"put both files of {published} there"
+    raise FileNotFoundError(f"{path} has no config.json with {_WEIGHTS[0]}: {wanted}")
 
 
 def require_diffusers() -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from guided_diffusion.files.checkpoints import load_state_dict
 from guided_diffusion.files.diffusers_dit import find_transformer, is_diffusers, original_names
+from guided_diffusion.files.pretrained import existing_file
 from guided_diffusion.files.state_dicts import load_into
 from guided_diffusion.layers import timestep_embedding
 
@@ -220,6 +221,11 @@ def _size(depth: int, hidden_size: int, num_heads: int, patch_size: int) -> Call
 # The published sizes, (depth, width, heads); the number behind the slash is the patches' side.
 SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}
 DIT_MODELS = {f"DiT-{name}/{p}": _size(*size, p) for name, size in SIZES.items() for p in (2, 4, 8)}
+
+
+def dit_file(path: str | Path) -> Path:
+    """The file of weights that `load_dit` reads. Raises FileNotFoundError and ValueError."""
+    return find_transformer(Path(path))[0] if Path(path).is_dir() else existing_file(path)
 
 
 def load_dit(path: str | Path, checkpoint_key: str | None = None, num_heads: int | None = None) -> DiT:

@@ -21,7 +21,7 @@ import classifiers
 from guided_diffusion.dist_util import choose_device
 from guided_diffusion.files.atomic import renamed_when_complete
 from guided_diffusion.files.console import print_result
-from guided_diffusion.flags.fields import configure, given_flags
+from guided_diffusion.flags.fields import configure, defaults_of, given_flags
 from guided_diffusion.flags.parser import Parser, run_main
 from guided_diffusion.runs.systems import SYSTEMS, system_of
 from guided_diffusion.runs.tally import Tally
@@ -78,7 +78,7 @@ def watched(system, args, rest):
     )
     count = args.num_samples
     fixed = {"sampler": "heun", "levels": "karras", "steps": args.teacher_steps, "out": tempfile.gettempdir()}
-    fixed |= {"num_samples": count} if system is SYSTEMS["adm"] else {"seeds": f"0-{count - 1}"}
+    fixed |= {"num_samples": count} if "num_samples" in defaults_of(Config) else {"seeds": f"0-{count - 1}"}
     if clash := sorted(fixed.keys() & given.keys()):
         raise ValueError(f"--{clash[0]} is this script's own to give to the teacher: drop it")
     return configure(Config, system.presets, given, fixed), teacher

@@ -64,7 +64,6 @@ class LabelFlags(Flags):
     fix_class: bool = flag(False, "every sample is of class --fix_class_index")
     fix_class_index: int = flag(0, "that class", needs=FIXED_CLASS)
     num_classes: int = flag(NUM_CLASSES, "of the network and of the classifier", check=at_least(1))
-    null_class: bool = flag(False, "the network was trained with one label more, num_classes, for no class")
     unconditional: bool = flag(
         False, "give the network the null class; guidance still wants the labels", needs=LABELS
     )
@@ -85,6 +84,7 @@ class ADMFlags(
 ):
     """An ADM network, guided."""
 
+    null_class: bool = flag(False, "the network was trained with one label more, num_classes, for no class")
     margin_temperature_discount: float = flag(
         1.0, "tau_2 / tau_1, tau_2 the factor inside the logsumexp", check=finite, needs=OFF_THE_SHELF
     )

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from guided_diffusion.flags.adm import ADMFlags
+from guided_diffusion.flags.dit import DiTFlags
 from guided_diffusion.flags.edm import EDMFlags
-from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS
-from guided_diffusion.runs import adm, edm
+from guided_diffusion.flags.presets import DIT_PRESETS, EDM_PRESETS, PRESETS
+from guided_diffusion.runs import adm, dit, edm
 from guided_diffusion.runs.job import Job
 
 
@@ -23,6 +24,7 @@ class System:
 SYSTEMS = {
     "adm": System(ADMFlags, PRESETS, adm.make_job),
     "edm": System(EDMFlags, EDM_PRESETS, edm.make_job),
+    "dit": System(DiTFlags, DIT_PRESETS, dit.make_job),
 }
 
 

@@ -8,11 +8,12 @@ import sys
 import pytest
 from helpers import ROOT, call, load_script
 
-from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS
+from guided_diffusion.flags.presets import DIT_PRESETS, EDM_PRESETS, PRESETS
 
 SCRIPT_OF = {
     **dict.fromkeys(PRESETS, "classifier_sample.py"),
     **dict.fromkeys(EDM_PRESETS, "edm_sample.py"),
+    **dict.fromkeys(DIT_PRESETS, "dit_sample.py"),
     "digits": "compare_guidance.py",
     "digits-fewstep": "compare_fewstep.py",
     "digits-edm": "compare_edm.py",

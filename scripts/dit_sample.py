@@ -1,0 +1,34 @@
+"""Sample a DiT, a latent diffusion transformer, with classifier-free guidance and an off-the-shelf
+classifier.
+
+    python scripts/dit_sample.py --preset imagenet256-dit-resnet101 --num_samples 1000 --out results/dit
+
+Writes one PNG per sample and dataset.json with the labels, or with --format npz samples_NxHxWx3.npz (arr_0
+uint8 images, arr_1 int64 labels) and grid.png; and run.json. A run that was interrupted resumes when the same
+command is given again, on any number of processes (torchrun). The flags are those of DiT's sample_ddp.py,
+guidance's, and a few more. It needs pip install -e ".[dit]"."""
+
+import _beside  # noqa: F401
+
+import classifiers
+from guided_diffusion.files.console import print_result
+from guided_diffusion.flags.dit import DiTFlags
+from guided_diffusion.flags.fields import parse
+from guided_diffusion.flags.parser import run_main
+from guided_diffusion.flags.presets import DIT_PRESETS
+from guided_diffusion.runs import dit
+from guided_diffusion.runs.dry_run import dry_run
+from guided_diffusion.runs.job import run
+
+
+def main(flags=DiTFlags):
+    config = parse(flags, __doc__, DIT_PRESETS)
+    job = dit.make_job(config, classifiers)
+    if config.dry_run:
+        dry_run(job)
+    elif path := run(job):
+        print_result(str(path))
+
+
+if __name__ == "__main__":
+    run_main(main, resumable=True)
