@@ -5,6 +5,8 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +18,7 @@ from guided_diffusion.runs.job import Job, rounded
 from guided_diffusion.runs.lock import holder
 from guided_diffusion.runs.loop import named_failure
 from guided_diffusion.runs.store import existing_parent, require_room, required_bytes
-from guided_diffusion.runs.tally import Tally
+from guided_diffusion.runs.tally import CLASSIFIER, Tally
 
 TIMED_STEPS = 2  # after one that warms up
 
@@ -141,23 +143,46 @@ def _try_steps(job, sampler, tally, device):
     """
     batch = _batch(job) if device.type == "cuda" else 1
     draw = partial(named_failure, rounded(job, sampler), tally=tally, name_of=job.name_of)
-    marks = _marks(draw, device, batch, 1 + TIMED_STEPS)
+    marks = _marks(draw, device, batch, 1 + TIMED_STEPS, tally)
+    guidance = _guidance_cost(marks)
     marks = marks[1:] if len(marks) > 2 else marks  # a single step has to do, warm or not
-    seconds, memory, per_image = (marks[-1] - marks[0]) / (len(marks) - 1), _memory(device), 0
+    seconds, memory, per_image = (marks[-1].clock - marks[0].clock) / (len(marks) - 1), _memory(device), 0
     if batch < _batch(job):
-        _marks(draw, device, batch + 1, 1)
+        _marks(draw, device, batch + 1, 1, tally)
         per_image = _memory(device) - memory
-    return f"{seconds:.3f} s each at batch {batch}", _Trial(batch, seconds, memory, per_image)
+    return f"{seconds:.3f} s each at batch {batch}{guidance}", _Trial(batch, seconds, memory, per_image)
 
 
-def _marks(draw, device, batch, steps):
-    """The clock at the beginning of a batch and after each of at most so many steps."""
-    marks = [time.perf_counter()]
+class _Mark(NamedTuple):
+    clock: float
+    guidance: float  # seconds so far
+    passes: int  # of the classifier, so far
+
+
+def _guidance_cost(marks):
+    """What guidance adds to a step that asks the classifier, by the last one that did; "" where none did."""
+    asked = [(a, b) for a, b in pairwise(marks) if b.passes > a.passes]
+    if not asked:
+        return ""
+    (before, after), guidance = asked[-1], asked[-1][1].guidance - asked[-1][0].guidance
+    share = guidance / (after.clock - before.clock - guidance)
+    return f"; guidance adds {share:.0%} to one that asks the classifier"
+
+
+def _marks(draw, device, batch, steps, tally):
+    """The clocks at the beginning of a batch and after each of at most so many steps."""
+    start = tally.seen(CLASSIFIER)
+
+    def mark():
+        passes = tally.seen(CLASSIFIER) - start
+        return _Mark(time.perf_counter(), tally.stopwatch.seconds, passes)
+
+    marks = [mark()]
 
     def tick():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        marks.append(time.perf_counter())
+        marks.append(mark())
         if len(marks) > steps:
             raise _EnoughSteps
 

@@ -36,6 +36,10 @@ class Tally:
         self._seen[what] += 0
         network.register_forward_pre_hook(lambda _, args: self._seen.update({what: len(args[0])}))
 
+    def seen(self, what: str) -> int:
+        """How many images there were in the batch that is being drawn, by the name that `count` has."""
+        return self._seen[what]
+
     def observe(self, seen: Observation) -> None:
         """Take note of one step. Nothing is fetched from the accelerator before the batch is over."""
         self.guided = True

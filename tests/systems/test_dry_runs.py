@@ -41,6 +41,7 @@ def test_every_sampler_is_ready_and_no_trace_is_left(sampler, tmp_path, monkeypa
         assert [line.startswith(start) for line in said].count(True) == 1
     assert f"folder: {out}, 0 of 4 samples are there" in said
     assert f"for 4 images of {STEPS} steps" in result.out
+    assert re.search(r"\nsteps: .*; guidance adds \d+% to one that asks the classifier\n", result.out)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -56,7 +57,7 @@ def test_the_doctor_says_what_the_dry_run_says(tmp_path, monkeypatch, sampler, f
     for main, words in ((doctor, base[1:]), (sampler.main, (*base, "--dry_run", True))):
         result = call(main, [*words, "--steps", 2, *flags])
         assert (result.code, result.err) == (0, "")
-        texts.append(re.sub(r"\d+\.\d+ (s|GB|minutes|hours)", "", result.out))
+        texts.append(re.sub(r"\d+\.\d+ (s|GB|minutes|hours)|\d+%", "", result.out))
     assert texts[0] == texts[1] and f"folder: results/{name}, 0 of 300 samples" in texts[0]
     assert ("guide.safetensors" in texts[0]) == (sampler is DDPM)
     assert list(tmp_path.iterdir()) == []
