@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -237,4 +238,20 @@ def test_the_spectrum_of_images(tmp_path):
     assert spectrum.sum() == pytest.approx(images.var(axis=0, ddof=1).sum(), rel=1e-5)
     mean = images.reshape(len(images), -1).sum(axis=1) / math.sqrt(3 * 16 * 16)
     assert spectrum[0, 0, 0] == pytest.approx(mean.var(ddof=1), rel=1e-5)
+    assert "along differences of classes: 4.70, 4.52, 4.12; within a class: 1.93, 2.49, 2.36" in done.out
     assert call(SPECTRUM.main, [PRETRAINED_DIR / "digits/reference.npz", out]).code == 1  # it exists
+
+
+def test_the_deviation_along_differences_of_classes(tmp_path):
+    """Two classes apart in red alone, with little noise there, and much in blue."""
+    random = np.random.RandomState(0)
+    labels, images = np.repeat([3, 8], 50), np.full((100, 2, 2, 3), 128.0)
+    images[..., 0] += np.where(labels == 3, -60, 60)[:, None, None] + random.randn(100, 1, 1)
+    images[..., 2] += np.tile([-40, 40], 50)[:, None, None]  # alike in both
+    np.savez(tmp_path / "it.npz", arr_0=images.clip(0, 255).astype(np.uint8), arr_1=labels)
+    done = call(SPECTRUM.main, [tmp_path / "it.npz", tmp_path / "out.npz"])
+    # Four pixels, so twice the deviation of one: 2 * 60 / 127.5, and 2 / 127.5 within.
+    whole, within = map(float, re.search(r"classes: (\S+); within a class: (\S+)", done.out).groups())
+    assert whole == pytest.approx(0.95, abs=0.02) and within == pytest.approx(0.02, abs=0.01)
+    np.savez(tmp_path / "one.npz", arr_0=images.astype(np.uint8), arr_1=np.zeros(100, int))
+    assert "classes" not in call(SPECTRUM.main, [tmp_path / "one.npz", tmp_path / "out2.npz"]).out
