@@ -211,7 +211,7 @@ def sine_positions(width: int, side: int) -> Tensor:
     angles = np.arange(side)[:, None] * frequencies  # (side, D / 4)
     line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     column, row = np.tile(line, (side, 1)), np.repeat(line, side, axis=0)
-    return torch.from_numpy(np.concatenate([column, row], axis=1)).float()
+    return torch.tensor(np.concatenate([column, row], axis=1), dtype=torch.float32)
 
 
 def _size(depth: int, hidden_size: int, num_heads: int, patch_size: int) -> Callable[..., DiT]:
