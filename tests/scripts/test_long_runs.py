@@ -82,13 +82,13 @@ def test_three_processes_of_torchrun_write_the_bytes_of_one_process(tmp_path, al
     assert samples_bytes(tmp_path) == alone
 
 
-@pytest.mark.parametrize("launcher", [open_mpi, hydra, srun])
-def test_three_processes_of_mpiexec_and_srun_are_one_run_and_write_the_bytes_of_one_process(
+@pytest.mark.parametrize("launcher", [open_mpi, srun])
+def test_processes_of_mpiexec_and_srun_are_one_run_and_write_the_bytes_of_one_process(
     tmp_path, alone, launcher
 ):
     variables = {"TMPDIR": str(tmp_path)}
-    group = [start(ONE, *FLAGS, "--out", tmp_path, **launcher(rank, 3), **variables) for rank in (1, 2, 0)]
-    assert [bool(finish(process)) for process in group] == [False, False, True]
+    group = [start(ONE, *FLAGS, "--out", tmp_path, **launcher(rank, 2), **variables) for rank in (1, 0)]
+    assert [bool(finish(process)) for process in group] == [False, True]
     assert samples_bytes(tmp_path) == alone
 
 
