@@ -6,7 +6,8 @@ Weights are random where the preset's files are absent: the time of a step does 
 the network's rate is set against that of one plain convolution, and bfloat16 against float32, all in one run.
 On CUDA it reports images per second over batch sizes. Run it with nothing else on the machine; the lines it
 prints are meant for docs/benchmarks.md.
---evaluation and --engine measure what benchmark_evaluation.py and benchmark_engine.py do.
+For a preset of DiT it is benchmark_dit.py, by parts and decoders. --evaluation and --engine measure what
+benchmark_evaluation.py and benchmark_engine.py do.
 """
 
 import statistics
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import _beside  # noqa: F401
+import benchmark_dit
 import benchmark_engine
 import benchmark_evaluation
 import torch
@@ -27,7 +29,7 @@ from guided_diffusion.files.state_dicts import load_into
 from guided_diffusion.flags.adm import ADMFlags
 from guided_diffusion.flags.fields import Flags, Need, at_least, configure, flag, parse
 from guided_diffusion.flags.parser import parse_numbers, run_main
-from guided_diffusion.flags.presets import PRESETS
+from guided_diffusion.flags.presets import DIT_PRESETS, PRESETS
 from guided_diffusion.guidance import GuidanceStep
 from guided_diffusion.runs import adm, machine
 from guided_diffusion.runs.noise import SampleNoise
@@ -78,11 +80,13 @@ class BenchmarkFlags(Flags):
 
 
 def main():
-    config = parse(BenchmarkFlags, __doc__, {name: {} for name in PRESETS})
+    config = parse(BenchmarkFlags, __doc__, {name: {} for name in (*PRESETS, *DIT_PRESETS)})
     if config.evaluation or config.engine:
         return (benchmark_evaluation if config.evaluation else benchmark_engine).measure()
     device = config.place
     print(f"machine: {machine.describe(device)}")
+    if config.preset in DIT_PRESETS:
+        return benchmark_dit.measure(config.preset, config.repeats, str(device))
     step = GuidedStep(config, device)
     print(
         f"preset {config.preset}: {step.weights} weights, {step.gflop(1):.1f} GFLOP per image "

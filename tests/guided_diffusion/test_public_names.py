@@ -1,6 +1,6 @@
 """The names that code outside this project relies on: order, names and defaults of their arguments.
 
-Of a later issue, and not here yet: resample, image_datasets, train_util, dit.
+Of a later issue, and not here yet: resample, image_datasets, train_util.
 """
 
 import importlib
@@ -88,6 +88,13 @@ SIGNATURES = {
         "VPPrecond": f"{EDM}, beta_d=19.9, beta_min=0.1, M=1000, epsilon_t=1e-5, model_type='SongUNet'",
         "VEPrecond": f"{EDM}, sigma_min=0.02, sigma_max=100, model_type='SongUNet'",
         "iDDPMPrecond": f"{EDM}, C_1=0.001, C_2=0.008, M=1000, model_type='DhariwalUNet'",
+    },
+    "guided_diffusion.dit": {
+        "DiT": """input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+            mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True""",
+        "DiT.forward": "self, x, t, y",
+        "DiT.forward_with_cfg": "self, x, t, y, cfg_scale",
+        "load_dit": "path",
     },
     "guided_diffusion.checkpoints": {"load_state_dict": "path"},
     "classifiers": {

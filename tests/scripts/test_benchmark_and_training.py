@@ -1,5 +1,7 @@
 """The benchmark prints its figures, and the training script writes files that load."""
 
+import contextlib
+import io
 import json
 import re
 from functools import partial
@@ -8,6 +10,7 @@ import pytest
 from helpers import call, environment, load_script
 
 from classifiers import load_classifier
+from guided_diffusion.dit import DiT
 from guided_diffusion.edm import load_edm_network
 from guided_diffusion.files.checkpoints import load_state_dict
 from guided_diffusion.files.pretrained import sha256
@@ -32,6 +35,27 @@ def test_the_benchmark_prints_its_figures(monkeypatch):
     shares = {text.rpartition(" ")[0]: float(text.rpartition(" ")[2][:-1]) for text in added.split(", ")}
     names = ["at every step", "--guidance_every 4", "--guidance_interval 0,5", "both"]
     assert list(shares) == names and shares["both"] < shares["--guidance_every 4"] < shares["at every step"]
+
+
+def test_the_benchmark_of_dit_prints_a_line_for_each_decoder(monkeypatch):
+    pytest.importorskip("diffusers")
+    script = load_script("benchmark_dit")
+    tiny = partial(DiT, hidden_size=32, depth=1, num_heads=2)
+    monkeypatch.setattr(script, "DIT_MODELS", {"DiT-XL/2": tiny})
+    monkeypatch.setattr(script, "AUTOENCODER", script.AUTOENCODER | {"block_out_channels": (32, 32, 32, 32)})
+    monkeypatch.setattr(script, "WAYS", ("vae with checkpointing", "linear"))
+    monkeypatch.setattr(script, "in_own_process", script.timed_step)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        script.measure("imagenet256-dit-resnet101", 1, "cpu")
+    assert out.getvalue().startswith("preset imagenet256-dit-resnet101: random weights, batch 1, float32; ")
+    for line, way in zip(out.getvalue().splitlines()[1:], script.WAYS, strict=True):
+        parts = [float(re.search(rf"{part} (\d+\.\d+) s", line)[1]) for part in script.PARTS]
+        adds, every = map(
+            float, re.search(r"adds ([\d.]+)%, with --guidance_every 8 ([\d.]+)%", line).groups()
+        )
+        assert line.startswith(f"{way}: ") and "peak memory" in line
+        assert adds == pytest.approx(100 * sum(parts[1:]) / parts[0], rel=0.2)
+        assert every == pytest.approx(adds / 8, abs=0.1)
 
 
 @pytest.mark.parametrize(

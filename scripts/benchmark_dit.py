@@ -1,0 +1,115 @@
+"""Measure the guided step of a DiT preset: the transformer, the decoder forward and backward, the classifier,
+and the memory, for each way to decode.
+
+    python scripts/benchmark.py --preset imagenet256-dit-resnet101
+
+Weights are random: times do not depend on them. Each way is measured in a process of its own, since peak
+memory is one's. Run it with nothing else on the machine; its lines are meant for docs/benchmarks.md."""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import _beside  # noqa: F401
+import torch
+
+import classifiers
+from classifiers.decoders import AutoencoderDecoder, LinearDecoder, public_map, require_diffusers
+from guided_diffusion import dist_util
+from guided_diffusion.dit import DIT_MODELS
+from guided_diffusion.flags.dit import DiTFlags
+from guided_diffusion.flags.fields import configure
+from guided_diffusion.flags.parser import Parser, run_main
+from guided_diffusion.flags.presets import DIT_PRESETS
+from guided_diffusion.mixed_denoisers import in_one_batch
+from guided_diffusion.runs import machine
+from guided_diffusion.runs.stopwatch import Stopwatch
+
+# The architecture of Stable Diffusion's autoencoder; AutoencoderTiny's own defaults are taesd's.
+AUTOENCODER = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+WAYS = ("vae", "vae with checkpointing", "tiny", "linear")
+PARTS = ("transformer", "decoder forward", "decoder backward", "classifier")
+EVERY = 8  # for the line about --guidance_every
+
+
+def main():
+    parser = Parser(description=__doc__)
+    parser.add_argument("--call", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    print(json.dumps(timed_step(*json.loads(args.call))))
+
+
+def measure(preset, repeats, device):
+    """Print a line for each way to decode."""
+    require_diffusers()
+    print(f"preset {preset}: random weights, batch 1, float32; a step evaluates with labels and without")
+    for way in WAYS:
+        print(line_of(way, in_own_process(way, preset, repeats, device)))
+
+
+def in_own_process(*arguments):
+    command = [sys.executable, str(Path(__file__).resolve()), "--call", json.dumps(arguments)]
+    return json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
+
+
+def line_of(way, measured):
+    parts = ", ".join(f"{name} {measured[name]:.3f} s" for name in PARTS)
+    share = sum(measured[name] for name in PARTS[1:]) / measured["transformer"]
+    return (
+        f"{way}: {parts}; guidance adds {share:.1%}, with --guidance_every {EVERY} {share / EVERY:.1%}; "
+        f"peak memory {measured['memory'] / 1e9:.2f} GB"
+    )
+
+
+def timed_step(way, preset, repeats, device):
+    """{part of a step: its median seconds}, and the process's peak memory in bytes, on CUDA the device's."""
+    device, config = torch.device(device), configure(DiTFlags, DIT_PRESETS, {"preset": preset})
+    if device.type == "cpu":
+        dist_util.keep_freed_memory()
+    net = DIT_MODELS[config.model](input_size=config.image_size // 8).to(device).eval().requires_grad_(False)
+    network = in_one_batch(net, net.num_classes, config.cfg_scale, config.cfg_channels)
+    decoder = decoder_of(way, config.image_size).to(device).eval().requires_grad_(False)
+    classifier = classifiers.load_classifier(
+        config.classifier_type, "random", softplus_beta=config.softplus_beta, image_size=config.image_size
+    ).to(device)
+    z = torch.randn(1, net.in_channels, net.input_size, net.input_size, device=device)
+    t, y = (torch.full((1,), value, device=device) for value in (500, 3))
+
+    def step():
+        clocks = {part: Stopwatch(device) for part in PARTS}
+        with torch.no_grad():
+            clocks["transformer"].wrap(network)(z, t, y)
+        leaf = z.clone().requires_grad_()
+        image = clocks["decoder forward"].wrap(decoder)(leaf)
+        seen, gradient = image.detach().requires_grad_(), torch.autograd.grad
+        (g,) = clocks["classifier"].wrap(lambda: gradient(classifier(seen)[0, 3], seen))()
+        clocks["decoder backward"].wrap(gradient)(image, leaf, g)
+        return {part: clock.seconds for part, clock in clocks.items()}
+
+    times = [step() for _ in range(repeats + 1)][1:]
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else machine.peak_memory()
+    return {part: statistics.median(each[part] for each in times) for part in PARTS} | {"memory": memory}
+
+
+def decoder_of(way, image_size):
+    """A decoder of random weights."""
+    if way == "linear":
+        return LinearDecoder(**public_map(), size=image_size)
+    diffusers = require_diffusers()
+    network = diffusers.AutoencoderTiny() if way == "tiny" else diffusers.AutoencoderKL(**AUTOENCODER)
+    return AutoencoderDecoder(network, checkpointing="checkpointing" in way)
+
+
+if __name__ == "__main__":
+    run_main(main)
