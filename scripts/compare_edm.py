@@ -24,6 +24,7 @@ from comparison import (
     distinct_numbers,
     hold_out,
     judge,
+    require_one_process,
     require_other_judge,
     summaries,
     with_error,
@@ -62,6 +63,7 @@ CURVES = {
 def main():
     parser = create_argparser()
     args, rest = parser.parse_known_args()
+    require_one_process()
     steps, seeds = distinct_numbers(args.steps, "--steps"), distinct_numbers(args.seeds, "--seeds")
     given = given_flags(EDMFlags, None, EDM_PRESETS, ["--preset", args.preset, *rest])
     if min(seeds) < 0:

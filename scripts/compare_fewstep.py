@@ -19,6 +19,7 @@ from comparison import (
     cells,
     cost,
     distinct_numbers,
+    require_one_process,
     require_other_judge,
     summaries,
     with_error,
@@ -64,6 +65,7 @@ def main():
     parser.add_argument("--num_samples", type=int, default=100, help="images of each row and seed")
     parser.add_argument("--out", type=Path, help="output folder, by default results/PRESET")
     args, rest = parser.parse_known_args()
+    require_one_process()
     seeds = distinct_numbers(args.seeds, "--seeds")
     if args.num_samples < comparison.SMALLEST:
         raise ValueError(f"--num_samples must be at least {comparison.SMALLEST}, got {args.num_samples}")

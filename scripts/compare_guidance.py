@@ -23,6 +23,7 @@ from comparison import (
     distinct_numbers,
     draw_rows,
     hold_out,
+    require_one_process,
     require_other_judge,
     summaries,
     with_error,
@@ -54,6 +55,7 @@ def main():
     parser.add_argument("--seeds", default="0", help="one comparison per seed, for example 0-2")
     parser.add_argument("--out", type=Path, help="output folder, by default results/PRESET")
     args, rest = parser.parse_known_args()
+    require_one_process()
     seeds = distinct_numbers(args.seeds, "--seeds")
     given = given_flags(ADMFlags, None, PRESETS, ["--preset", args.preset, *rest])
     require_null_class(args.preset)

@@ -22,6 +22,7 @@ from guided_diffusion.files.pretrained import PRETRAINED_DIR
 from guided_diffusion.files.run_folder import read_run, read_samples
 from guided_diffusion.flags.fields import configure
 from guided_diffusion.flags.parser import parse_numbers
+from guided_diffusion.runs.launchers import find_place
 from guided_diffusion.runs.tally import CLASSIFIER, NETWORK
 
 METRICS = ("fid", "precision", "recall", "density", "coverage")
@@ -59,6 +60,14 @@ def require_other_judge(judge: str, given: Mapping[str, Any], preset: Mapping[st
             f"--judge {judge} is the guide itself; choose another classifier, of another architecture"
         )
     find_classifier(judge)
+
+
+def require_one_process() -> None:
+    """Raise ValueError under torchrun and its kin: the runs of a table are drawn and measured one after
+    another.
+    """
+    if find_place().size > 1:
+        raise ValueError("this script is for one process: start it with plain python")
 
 
 def distinct_numbers(text: str, flag: str) -> list[int]:

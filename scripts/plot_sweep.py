@@ -7,10 +7,11 @@ A name such as "EDM, labels / dpmpp_2m" is the curve dpmpp_2m in the row of pane
 panel in that row for each number of --y. A curve goes through its cells in the order of the file. A point is
 the mean over the seeds, its bars are their standard deviation."""
 
+import json
 from pathlib import Path
 
 import _beside  # noqa: F401
-from sweep import NUMBERS, read_rows, summaries
+from sweep import NUMBERS
 
 from guided_diffusion.files.console import print_result
 from guided_diffusion.files.figures import plain_style, plain_text, require_matplotlib, save_figure
@@ -34,14 +35,15 @@ def main():
     rows = [row for folder in args.folders for row in finished(folder)]
     out = args.out or args.folders[0] / "sweep.png"
     with plain_style():
-        save_figure(draw(curves(summaries(rows)), args.x, columns), out, dpi=110)
+        save_figure(draw(curves(rows), args.x, columns), out, dpi=110)
     print_result(str(out))
 
 
 def finished(folder):
-    if not (folder / "rows.json").is_file():
-        raise FileNotFoundError(f"{folder} has no rows.json: give the --out of scripts/sweep.py")
-    return read_rows(folder / "rows.json")
+    """The table of a sweep, its rows in the order of the file of cells."""
+    if not (folder / "table.json").is_file():
+        raise FileNotFoundError(f"{folder} has no table.json: give the --out of a finished scripts/sweep.py")
+    return json.loads((folder / "table.json").read_text())
 
 
 def curves(rows):

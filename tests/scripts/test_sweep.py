@@ -4,6 +4,7 @@ draws it.
 
 import csv
 import json
+import shutil
 
 import comparison
 import numpy as np
@@ -34,6 +35,10 @@ def rows_of(folder):
     return json.loads((folder / "rows.json").read_text())
 
 
+def table_of(folder):
+    return json.loads((folder / "table.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """(folder, result) of two seeds."""
@@ -45,12 +50,14 @@ def finished(tmp_path_factory):
 
 
 def test_braces_make_a_cell_for_every_combination():
-    cells = list(SWEEP.expanded("a / b: digits --steps {5,10} --labels 1,2 --sampler {euler,heun}", "f:1"))
+    cells = list(SWEEP.expanded("a / b: digits --steps {5,10} --labels 1,2 --sampler {euler,heun}"))
     chosen = [tuple(cell.chosen.items()) for cell in cells]
     grid = [("5", "euler"), ("5", "heun"), ("10", "euler"), ("10", "heun")]
     assert chosen == [(("steps", steps), ("sampler", name)) for steps, name in grid]
     assert {(cell.name, cell.preset) for cell in cells} == {("a / b", "digits")}
     assert cells[2].words == ("--steps", "10", "--labels", "1,2", "--sampler", "euler")
+    presets = [cell.chosen for cell in SWEEP.expanded("a: {digits,digits-edm} --steps 1")]
+    assert presets == [{"preset": "digits"}, {"preset": "digits-edm"}]
 
 
 def test_a_row_for_each_cell_and_seed_with_what_it_cost(finished):
@@ -79,18 +86,21 @@ def test_the_table_has_means_and_deviations_and_a_column_for_what_differs(finish
     assert result.out == markdown and f"| {cell} |" in markdown
 
 
-def test_what_is_measured_is_not_drawn_again_and_a_new_cell_alone(finished, file, monkeypatch):
-    folder, first = finished
+def test_what_is_measured_is_not_drawn_again_and_a_new_cell_alone(finished, file, tmp_path, monkeypatch):
+    folder, first = tmp_path / "out", finished[1]
+    shutil.copytree(finished[0], folder)
     before = rows_of(folder)
     monkeypatch.setattr(SWEEP, "run", None)
     assert call(SWEEP.main, flags(file, folder, "--seeds", "0-1")).out == first.out
     monkeypatch.undo()
     file.write_text(LINES + "one more: digits --steps 1\n")
+    file.write_text(file.read_text().replace("unguided:", "another name:"))
     result = call(SWEEP.main, flags(file, folder))
     assert [line for line in result.err.splitlines() if "/" in line[:4]] == [
         "1/1: one more: digits --steps 1, seed 0"
     ]
     assert rows_of(folder)[:-1] == before and rows_of(folder)[-1]["name"] == "one more"
+    assert [row["name"] for row in table_of(folder)] == ["another name", *["EDM / ours"] * 2, "one more"]
 
 
 def test_a_sweep_that_is_stopped_resumes_with_the_rows_that_it_has(file, tmp_path, finished, monkeypatch):
@@ -116,20 +126,58 @@ def test_a_sweep_that_is_stopped_resumes_with_the_rows_that_it_has(file, tmp_pat
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("digits --steps 2", "cells.txt:1: 'digits --steps 2' is not understood; write NAME: PRESET"),
+        (
+            "digits --steps 2",
+            "cells.txt:1: 'digits --steps 2' is not understood (write NAME: PRESET [FLAGS...])",
+        ),
         ("name:", "cells.txt:1: 'name:' is not understood"),
+        (
+            "a: digits --labels '1",
+            'cells.txt:1: "a: digits --labels \'1" is not understood (No closing quotation)',
+        ),
+        ("a: digits --steps={1,2}", "braces stand for a whole word, not for a part of --steps={1,2}"),
         ("# nothing", "has no cells: write lines such as"),
-        ("a: digits --sampler euler --gamma_factor 2 --guidance_strength ddim", "gamma_factor"),
-        ("a: nothing --steps 2", "unknown preset 'nothing'"),
+        (
+            "a: digits --stepz 2",
+            "a: digits --stepz 2: unrecognized arguments: --stepz 2 (did you mean --steps?)",
+        ),
+        ("a: digits --sampler euler --gamma_factor 2 --guidance_strength ddim", "a: digits --sampler euler"),
+        (
+            "a: nothing --steps 2",
+            "a: nothing --steps 2: judge and metrics are those of the digits, and nothing",
+        ),
+        ("a: imagenet128-unguided", "imagenet128-unguided is none of their presets"),
         ("a: digits --num_samples 9", "a: digits --num_samples 9: --num_samples is this script's own"),
         ("a: digits-edm --seeds 9", "a: digits-edm --seeds 9: --seeds is this script's own"),
+        ("a: digits --out x", "a: digits --out x: --out is this script's own"),
+        ("a: digits --preset digits-fewstep", "the preset stands first, without --preset"),
+        ("a: digits --classifier_type digits_judge", "--judge digits_judge is the guide itself"),
+        (
+            "a: digits --steps 2\nb: digits --steps 2 --classifier_scale 2",
+            "two cells are the same run, 'a: digits",
+        ),
     ],
 )
 def test_what_cannot_be_a_cell_is_refused_before_anything_is_drawn(file, tmp_path, line, message):
     file.write_text(line)
     result = call(SWEEP.main, flags(file, tmp_path / "out"))
-    assert result.code == 1 and message in result.err and "\n" not in result.err.strip()
+    assert result.code == 1 and message in result.err and "\n" not in result.err.strip(), result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_another_judge_judges_anew(finished, file, tmp_path):
+    shutil.copy(finished[0] / "rows.json", tmp_path)
+    file.write_text(LINES.splitlines()[1].replace("digits ", "digits --classifier_type digits_judge ", 1))
+    result = call(SWEEP.main, flags(file, tmp_path, "--judge", "digits_guide"))
+    assert result.code == 0 and "1/1: unguided" in result.err
+    assert len(rows_of(tmp_path)) == 7
+
+
+def test_it_is_for_one_process(file, tmp_path, monkeypatch):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    result = call(SWEEP.main, flags(file, tmp_path / "out"))
+    assert result.code == 1 and "is for one process: start it with plain python" in result.err
 
 
 def test_the_reference_is_not_measured_for_a_refused_number(file, tmp_path, monkeypatch):
@@ -142,7 +190,7 @@ def test_the_reference_is_not_measured_for_a_refused_number(file, tmp_path, monk
 
 
 def test_a_line_of_the_file_is_a_curve_in_the_panels_before_its_slash(finished):
-    panels = PLOT.curves(SWEEP.summaries(rows_of(finished[0])[:3]))
+    panels = PLOT.curves(table_of(finished[0]))
     assert {panel: list(lines) for panel, lines in panels.items()} == {"": ["unguided"], "EDM": ["ours"]}
     figure = PLOT.draw(panels, "evaluations", ["fd_digits", "recall"])
     assert [axes.get_ylabel() for axes in figure.axes] == ["FD(digits)", "recall"] * 2
@@ -162,7 +210,7 @@ def test_the_picture_of_a_sweep(finished):
     ("more", "message"),
     [
         (["--y", "precision,fid"], "--y precision,fid: 'fid' is not a number of a sweep"),
-        ([], "has no rows.json"),
+        ([], "has no table.json"),
     ],
 )
 def test_what_cannot_be_drawn(tmp_path, more, message):
