@@ -7,7 +7,6 @@ AutoencoderTiny); linear one matrix from a latent's channels to red, green and b
 cost: enough to know the class by, not to look at. The answer is not clamped: where it is, there would be no
 gradient."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guided_diffusion.files.checkpoints import load_state_dict
+from guided_diffusion.files.diffusers_dit import read_config
 from guided_diffusion.files.state_dicts import load_into, renamed
 
 DECODERS = ("vae", "tiny", "linear")
@@ -74,6 +74,7 @@ class LinearDecoder(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.size = size
+        self.channels = len(weight)
 
     def forward(self, z: Tensor) -> Tensor:
         weight, bias = self.weight.to(z.dtype), self.bias.to(z.dtype)
@@ -124,7 +125,7 @@ def load_autoencoder(path: str | Path, *, tiny: bool = False) -> Any:
     """diffusers' AutoencoderKL, or AutoencoderTiny, of a folder, frozen. Raises as `load_decoder`."""
     diffusers = require_diffusers()
     folder = autoencoder_weights(path).parent
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder / "config.json")
     name = "AutoencoderTiny" if tiny else "AutoencoderKL"
     if config.get("_class_name", name) != name:
         raise ValueError(f"{folder} holds a {config['_class_name']}, not an {name}")

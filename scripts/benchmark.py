@@ -72,6 +72,11 @@ class BenchmarkFlags(Flags):
 
     def check(self) -> None:
         super().check()
+        if self.preset in DIT_PRESETS:
+            if not DIT_PRESETS[self.preset].get("classifier_type"):
+                raise ValueError(f"preset {self.preset} has no classifier; choose imagenet256-dit-resnet101")
+            if unused := sorted(self.given & {"batch_sizes", "compile", "reuse_activations"}):
+                raise ValueError(f"--{unused[0]} is for networks that are not DiT: drop it")
         others = sorted(self.given - {"evaluation", "engine"})
         if (self.evaluation or self.engine) and (others or (self.evaluation and self.engine)):
             raise ValueError(

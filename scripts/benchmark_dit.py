@@ -6,7 +6,6 @@ and the memory, for each way to decode.
 Weights are random: times do not depend on them. Each way is measured in a process of its own, since peak
 memory is one's. Run it with nothing else on the machine; its lines are meant for docs/benchmarks.md."""
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -43,7 +42,7 @@ EVERY = 8  # for the line about --guidance_every
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("--call", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--call", required=True, help="what scripts/benchmark.py hands over")
     args = parser.parse_args()
     print(json.dumps(timed_step(*json.loads(args.call))))
 
@@ -58,9 +57,12 @@ def measure(preset, repeats, device):
 
 def in_own_process(*arguments):
     command = [sys.executable, str(Path(__file__).resolve()), "--call", json.dumps(arguments)]
-    return json.loads(
-        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-    )
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(
+            f"{arguments[0]} could not be measured: {(done.stderr.splitlines() or ['it was killed'])[-1]}"
+        )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def line_of(way, measured):

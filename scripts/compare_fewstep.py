@@ -4,9 +4,10 @@ comes out and what it costs.
     python scripts/compare_fewstep.py --preset digits-fewstep --seeds 0-2 --out results/digits-fewstep
 
 Every flag that is not listed here is one of scripts/classifier_sample.py, and goes to the rows in which it
-means something; each row is a run of its own. Evaluations of the network, passes of the classifier and
-seconds are per image. The judge is a classifier of another architecture and seed than the guide; the distance
-is by the features of a third network. Writes comparison.json and comparison.png beside the runs."""
+means something; sampler, steps and scale are the rows' own. Each row is a run of its own. Evaluations of the
+network, passes of the classifier and seconds are per image. The judge is a classifier of another architecture
+and seed than the guide; the distance is by the features of a third network. Writes comparison.json and
+comparison.png beside the runs."""
 
 import sys
 from pathlib import Path
@@ -38,12 +39,14 @@ from guided_diffusion.runs import adm
 from guided_diffusion.runs.job import run
 
 # Of the class-conditional network; the recipe at its best scale there (docs/few-steps.md).
+_RECIPE = {"preset": "digits", "sampler": "ddpm", "classifier_scale": 1.0}
+_FEW = {"preset": "digits-fewstep", "sampler": "dpmpp_2m_sde", "classifier_scale": 2.0}
 ROWS = {
-    "unguided, 25 steps": {"preset": "digits", "steps": 25, "classifier_scale": 0.0},
-    "the paper's recipe, 250 steps": {"preset": "digits", "steps": 250, "classifier_scale": 1.0},
-    "the paper's recipe, 25 steps": {"preset": "digits", "steps": 25, "classifier_scale": 1.0},
-    "few steps, 10": {"preset": "digits-fewstep", "steps": 10},
-    "few steps, 5": {"preset": "digits-fewstep", "steps": 5},
+    "unguided, 25 steps": {**_RECIPE, "steps": 25, "classifier_scale": 0.0},
+    "the paper's recipe, 250 steps": {**_RECIPE, "steps": 250},
+    "the paper's recipe, 25 steps": {**_RECIPE, "steps": 25},
+    "few steps, 10": {**_FEW, "steps": 10},
+    "few steps, 5": {**_FEW, "steps": 5},
 }
 DISTANCE = metric_key("fid", FEATURES)
 COLUMNS = {

@@ -35,6 +35,8 @@ def main():
     args = parser.parse_args()
     if args.out.suffix != ".npz" or (args.out.exists() and not args.overwrite):
         raise ValueError(f"{args.out} must end in .npz, and be new or be replaced with --overwrite")
+    if not args.out.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {args.out.parent} to write into: make it first")
     images = open_images(args.images, skip_unreadable=args.skip_unreadable)
     spectrum, count = measure(images.batches(BATCH_SIZE))
     with renamed_when_complete(args.out) as file:
@@ -44,7 +46,7 @@ def main():
     deviation = float(spectrum.mean()) ** 0.5
     labels = labels_in(args.images)
     print_result(f"{args.out}: {count} images {tuple(spectrum.shape)}, standard deviation {deviation:.3f}")
-    if labels is not None and len(labels) == count:
+    if labels is not None and len(labels) == count > len(np.unique(labels)):
         whole, within = (", ".join(f"{value:.2f}" for value in row) for row in along_classes(images, labels))
         print_result(f"along differences of classes: {whole}; within a class: {within}")
 

@@ -36,6 +36,8 @@ def main():
     args = parser.parse_args()
     if args.out.suffix != ".safetensors" or (args.out.exists() and not args.overwrite):
         raise ValueError(f"{args.out} must end in .safetensors, and be new or be replaced with --overwrite")
+    if not args.out.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {args.out.parent} to write into: make it first")
     if min(args.num_images, args.batch_size) < 1:
         raise ValueError("--num_images and --batch_size must be at least 1")
     device = choose_device(args.device)

@@ -1,8 +1,9 @@
-"""diffusers' copies of DiT: its folder, and its names of the parameters as the original's.
+"""diffusers' configurations, and its copies of DiT: its folder, and its names of the parameters as the
+original's.
 
 diffusers holds the embeddings of timestep and class once in every block, and its queries, keys and values as
 three layers. Its own arithmetic differs from the original's in two places (the timestep's frequencies, and
-the epsilon of the last norm); the weights are the same."""
+the epsilon of the blocks' second norm); the weights are the same."""
 
 import json
 import re
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 SETTINGS = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True}
+NUMBERS = ("sample_size", "num_attention_heads")  # what the weights do not say
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _EMBEDDINGS = {
     "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
@@ -52,15 +54,29 @@ def find_transformer(path: Path) -> tuple[Path, dict[str, Any]]:
     if weights is None or not settings.is_file():
         lacking = "config.json" if weights else FILES[0]
         raise FileNotFoundError(f"{folder} has no {lacking}: give diffusers' folder of a DiT, as it is")
-    config = json.loads(settings.read_text())
-    if not isinstance(config, dict):
-        raise ValueError(f"{settings} is not a configuration of diffusers: it holds no object")
+    config = read_config(settings)
+    for name in NUMBERS:
+        if not isinstance(config.get(name), int) or config[name] < 1:
+            raise ValueError(
+                f"{settings} has {name} {config.get(name)!r}, and DiT needs a whole number from 1 on"
+            )
     for name, value in SETTINGS.items():
         if config.get(name, value) != value:
             raise ValueError(
                 f"{settings} has {name} {config[name]!r}, and DiT has {value!r}: it is another network"
             )
     return weights, config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json. Raises ValueError with its path for what is none."""
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a configuration of diffusers ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a configuration of diffusers: it holds no object")
+    return config
 
 
 def original_names(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:

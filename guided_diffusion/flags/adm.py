@@ -70,8 +70,35 @@ class LabelFlags(Flags):
     seed: int = flag(0, "of noise and labels")
 
 
+class DiscreteFlags:
+    """What the configurations of networks of the discrete process share."""
+
+    @property
+    def marginal_temperature(self: Any) -> float:
+        """tau_2, from its ratio to tau_1."""
+        return self.joint_temperature * self.margin_temperature_discount
+
+    @property
+    def asks_denoiser(self: Any) -> bool:
+        """Whether a solver samples, not a loop of the process's own."""
+        return self.sampler not in LOOPS
+
+    @property
+    def guides_denoiser(self: Any) -> bool:
+        """Whether an off-the-shelf classifier guides a denoiser."""
+        return self.guided_off_the_shelf and self.asks_denoiser
+
+    def check_draws(self: Any) -> None:
+        """Raise ValueError for labels and seeds that cannot be."""
+        if self.fix_class and "labels" in self.given:
+            raise ValueError(f"--fix_class True and --labels {self.labels} contradict each other: keep one")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be from 0 to 2**63 - 1, got {self.seed}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ADMFlags(
+    DiscreteFlags,
     LabelFlags,
     RunFlags,
     GuidanceFlags,
@@ -104,18 +131,6 @@ class ADMFlags(
         return replace(config, labels=str(config.fix_class_index)) if config.fix_class else config
 
     @property
-    def marginal_temperature(self) -> float:
-        return self.joint_temperature * self.margin_temperature_discount
-
-    @property
-    def asks_denoiser(self) -> bool:
-        return self.sampler not in LOOPS
-
-    @property
-    def guides_denoiser(self) -> bool:
-        return self.guided_off_the_shelf and self.asks_denoiser
-
-    @property
     def folder(self) -> Path:
         """The output folder."""
         default = Path("results", self.preset or "samples")
@@ -131,8 +146,7 @@ class ADMFlags(
             raise ValueError(
                 f"--out {self.out} and --log_dir {self.log_dir} are two names of one folder: keep one"
             )
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be from 0 to 2**63 - 1, got {self.seed}")
+        self.check_draws()
 
     def _check_sampler(self):
         if self.use_ddim and self.sampler != "ddim":
@@ -159,8 +173,6 @@ class ADMFlags(
         if self.uses_cfg and (self.unconditional or not self.null_class):
             fix = "drop --unconditional" if self.unconditional else "add --null_class True if it has one"
             raise ValueError(f"--cfg_scale {self.cfg_scale} needs the labels and a null class: {fix}")
-        if self.fix_class and "labels" in self.given:
-            raise ValueError(f"--fix_class True and --labels {self.labels} contradict each other: keep one")
         if self.null_class and not self.class_cond:
             raise ValueError("--null_class True needs a class-conditional network: add --class_cond True")
         if self.unconditional and self.class_cond and not self.null_class:

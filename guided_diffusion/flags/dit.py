@@ -7,7 +7,7 @@ from typing import Any
 
 from guided_diffusion.dit import DIT_MODELS
 from guided_diffusion.files.pretrained import PRETRAINED_DIR
-from guided_diffusion.flags.adm import LOOPS, NUM_CLASSES, SAMPLERS, LabelFlags
+from guided_diffusion.flags.adm import NUM_CLASSES, SAMPLERS, DiscreteFlags, LabelFlags
 from guided_diffusion.flags.fields import Flags, Need, above, at_least, finite, flag
 from guided_diffusion.flags.guidance import OFF_THE_SHELF, GuidanceFlags
 from guided_diffusion.flags.mixed import MixedFlags
@@ -90,7 +90,9 @@ class LatentFlags(Flags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTFlags(LabelFlags, RunFlags, GuidanceFlags, MixedFlags, SolverFlags, LatentFlags, DiTSamplingFlags):
+class DiTFlags(
+    DiscreteFlags, LabelFlags, RunFlags, GuidanceFlags, MixedFlags, SolverFlags, LatentFlags, DiTSamplingFlags
+):
     """A DiT, guided."""
 
     batch_size: int = flag(
@@ -148,18 +150,6 @@ class DiTFlags(LabelFlags, RunFlags, GuidanceFlags, MixedFlags, SolverFlags, Lat
         return False
 
     @property
-    def marginal_temperature(self) -> float:
-        return self.joint_temperature * self.margin_temperature_discount
-
-    @property
-    def asks_denoiser(self) -> bool:
-        return self.sampler not in LOOPS
-
-    @property
-    def guides_denoiser(self) -> bool:
-        return self.guided_off_the_shelf and self.asks_denoiser
-
-    @property
     def in_one_batch(self) -> bool:
         """Whether labels and no labels are asked in one batch, under any sampler."""
         return self.cfg_rule == "cfg" and self.cfg_scale != 1
@@ -187,10 +177,14 @@ class DiTFlags(LabelFlags, RunFlags, GuidanceFlags, MixedFlags, SolverFlags, Lat
             raise ValueError(
                 f"--cfg_scale {self.cfg_scale} needs the labels: drop --unconditional, or add --cfg_scale 1"
             )
-        if self.fix_class and "labels" in self.given:
-            raise ValueError(f"--fix_class True and --labels {self.labels} contradict each other: keep one")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be from 0 to 2**63 - 1, got {self.seed}")
+        self.check_draws()
+        if self.classifier_path and not self.classifier_type:
+            raise ValueError(
+                f"--classifier_path {self.classifier_path}: of which network? add --classifier_type, such as "
+                "resnet101"
+            )
+        if self.no_tf32 and "tf32" in self.given:
+            raise ValueError("--tf32 and --no-tf32 are two names of one thing: keep one")
         if self.guided_off_the_shelf and self.latent_decoder == "tiny" and not self.decoder_path:
             raise ValueError(
                 "--latent_decoder tiny needs --decoder_path: diffusers' folder of an AutoencoderTiny"

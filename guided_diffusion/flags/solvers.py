@@ -26,6 +26,7 @@ from guided_diffusion.solvers import (
 
 TRAINED = "trained"
 _SLACK = 1e-6  # relative, of a level beside the network's lowest or highest
+_SAID = 1e-3  # the same where a user writes the limit as messages say it
 
 
 def _takes(sampler: str, option: str) -> bool:
@@ -135,13 +136,14 @@ class SolverFlags(Flags):
         """(sigma_min, sigma_max), the network's where the flags say none. Raises ValueError outside of
         them.
         """
-        wanted = [("sigma_min", self.sigma_min, low), ("sigma_max", self.sigma_max, high)]
+        given = (self.sigma_min, self.sigma_max) if RANGE.met(self) else (None, None)
+        wanted = [("sigma_min", given[0], low), ("sigma_max", given[1], high)]
         for name, value, _ in wanted:
-            if value is not None and not low <= value <= high:
+            if value is not None and not low * (1 - _SAID) <= value <= high * (1 + _SAID):
                 raise ValueError(
                     f"--{name} {value:g} is outside the levels of this network, {low:.4g} to {high:.4g}"
                 )
-        low, high = (limit if value is None else value for _, value, limit in wanted)
+        low, high = (limit if value is None else min(max(value, low), high) for _, value, limit in wanted)
         if low >= high:
             raise ValueError(f"--sigma_min {low:g} must be below --sigma_max {high:g}")
         return low, high

@@ -19,7 +19,7 @@ from guided_diffusion.flags.rules import RuleFlags
 from guided_diffusion.flags.solvers import solver_files
 from guided_diffusion.flags.trained import unlike_training
 from guided_diffusion.guidance import noisy_classifier_gradient
-from guided_diffusion.runs.discrete import Drawn, Network, sampler_of
+from guided_diffusion.runs.discrete import Drawn, Network, load_off_the_shelf, sampler_of
 from guided_diffusion.runs.job import Job, Sampler
 from guided_diffusion.runs.noise import DRAWN_BY_INDEX
 from guided_diffusion.runs.tally import CLASSIFIER, NETWORK, Tally
@@ -153,15 +153,7 @@ def load_guides(
 
 def load_guide(config: ADMFlags, classifiers: Any, device: torch.device) -> torch.nn.Module:
     """The off-the-shelf classifier that the flags describe."""
-    classifier = classifiers.load_classifier(
-        config.classifier_type,
-        config.classifier_path or None,
-        num_classes=config.num_classes,
-        softplus_beta=config.softplus_beta,
-        classifier_input=config.classifier_input,
-        image_size=config.image_size,
-        checkpoint_key=config.classifier_checkpoint_key or None,
-    ).to(device)
+    classifier = load_off_the_shelf(config, classifiers, config.num_classes, config.image_size).to(device)
     return classifier.half() if config.classifier_use_fp16 and device.type != "cpu" else classifier
 
 

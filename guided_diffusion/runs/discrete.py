@@ -57,6 +57,19 @@ def sampler_of(config: Any, drawn: Drawn, image_size: int, notes: list[str]) -> 
     return Sampler(sample, num_steps, image_size, [*notes, *more])
 
 
+def load_off_the_shelf(config: Any, classifiers: Any, num_classes: int, image_size: int) -> torch.nn.Module:
+    """The off-the-shelf classifier that the flags describe, on the CPU, float32."""
+    return classifiers.load_classifier(
+        config.classifier_type,
+        config.classifier_path or None,
+        num_classes=num_classes,
+        softplus_beta=config.softplus_beta,
+        classifier_input=config.classifier_input,
+        image_size=image_size,
+        checkpoint_key=config.classifier_checkpoint_key or None,
+    )
+
+
 def _loop(config, drawn):
     """The sample by one of the process's own loops: a function, how many steps it takes, and what the log
     should say.

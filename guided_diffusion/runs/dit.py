@@ -17,7 +17,7 @@ from guided_diffusion.flags.dit import DiTFlags
 from guided_diffusion.flags.labels import label_source, labels_file
 from guided_diffusion.flags.solvers import solver_files
 from guided_diffusion.mixed_denoisers import in_one_batch
-from guided_diffusion.runs.discrete import Drawn, Network, sampler_of
+from guided_diffusion.runs.discrete import Drawn, Network, load_off_the_shelf, sampler_of
 from guided_diffusion.runs.job import Job, Sampler
 from guided_diffusion.runs.noise import DRAWN_BY_INDEX
 from guided_diffusion.runs.tally import CLASSIFIER, NETWORK, Tally
@@ -76,7 +76,7 @@ def build(
         denoiser_of=_denoisers(config, net, network, diffusion, device, tally)
         if config.asks_denoiser
         else None,
-        guides=_guides(config, classifiers, device, tally),
+        guides=_guides(config, classifiers, net, device, tally),
         shape=(net.in_channels, net.input_size, net.input_size),
         clip_denoised=False,
         labels_of=labels_of,
@@ -116,11 +116,14 @@ def _refuse_for_networks(config, net, autoencoder):
         raise ValueError(
             f"--image_size {config.image_size}: {config.ckpt} and {config.vae} make images of {size}"
         )
-    if net.in_channels != autoencoder.channels:
-        raise ValueError(
-            f"{config.ckpt} has latents of {net.in_channels} channels, "
-            f"but {config.autoencoder} of {autoencoder.channels}"
-        )
+    _refuse_for_channels(config.autoencoder, autoencoder, net)
+    if config.cfg_channels and config.in_one_batch and config.cfg_channels > net.in_channels:
+        raise ValueError(f"--cfg_channels {config.cfg_channels}: the latents have {net.in_channels}")
+
+
+def _refuse_for_channels(name, decoder, net):
+    if net.in_channels != decoder.channels:
+        raise ValueError(f"the latents have {net.in_channels} channels, but {name} is for {decoder.channels}")
 
 
 def _network(config: DiTFlags, net: DiT) -> Network:
@@ -135,6 +138,12 @@ def _network(config: DiTFlags, net: DiT) -> Network:
 def _denoisers(config, net, network, diffusion, device, tally):
     """The function (labels, levels) -> denoiser that the flags describe; loads the --guide_model if any."""
     guide = _load(config, config.guide_model, device, tally) if config.guide_model else None
+    for name in ("input_size", "in_channels", "num_classes", "learn_sigma") if guide else ():
+        if getattr(guide, name) != getattr(net, name):
+            raise ValueError(
+                f"--guide_model {config.guide_model} has {name} {getattr(guide, name)}, but --ckpt has "
+                f"{getattr(net, name)}: give another checkpoint of the same network"
+            )
 
     def part(network, y):
         return DiscreteDenoiser(network, diffusion, {"y": y}, clip_denoised=False)
@@ -147,24 +156,19 @@ def _denoisers(config, net, network, diffusion, device, tally):
     return denoiser_of
 
 
-def _guides(config, classifiers, device, tally) -> Mapping[str, Callable]:
+def _guides(config, classifiers, net, device, tally) -> Mapping[str, Callable]:
     """Guidance by a classifier of decoded latents, or nothing."""
     if not config.guided_off_the_shelf:
         return {}
-    classifier = classifiers.load_classifier(
-        config.classifier_type,
-        config.classifier_path or None,
-        num_classes=config.num_classes,
-        softplus_beta=config.softplus_beta,
-        classifier_input=config.classifier_input,
-        image_size=config.image_size,
-        checkpoint_key=config.classifier_checkpoint_key or None,
-    )
+    classifier = load_off_the_shelf(config, classifiers, config.num_classes, config.image_size)
     path = config.autoencoder if config.latent_decoder == "vae" else config.decoder_path
     decoder = classifiers.load_decoder(
         config.latent_decoder, path, size=config.image_size, checkpointing=config.decode_checkpointing
     )
+    _refuse_for_channels(path or "the public linear map", decoder, net)
     if config.latent_decoder != "linear":
+        if (size := net.input_size * decoder.factor) != config.image_size:
+            raise ValueError(f"{path} makes images of {size}, and the run's are of {config.image_size}")
         decoder = decoder.to(getattr(torch, config.decode_dtype))
     guide = classifiers.DecodedClassifier(classifier, decoder).to(device)
     tally.count(CLASSIFIER, guide)

@@ -1,6 +1,7 @@
 """The dry run: what can be known of a run before hours are spent on it: files, room, memory and time."""
 
 import os
+import statistics
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -144,9 +145,13 @@ def _try_steps(job, sampler, tally, device):
     batch = _batch(job) if device.type == "cuda" else 1
     draw = partial(named_failure, rounded(job, sampler), tally=tally, name_of=job.name_of)
     marks = _marks(draw, device, batch, 1 + TIMED_STEPS, tally)
-    guidance = _guidance_cost(marks)
+    asked = _seconds_of_guidance(marks)
     marks = marks[1:] if len(marks) > 2 else marks  # a single step has to do, warm or not
-    seconds, memory, per_image = (marks[-1].clock - marks[0].clock) / (len(marks) - 1), _memory(device), 0
+    plain = statistics.median(b.clock - a.clock - (b.guidance - a.guidance) for a, b in pairwise(marks))
+    # The steps that are timed may not ask the classifier, or more often than those of the run.
+    seconds = plain + asked / job.flags.get("guidance_every", 1)
+    memory, per_image = _memory(device), 0
+    guidance = f"; guidance adds {asked / plain:.0%} to one that asks the classifier" if asked else ""
     if batch < _batch(job):
         _marks(draw, device, batch + 1, 1, tally)
         per_image = _memory(device) - memory
@@ -159,14 +164,9 @@ class _Mark(NamedTuple):
     passes: int  # of the classifier, so far
 
 
-def _guidance_cost(marks):
-    """What guidance adds to a step that asks the classifier, by the last one that did; "" where none did."""
-    asked = [(a, b) for a, b in pairwise(marks) if b.passes > a.passes]
-    if not asked:
-        return ""
-    (before, after), guidance = asked[-1], asked[-1][1].guidance - asked[-1][0].guidance
-    share = guidance / (after.clock - before.clock - guidance)
-    return f"; guidance adds {share:.0%} to one that asks the classifier"
+def _seconds_of_guidance(marks):
+    """Of the last step that asked the classifier; 0 where none did."""
+    return next((b.guidance - a.guidance for a, b in reversed([*pairwise(marks)]) if b.passes > a.passes), 0)
 
 
 def _marks(draw, device, batch, steps, tally):

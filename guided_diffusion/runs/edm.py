@@ -13,6 +13,7 @@ from guided_diffusion.files.pretrained import existing_file
 from guided_diffusion.flags.edm import EDMFlags
 from guided_diffusion.flags.solvers import solver_files
 from guided_diffusion.guidance import Guidance
+from guided_diffusion.runs.discrete import load_off_the_shelf
 from guided_diffusion.runs.job import Job, Sampler
 from guided_diffusion.runs.noise import DRAWN_BY_SEED, DrawnAhead, SeedNoise
 from guided_diffusion.runs.tally import CLASSIFIER, NETWORK, Tally
@@ -198,15 +199,7 @@ def load_guidance(
     """The rule of the flags, around its classifier; None where nothing guides."""
     if not config.use_classifier:
         return None
-    classifier = classifiers.load_classifier(
-        config.classifier_type,
-        config.classifier_path or None,
-        num_classes=num_classes,
-        softplus_beta=config.softplus_beta,
-        classifier_input=config.classifier_input,
-        image_size=net.img_resolution,
-        checkpoint_key=config.classifier_checkpoint_key or None,
-    ).to(device)
+    classifier = load_off_the_shelf(config, classifiers, num_classes, net.img_resolution).to(device)
     tally.count(CLASSIFIER, classifier)
     return tally.timed(config.build_guidance(classifier, tally.observe))
 

@@ -121,6 +121,7 @@ def test_diffusers_own_network_has_these_names(net):
         ({"transformer_blocks.0.attn2.to_q.weight": 1}, {}, "is no parameter of diffusers' DiT"),
         ({"transformer_blocks.0.attn1.to_k.bias": None}, {}, "lacks to_k of blocks.0.attn.qkv.bias"),
         ({"proj_out_2.bias": None}, {}, "is no DiT"),
+        ({}, {"sample_size": None}, "has sample_size None, and DiT needs a whole number"),
         ({}, {"norm_type": "layer_norm"}, "has norm_type 'layer_norm', and DiT has 'ada_norm_zero'"),
     ],
 )  # fmt: skip
@@ -145,6 +146,9 @@ def test_what_a_file_alone_does_not_say_is_asked_for(net, tmp_path):
         load_dit(tmp_path / "alone.safetensors")
     with pytest.raises(FileNotFoundError, match=r"has no diffusion_pytorch_model\.safetensors"):
         load_dit(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not a configuration of diffusers"):
+        load_dit(tmp_path / "alone.safetensors")
     with pytest.raises(ValueError, match="patches must divide the input"):
         DiT(**SMALL | {"patch_size": 3})
 

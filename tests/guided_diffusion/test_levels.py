@@ -169,6 +169,9 @@ def test_levels_between_ends_of_ones_own():
     levels, _ = config.solver_levels(4, config.range_within(*known), lambda level: level)
     assert levels[0] == pytest.approx(20) and levels[-2] == pytest.approx(0.01)
     assert adm("--sampler", "heun").range_within(*known) == known
+    assert adm("--sampler", "heun", "--sigma_min", "0.009999").range_within(*known) == known
+    preset = parse(ADMFlags, None, PRESETS, ["--preset", "digits-fewstep", "--levels", "40,1"])
+    assert preset.range_within(*known) == known  # its sigma_max is for levels by name
     refused = {
         "--sigma_max 158": "--sigma_max 158 is outside the levels of this network, 0.01 to 157",
         "--sigma_min 0": "--sigma_min 0 is outside",

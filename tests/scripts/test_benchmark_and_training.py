@@ -66,6 +66,8 @@ def test_the_benchmark_of_dit_prints_a_line_for_each_decoder(monkeypatch):
         (["--repeats", "0"], "error: --repeats must be at least 1, got 0"),
         (["--evaluation"], "error: --device does not go with --evaluation or --engine: drop it"),
         (["--preset", "imagenet128-unguided"], "imagenet128-unguided has no off-the-shelf classifier"),
+        (["--preset", "imagenet256-dit"], "preset imagenet256-dit has no classifier"),
+        (["--preset", "imagenet256-dit-resnet101", "--reuse_activations", "1"], "--reuse_activations is for"),
     ],
 )
 def test_the_benchmark_refuses_what_it_cannot_measure(flags, message):

@@ -52,3 +52,5 @@ def test_no_other_map_is_nearer(files):
     assert again.code == 1 and "be new or be replaced with --overwrite" in again.err
     assert call(SCRIPT.main, [*flags, "--overwrite"]).code == 0
     assert "must be at least 1" in call(SCRIPT.main, [*flags, "--overwrite", "--batch_size", 0]).err
+    flags[1] = folder / "nowhere" / "map.safetensors"
+    assert "there is no folder" in call(SCRIPT.main, flags).err

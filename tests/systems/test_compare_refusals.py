@@ -51,7 +51,8 @@ REFUSED = {
         (["--preset", "digits"], 2, "digits"),
         (["--seed", "3"], 1, f"--seed is this script's {OWN}"),
         (["--num_samples", "5"], 1, "--num_samples must be at least 6, got 5"),
-        (["--classifier_type", "", "--gamma_factor", "2"], 1, f"--gamma_factor {IDLE}"),
+        (["--dropout", "0.1"], 1, f"--dropout {IDLE}"),
+        (["--sampler", "heun"], 1, f"--sampler is this script's {OWN}"),
     ],
 }
 CASES = [(script, *row) for script, rows in REFUSED.items() for row in [*REFUSED_BY_ALL, *rows]]

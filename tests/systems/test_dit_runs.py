@@ -4,6 +4,8 @@ refuses.
 The networks are random, and their autoencoder halves: 16x16 images, which the digits' guide takes.
 """
 
+import json
+
 import pytest
 import torch
 from goldens_util import set_golden_weights
@@ -18,6 +20,7 @@ from guided_diffusion.flags.fields import parse
 from guided_diffusion.flags.presets import DIT_PRESETS
 from guided_diffusion.mixed_denoisers import in_one_batch
 from guided_diffusion.runs.noise import SampleNoise
+from guided_diffusion.runs.store import SampleStore
 from guided_diffusion.script_util import create_gaussian_diffusion
 
 SCRIPT = load_script("dit_sample")
@@ -68,7 +71,7 @@ def run(folder, out, *more):
 def test_every_kind_of_sampler_is_guided_and_repeats(folder, tmp_path, sampler):
     guided = (*GUIDED, "--sampler", sampler, "--log_guidance", 1)
     run(folder, tmp_path / "a", *guided)
-    run(folder, tmp_path / "b", *guided, "--batch_size", 2, "--overwrite", 1)
+    run(folder, tmp_path / "b", *guided)
     run(folder, tmp_path / "plain", "--sampler", sampler)
     assert samples_bytes(tmp_path / "a") == samples_bytes(tmp_path / "b") != samples_bytes(tmp_path / "plain")
     assert [line["samples"] for line in metrics(tmp_path / "a")] == [[0, 2]] * 3 + [[2, 3]] * 3
@@ -77,6 +80,23 @@ def test_every_kind_of_sampler_is_guided_and_repeats(folder, tmp_path, sampler):
     assert (totals["network_evaluations"], totals["classifier_passes"]) == (2 * 3 * 3, 3 * 3)
     images, labels = load_samples(tmp_path / "a")
     assert images.shape == (3, 16, 16, 3) and labels.shape == (3,)
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_images(folder, tmp_path, monkeypatch):
+    run(folder, tmp_path / "whole")
+    write, batches = SampleStore.write, []
+
+    def write_one(store, *arguments):
+        if batches:
+            raise KeyboardInterrupt
+        batches.append(write(store, *arguments))
+
+    monkeypatch.setattr(SampleStore, "write", write_one)
+    assert call(SCRIPT.main, flags(folder, "--out", tmp_path / "again")).code == 130
+    monkeypatch.undo()
+    monkeypatch.setattr("guided_diffusion.dit.SIZES", {"tiny": (1, 32, 2)})
+    assert "resumes, 2 of 3 samples are there" in run(folder, tmp_path / "again").err
+    assert samples_bytes(tmp_path / "again") == samples_bytes(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("decoder", ["vae", "linear"])
@@ -112,6 +132,11 @@ def test_pngs_have_their_labels_beside_them(folder, tmp_path):
     assert result.out.strip().endswith("dataset.json")
     names = sorted(path.name for path in contents(tmp_path) if path.suffix == ".png")
     assert names == ["000000.png", "000001.png", "000002.png"]
+    run(folder, tmp_path / "npz")
+    told = json.loads((tmp_path / "dataset.json").read_text())["labels"]
+    assert told == [
+        [name, int(label)] for name, label in zip(names, load_samples(tmp_path / "npz")[1], strict=True)
+    ]
 
 
 def test_flags_change_the_images(folder, tmp_path):
@@ -148,6 +173,9 @@ def test_flags_change_the_images(folder, tmp_path):
         ),
         (["--cfg_scale", 1, "--cfg_channels", 4], "--cfg_channels given without classifier-free guidance"),
         (["--cfg_rule", "cfg++"], "--cfg_rule given with --sampler ddpm"),
+        (["--cfg_channels", 5], "--cfg_channels 5: the latents have 4"),
+        (["--classifier_path", "x"], "--classifier_path x: of which network?"),
+        (["--tf32", 1, "--no-tf32"], "--tf32 and --no-tf32 are two names"),
         (["--vae", "mse"], "put both files of https://huggingface.co/stabilityai/sd-vae-ft-mse there"),
         (["--vae", "nowhere"], "give diffusers' folder of an autoencoder"),
     ],
