@@ -8,25 +8,16 @@ those of guided-diffusion and EluCD, and a few more.
 """
 
 import _beside  # noqa: F401
+from sampling import sample
 
-import classifiers
-from guided_diffusion.files.console import print_result
 from guided_diffusion.flags.adm import ADMFlags
-from guided_diffusion.flags.fields import parse
 from guided_diffusion.flags.parser import run_main
 from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.runs import adm
-from guided_diffusion.runs.dry_run import dry_run
-from guided_diffusion.runs.job import run
 
 
 def main(flags=ADMFlags):
-    config = parse(flags, __doc__, PRESETS)
-    job = adm.make_job(config, classifiers)
-    if config.dry_run:
-        dry_run(job)
-    elif path := run(job):
-        print_result(str(path))
+    sample(flags, __doc__, PRESETS, adm.make_job)
 
 
 if __name__ == "__main__":

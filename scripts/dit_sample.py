@@ -9,25 +9,16 @@ command is given again, on any number of processes (torchrun). The flags are tho
 guidance's, and a few more. It needs pip install -e ".[dit]"."""
 
 import _beside  # noqa: F401
+from sampling import sample
 
-import classifiers
-from guided_diffusion.files.console import print_result
 from guided_diffusion.flags.dit import DiTFlags
-from guided_diffusion.flags.fields import parse
 from guided_diffusion.flags.parser import run_main
 from guided_diffusion.flags.presets import DIT_PRESETS
 from guided_diffusion.runs import dit
-from guided_diffusion.runs.dry_run import dry_run
-from guided_diffusion.runs.job import run
 
 
 def main(flags=DiTFlags):
-    config = parse(flags, __doc__, DIT_PRESETS)
-    job = dit.make_job(config, classifiers)
-    if config.dry_run:
-        dry_run(job)
-    elif path := run(job):
-        print_result(str(path))
+    sample(flags, __doc__, DIT_PRESETS, dit.make_job)
 
 
 if __name__ == "__main__":

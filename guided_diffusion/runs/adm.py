@@ -13,15 +13,14 @@ from guided_diffusion.files.pretrained import existing_file
 from guided_diffusion.files.state_dicts import load_into
 from guided_diffusion.flags.adm import ADMFlags
 from guided_diffusion.flags.fields import defaults_of
-from guided_diffusion.flags.labels import label_source, labels_file
+from guided_diffusion.flags.labels import labels_file
 from guided_diffusion.flags.networks import NoisyClassifierFlags
 from guided_diffusion.flags.rules import RuleFlags
 from guided_diffusion.flags.solvers import solver_files
 from guided_diffusion.flags.trained import unlike_training
 from guided_diffusion.guidance import noisy_classifier_gradient
-from guided_diffusion.runs.discrete import Drawn, Network, load_off_the_shelf, sampler_of
+from guided_diffusion.runs.discrete import Drawn, Network, drawn_labels, load_off_the_shelf, sampler_of
 from guided_diffusion.runs.job import Job, Sampler
-from guided_diffusion.runs.noise import DRAWN_BY_INDEX
 from guided_diffusion.runs.tally import CLASSIFIER, NETWORK, Tally
 from guided_diffusion.script_util import create_classifier, create_from_flags
 
@@ -46,15 +45,14 @@ def make_job(config: ADMFlags, classifiers: Any) -> Job:
         files |= classifiers.classifier_files(config.classifier_type, config.classifier_path)
     elif config.guided_by_noisy_classifier:
         files["classifier_path"] = partial(existing_file, config.classifier_path)
-    labels_of = label_source(config.labels, config.seed, config.num_classes)
-    drawn_by = {} if config.labels == "random" else {"labels": f"--labels {config.labels}, shuffled"}
+    labels_of, drawn_by = drawn_labels(config)
     return Job.of(
         config,
         files=files,
         build=partial(build, config, classifiers, labels_of),
         num_samples=config.num_samples,
         rounding="adm",
-        drawn_by=DRAWN_BY_INDEX | drawn_by,
+        drawn_by=drawn_by,
         remarks=partial(unlike_training_of, config),
     )
 

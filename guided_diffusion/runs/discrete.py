@@ -3,7 +3,7 @@ images.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from guided_diffusion.denoisers import DiscreteDenoiser, GuidedDenoiser
 from guided_diffusion.flags.adm import LOOPS
+from guided_diffusion.flags.labels import label_source
 from guided_diffusion.runs.job import Sampler
-from guided_diffusion.runs.noise import DrawnAhead, SampleNoise
+from guided_diffusion.runs.noise import DRAWN_BY_INDEX, DrawnAhead, SampleNoise
 
 Network = Callable[..., Tensor]
 
@@ -55,6 +56,15 @@ def sampler_of(config: Any, drawn: Drawn, image_size: int, notes: list[str]) -> 
         return drawn.decode(samples) if drawn.decode else samples, y
 
     return Sampler(sample, num_steps, image_size, [*notes, *more])
+
+
+def drawn_labels(config: Any) -> tuple[Callable[[Sequence[int]], np.ndarray], dict[str, str]]:
+    """The function indices -> labels that the flags describe, and who draws what, for the record. Raises
+    ValueError for labels that cannot be.
+    """
+    labels_of = label_source(config.labels, config.seed, config.num_classes)
+    listed = {} if config.labels == "random" else {"labels": f"--labels {config.labels}, shuffled"}
+    return labels_of, DRAWN_BY_INDEX | listed
 
 
 def load_off_the_shelf(config: Any, classifiers: Any, num_classes: int, image_size: int) -> torch.nn.Module:

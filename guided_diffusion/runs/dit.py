@@ -14,12 +14,11 @@ from torch import Tensor
 from guided_diffusion.denoisers import DiscreteDenoiser
 from guided_diffusion.dit import DIT_MODELS, DiT, dit_file, load_dit
 from guided_diffusion.flags.dit import DiTFlags
-from guided_diffusion.flags.labels import label_source, labels_file
+from guided_diffusion.flags.labels import labels_file
 from guided_diffusion.flags.solvers import solver_files
 from guided_diffusion.mixed_denoisers import in_one_batch
-from guided_diffusion.runs.discrete import Drawn, Network, load_off_the_shelf, sampler_of
+from guided_diffusion.runs.discrete import Drawn, Network, drawn_labels, load_off_the_shelf, sampler_of
 from guided_diffusion.runs.job import Job, Sampler
-from guided_diffusion.runs.noise import DRAWN_BY_INDEX
 from guided_diffusion.runs.tally import CLASSIFIER, NETWORK, Tally
 from guided_diffusion.script_util import create_gaussian_diffusion
 
@@ -44,15 +43,14 @@ def make_job(config: DiTFlags, classifiers: Any) -> Job:
         if config.decoder_path:
             find = classifiers.autoencoder_weights if config.latent_decoder == "tiny" else Path
             files["decoder_path"] = partial(find, config.decoder_path)
-    labels_of = label_source(config.labels, config.seed, config.num_classes)
-    drawn_by = {} if config.labels == "random" else {"labels": f"--labels {config.labels}, shuffled"}
+    labels_of, drawn_by = drawn_labels(config)
     return Job.of(
         config,
         files=files,
         build=partial(build, config, classifiers, labels_of),
         num_samples=config.num_samples,
         rounding="edm",
-        drawn_by=DRAWN_BY_INDEX | drawn_by,
+        drawn_by=drawn_by,
         png_name="{:06d}.png".format if config.format == "png" else None,
     )
 
