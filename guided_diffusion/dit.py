@@ -218,8 +218,9 @@ def _size(depth: int, hidden_size: int, num_heads: int, patch_size: int) -> Call
     return partial(DiT, depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=patch_size)
 
 
-# The published sizes, (depth, width, heads); the number behind the slash is the patches' side.
-SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}
+# The published sizes, (depth, width, heads), and T, of the digits; the number behind the slash is the
+# patches' side.
+SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6), "T": (6, 128, 4)}
 DIT_MODELS = {f"DiT-{name}/{p}": _size(*size, p) for name, size in SIZES.items() for p in (2, 4, 8)}
 
 

@@ -164,4 +164,4 @@ def test_it_begins_at_zero_and_drops_labels_in_training_alone():
     assert torch.equal(net.y_embedder(y), net.y_embedder.embedding_table(y))
     with torch.device("meta"):
         sizes = {name: make(input_size=32) for name, make in DIT_MODELS.items()}
-    assert len(sizes) == 12 and len(sizes["DiT-L/4"].blocks) == 24
+    assert len(sizes) == 15 and len(sizes["DiT-L/4"].blocks) == 24

@@ -6,14 +6,16 @@ import json
 import re
 from functools import partial
 
+import numpy as np
 import pytest
+import torch
 from helpers import call, environment, load_script
 
-from classifiers import load_classifier
-from guided_diffusion.dit import DiT
+from classifiers import load_classifier, load_decoder
+from guided_diffusion.dit import DiT, load_dit
 from guided_diffusion.edm import load_edm_network
 from guided_diffusion.files.checkpoints import load_state_dict
-from guided_diffusion.files.pretrained import sha256
+from guided_diffusion.files.pretrained import PRETRAINED_DIR, sha256
 from guided_diffusion.files.state_dicts import load_into
 from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.script_util import create_from_flags
@@ -121,6 +123,28 @@ def test_training_writes_networks_that_load_and_a_record(tmp_path):
     for name in ("guide", "judge"):
         load_classifier(f"digits_{name}", tmp_path / f"{name}.safetensors", num_classes=10)
         assert 0 <= record[name]["accuracy"]["test"] <= 1
+
+
+def test_training_writes_a_dit_of_the_digits_with_its_decoders(tmp_path):
+    pytest.importorskip("diffusers")
+    script, few = (
+        load_script("train_digits_dit"),
+        [f"--{name}_iterations=2" for name in ("vae", "tiny", "dit")],
+    )
+    result = call(script.main, ["--out", str(tmp_path), *few])
+    assert result.code == 0, result.err
+    record, net = json.loads((tmp_path / "training.json").read_text()), load_dit(tmp_path / "dit.safetensors")
+    assert set(record) == {"vae", "tiny", "dit"} and record["dit"]["iterations"] == 2
+    assert (net.num_classes, net.input_size, net.in_channels, net.learn_sigma) == (10, 8, 4, True)
+    z = torch.randn(2, 4, 8, 8)
+    for kind, name in (("vae", "vae"), ("tiny", "tiny"), ("linear", "linear.safetensors")):
+        assert load_decoder(kind, tmp_path / name, size=16)(z).shape == (2, 3, 16, 16)
+    decoder = load_decoder("vae", tmp_path / "vae")
+    with np.load(PRETRAINED_DIR / "digits/reference.npz") as file:
+        images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        latents = decoder.network.encode(images).latent_dist.mode() * decoder.scale
+    assert float(latents.std()) == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("flag", ["--iterations", "--edm_iterations", "--classifier_iterations"])
