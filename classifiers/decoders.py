@@ -5,7 +5,8 @@
 vae is the autoencoder itself; tiny a small network that was trained to answer as it does (diffusers'
 AutoencoderTiny); linear one matrix from a latent's channels to red, green and blue, at a thousandth of the
 cost: enough to know the class by, not to look at. The answer is not clamped: where it is, there would be no
-gradient."""
+gradient.
+"""
 
 import re
 from collections.abc import Mapping
@@ -34,7 +35,8 @@ class AutoencoderDecoder(nn.Module):
 
     network: AutoencoderKL or AutoencoderTiny. channels, factor: of its latents, and of its enlargement.
     checkpointing: compute the activations again in the backward
-    pass instead of keeping them. The answer is float32, whatever the network's dtype."""
+    pass instead of keeping them. The answer is float32, whatever the network's dtype.
+    """
 
     def __init__(self, network: Any, checkpointing: bool = False):
         super().__init__()

@@ -1,7 +1,8 @@
 """DiT, the diffusion transformer, with the parameter names of the published checkpoints.
 
 Peebles and Xie, "Scalable Diffusion Models with Transformers" (ICCV 2023). Shapes in the comments: N images,
-C channels of the latent, H x W its sides, T patches of p x p, D the width."""
+C channels of the latent, H x W its sides, T patches of p x p, D the width.
+"""
 
 import math
 from collections.abc import Callable

@@ -40,7 +40,8 @@ def in_one_batch(
     all), and the answer for y in the others, the variance among them.
 
     eps or x_0 are mixed alike, so it is `CFGDenoiser` with the parts' variance, for the process's own loops
-    too."""
+    too.
+    """
 
     def guided(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         nobody = torch.full_like(y, null_class)

@@ -4,7 +4,8 @@ and the memory, for each way to decode.
     python scripts/benchmark.py --preset imagenet256-dit-resnet101
 
 Weights are random: times do not depend on them. Each way is measured in a process of its own, since peak
-memory is one's. Run it with nothing else on the machine; its lines are meant for docs/benchmarks.md."""
+memory is one's. Run it with nothing else on the machine; its lines are meant for docs/benchmarks.md.
+"""
 
 import json
 import statistics

@@ -7,7 +7,8 @@ Every flag that is not listed here is one of scripts/classifier_sample.py, and g
 means something; sampler, steps and scale are the rows' own. Each row is a run of its own. Evaluations of the
 network, passes of the classifier and seconds are per image. The judge is a classifier of another architecture
 and seed than the guide; the distance is by the features of a third network. Writes comparison.json and
-comparison.png beside the runs."""
+comparison.png beside the runs.
+"""
 
 import sys
 from pathlib import Path

@@ -9,7 +9,8 @@ of images in [-1, 1]; and count, how many images there were.
 Where IMAGES is an npz with labels (arr_1), it also prints the standard deviation along the directions in
 which the means of the classes differ most, of all images and within a class. A classifier's gradient lies
 along such directions, so these, and not the far smaller one of a pixel, are a scalar posterior's
---sigma_data: the first for a network without labels."""
+--sigma_data: the first for a network without labels.
+"""
 
 from pathlib import Path
 

@@ -6,7 +6,8 @@ classifier.
 Writes one PNG per sample and dataset.json with the labels, or with --format npz samples_NxHxWx3.npz (arr_0
 uint8 images, arr_1 int64 labels) and grid.png; and run.json. A run that was interrupted resumes when the same
 command is given again, on any number of processes (torchrun). The flags are those of DiT's sample_ddp.py,
-guidance's, and a few more. It needs pip install -e ".[dit]"."""
+guidance's, and a few more. It needs pip install -e ".[dit]".
+"""
 
 import _beside  # noqa: F401
 from sampling import sample

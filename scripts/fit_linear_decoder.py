@@ -6,7 +6,8 @@
 IMAGES is an npz, a folder or a zip of images of one size. They are encoded (the mean of the autoencoder's
 Gaussian, scaled), and shrunk to the latents' sides; the map is the best one from a latent's channels to red,
 green and blue at the same place. Prints which share of the variance it explains. It needs pip install -e
-".[dit]". """
+".[dit]".
+"""
 
 from pathlib import Path
 

@@ -5,7 +5,8 @@
 
 A name such as "EDM, labels / dpmpp_2m" is the curve dpmpp_2m in the row of panels "EDM, labels"; there is a
 panel in that row for each number of --y. A curve goes through its cells in the order of the file. A point is
-the mean over the seeds, its bars are their standard deviation."""
+the mean over the seeds, its bars are their standard deviation.
+"""
 
 import json
 from pathlib import Path

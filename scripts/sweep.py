@@ -7,7 +7,8 @@ one cell with a and one with b, in every combination, and a column of the table;
 
 Writes rows.json, a row for each cell and seed, and their means and standard deviations: table.md, table.csv
 and table.json. What rows.json holds is not drawn again: a sweep that was stopped resumes, and a cell that is
-added is drawn alone. Judge, features and reference are those of the digits, as in the other comparisons."""
+added is drawn alone. Judge, features and reference are those of the digits, as in the other comparisons.
+"""
 
 import csv
 import hashlib

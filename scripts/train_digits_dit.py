@@ -5,7 +5,8 @@ and a DiT on its latents, and write them with a record of the training.
 
 Writes vae/ and tiny/ in diffusers' layout, linear.safetensors, dit.safetensors and training.json. All learn
 from the 1,437 digits that the other networks learned from. Of DiT and the autoencoder the weights are rounded
-to float16."""
+to float16.
+"""
 
 import json
 import platform

@@ -3,7 +3,8 @@ original's.
 
 diffusers holds the embeddings of timestep and class once in every block, and its queries, keys and values as
 three layers. Its own arithmetic differs from the original's in two places (the timestep's frequencies, and
-the epsilon of the blocks' second norm); the weights are the same."""
+the epsilon of the blocks' second norm); the weights are the same.
+"""
 
 import json
 import re

@@ -30,7 +30,8 @@ def choose_state_dict(
 
     key: which one, where there are several: "ema", "state_dict", or "state_dict.teacher" for the tensors of
     state_dict whose names begin with teacher. prefer: the one to take of several, where no key is given.
-    Raises ValueError that says what there is to choose from, or what the file holds instead."""
+    Raises ValueError that says what there is to choose from, or what the file holds instead.
+    """
     found = dict(_state_dicts(content))
     if not found:
         raise ValueError(f"{source} {_instead(content)}")

@@ -1,7 +1,8 @@
 """Runs of DiT: from the flags of scripts/dit_sample.py to a Job.
 
 The process and its samplers are ADM's, on latents. Guidance sees the predicted clean latent: a decoder makes
-the image of it that the classifier looks at, and the gradient goes back through both."""
+the image of it that the classifier looks at, and the gradient goes back through both.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -9,7 +9,8 @@ and DDIM chains (E) and schedule tables (E_tables), EDM forwards and chains (F),
 the numbers and the manifold radii of the evaluation maths (H), Inception features (I), and forwards of EDM's
 other networks (J). What is dropped: inputs that are RandomState draws (checked here, drawn again in the
 tests), and most entries of large arrays, of which `goldens_util.thin` keeps a fixed subset. The norms of
-whole arrays stay in the json. The output depends on the input alone, byte for byte."""
+whole arrays stay in the json. The output depends on the input alone, byte for byte.
+"""
 
 import argparse
 import gzip
