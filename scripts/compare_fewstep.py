@@ -23,8 +23,8 @@ ROWS = {
     "unguided, 25 steps": {**_RECIPE, "steps": 25, "classifier_scale": 0.0},
     "the paper's recipe, 250 steps": {**_RECIPE, "steps": 250},
     "the paper's recipe, 25 steps": {**_RECIPE, "steps": 25},
-    "few steps, 10": {**_FEW, "steps": 10},
-    "few steps, 5": {**_FEW, "steps": 5},
+    "ours, 10 steps": {**_FEW, "steps": 10},
+    "ours, 5 steps": {**_FEW, "steps": 5},
 }
 
 
