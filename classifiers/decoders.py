@@ -33,9 +33,9 @@ _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 class AutoencoderDecoder(nn.Module):
     """The decoder of a diffusers autoencoder, for scaled latents.
 
-    network: AutoencoderKL or AutoencoderTiny. channels, factor: of its latents, and of its enlargement.
-    checkpointing: compute the activations again in the backward
-    pass instead of keeping them. The answer is float32, whatever the network's dtype.
+    network: AutoencoderKL or AutoencoderTiny. channels: of its latents. factor: pixels of the image's side to
+    one of the latent's. checkpointing: compute the activations again in the backward pass instead of keeping
+    them. The answer is float32, whatever the network's dtype.
     """
 
     def __init__(self, network: Any, checkpointing: bool = False):
@@ -47,7 +47,7 @@ class AutoencoderDecoder(nn.Module):
         widths = (
             getattr(network.config, "block_out_channels", None) or network.config.decoder_block_out_channels
         )
-        self.factor = 2 ** (len(widths) - 1)  # pixels of the image's side to one of the latent's
+        self.factor = 2 ** (len(widths) - 1)
         if checkpointing:
             network.enable_gradient_checkpointing()
 

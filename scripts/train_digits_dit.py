@@ -1,5 +1,5 @@
-"""Train the networks of the `digits-dit` presets: an autoencoder of the digits, two cheaper decoders for it,
-and a DiT on its latents, and write them with a record of the training.
+"""Train an autoencoder of the digits, two cheaper decoders for it, and a small DiT on its latents, and write
+them with a record of the training.
 
     pip install -e ".[train,dit]" && python scripts/train_digits_dit.py
 
@@ -142,7 +142,7 @@ def train_tiny(out, images, labels, iterations):
 
     batches = random_batches(latents, labels, BATCH_SIZE)
     figures = train(network, losses_of, batches, Optimization(iterations, learning_rate=2e-3), name="tiny")
-    write_folder(network.half(), out / "tiny")
+    write_folder(network, out / "tiny")
     return figures
 
 

@@ -28,8 +28,7 @@ class Drawn:
     network: (x_t, t, y) -> its output, for the loops. denoiser_of: (labels, levels) -> denoiser, for solvers;
     None under a loop. guides: what the loops are to be given, guidance or cond_fn; solvers take the guidance.
     shape: of one sample, (C, H, W). clip_denoised: clamp predictions to [-1, 1]. labels_of: indices ->
-    labels.
-    decode: from the samples to the images, for latents.
+    labels. decode: from the samples to the images, for latents.
     """
 
     device: torch.device
