@@ -1,10 +1,12 @@
-"""Measure the guided step of a DiT preset: the transformer, the decoder forward and backward, the classifier,
-and the memory, for each way to decode.
+"""Measure the guided step of a DiT preset: seconds and operations of the transformer, the decoder forward and
+backward, and the classifier, and the memory, for each way to decode.
 
     python scripts/benchmark.py --preset imagenet256-dit-resnet101
 
 Weights are random: times do not depend on them. Each way is measured in a process of its own, since peak
-memory is one's. Run it with nothing else on the machine; its lines are meant for docs/benchmarks.md.
+memory is one's. Operations are by PyTorch's FlopCounterMode, which counts products of matrices and
+convolutions, two for a multiplication with its addition. Run it with nothing else on the machine; its lines are
+meant for docs/benchmarks.md.
 """
 
 import json
@@ -15,6 +17,8 @@ from pathlib import Path
 
 import _beside  # noqa: F401
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import classifiers
 from classifiers.decoders import AutoencoderDecoder, LinearDecoder, public_map, require_diffusers
@@ -67,7 +71,9 @@ def in_own_process(*arguments):
 
 
 def line_of(way, measured):
-    parts = ", ".join(f"{name} {measured[name]:.3f} s" for name in PARTS)
+    parts = ", ".join(
+        f"{name} {measured[name]:.3f} s ({measured['flops'][name] / 1e9:.3g} GFLOP)" for name in PARTS
+    )
     share = sum(measured[name] for name in PARTS[1:]) / measured["transformer"]
     return (
         f"{way}: {parts}; guidance adds {share:.1%}, with --guidance_every {EVERY} {share / EVERY:.1%}; "
@@ -76,7 +82,9 @@ def line_of(way, measured):
 
 
 def timed_step(way, preset, repeats, device):
-    """{part of a step: its median seconds}, and the process's peak memory in bytes, on CUDA the device's."""
+    """{part of a step: its median seconds}, its operations by part, and the process's peak memory in bytes,
+    on CUDA the device's.
+    """
     device, config = torch.device(device), configure(DiTFlags, DIT_PRESETS, {"preset": preset})
     if device.type == "cpu":
         dist_util.keep_freed_memory()
@@ -87,22 +95,40 @@ def timed_step(way, preset, repeats, device):
         config.classifier_type, "random", softplus_beta=config.softplus_beta, image_size=config.image_size
     ).to(device)
     z = torch.randn(1, net.in_channels, net.input_size, net.input_size, device=device)
-    t, y = (torch.full((1,), value, device=device) for value in (500, 3))
+    shown = (z, *(torch.full((1,), value, device=device) for value in (500, 3)))
 
-    def step():
-        clocks = {part: Stopwatch(device) for part in PARTS}
+    def step(meters, z, t, y):
         with torch.no_grad():
-            clocks["transformer"].wrap(network)(z, t, y)
+            meters["transformer"].wrap(network)(z, t, y)
+        # Copies: the counter of operations cannot follow a leaf into a module.
         leaf = z.clone().requires_grad_()
-        image = clocks["decoder forward"].wrap(decoder)(leaf)
+        image = meters["decoder forward"].wrap(decoder)(leaf.clone())
         seen, gradient = image.detach().requires_grad_(), torch.autograd.grad
-        (g,) = clocks["classifier"].wrap(lambda: gradient(classifier(seen)[0, 3], seen))()
-        clocks["decoder backward"].wrap(gradient)(image, leaf, g)
-        return {part: clock.seconds for part, clock in clocks.items()}
+        (g,) = meters["classifier"].wrap(lambda: gradient(classifier(seen.clone())[0, 3], seen))()
+        meters["decoder backward"].wrap(gradient)(image, leaf, g)
+        return meters
 
-    times = [step() for _ in range(repeats + 1)][1:]
+    times = [step({part: Stopwatch(device) for part in PARTS}, *shown) for _ in range(repeats + 1)][1:]
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else machine.peak_memory()
-    return {part: statistics.median(each[part] for each in times) for part in PARTS} | {"memory": memory}
+    seconds = {part: statistics.median(each[part].seconds for each in times) for part in PARTS}
+    for module in (net, decoder, classifier):
+        module.to("meta")  # where nothing is computed
+    counts = step({part: Operations() for part in PARTS}, *(tensor.to("meta") for tensor in shown))
+    return seconds | {"memory": memory, "flops": {part: count.flops for part, count in counts.items()}}
+
+
+class Operations:
+    """Counts the operations of the function that it wraps, as a Stopwatch its seconds."""
+
+    def wrap(self, function):
+        def counted(*args):
+            # Attention as products of matrices: the counter does not know all of its fused forms.
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+                result = function(*args)
+            self.flops = counter.get_total_flops()
+            return result
+
+        return counted
 
 
 def decoder_of(way, image_size):

@@ -23,6 +23,8 @@ from guided_diffusion.runs.job import Job, Sampler
 from guided_diffusion.runs.tally import CLASSIFIER, NETWORK, Tally
 from guided_diffusion.script_util import create_gaussian_diffusion
 
+DECODED_PIXELS = 256**2  # at a time, or one image
+
 
 def make_job(config: DiTFlags, classifiers: Any) -> Job:
     """What the flags ask for. classifiers: the package of that name, or what loads and finds classifiers and
@@ -176,10 +178,11 @@ def _guides(config, classifiers, net, device, tally) -> Mapping[str, Callable]:
     return {"guidance": tally.timed(config.build_guidance(guide, tally.observe))}
 
 
-def _decoded(autoencoder: torch.nn.Module, latents: Tensor) -> Tensor:
-    """The images, one at a time: a decoder holds activations of some hundred times an image."""
+def _decoded(autoencoder: Any, latents: Tensor) -> Tensor:
+    """The images, few at a time: a decoder holds activations of some hundred times an image."""
+    side = latents.shape[-1] * autoencoder.factor
     with torch.no_grad():
-        return torch.cat([autoencoder(z.float()) for z in latents.split(1)])
+        return torch.cat([autoencoder(z.float()) for z in latents.split(max(1, DECODED_PIXELS // side**2))])
 
 
 def _notes(config):

@@ -53,8 +53,8 @@ class Job:
     file's hash.
     build: loads the networks. rounding: a key of ROUNDING. drawn_by: who draws noise and labels, for the
     record. overwrite: start anew, unless this is another attempt of a job that did so. png_name: as
-    `SampleStore`'s, as npz_too. name_of: what errors call a sample, by its index. remarks: what else the record
-    says. defaults: of the flags. packages: whose versions decide too.
+    `SampleStore`'s, as npz_too. name_of: what errors call a sample, by its index. remarks: what else the
+    record says. defaults: of the flags. packages: whose versions decide too.
     """
 
     folder: Path

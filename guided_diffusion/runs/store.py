@@ -40,8 +40,8 @@ class SampleStore:
     run's output, with the keys that differ, and OSError where it cannot be written. `record` is kept in
     run.json beside the settings, but not compared.
     png_name: index -> path of that sample's PNG in the folder; None for one npz. defaults: what a setting
-    was before there was a flag for it, so that a new flag at its default leaves older folders theirs. npz_too:
-    write the npz beside the PNGs.
+    was before there was a flag for it, so that a new flag at its default leaves older folders theirs.
+    npz_too: write the npz beside the PNGs.
     """
 
     def __init__(

@@ -56,6 +56,7 @@ def test_the_benchmark_of_dit_prints_a_line_for_each_decoder(monkeypatch):
             float, re.search(r"adds ([\d.]+)%, with --guidance_every 8 ([\d.]+)%", line).groups()
         )
         assert line.startswith(f"{way}: ") and "peak memory" in line
+        assert all(float(count) >= 0 for count in re.findall(r"\((\S+) GFLOP\)", line))
         assert adds == pytest.approx(100 * sum(parts[1:]) / parts[0], rel=0.2)
         assert every == pytest.approx(adds / 8, abs=0.1)
 
@@ -133,6 +134,8 @@ def test_training_writes_a_dit_of_the_digits_with_its_decoders(tmp_path):
     )
     result = call(script.main, ["--out", str(tmp_path), *few])
     assert result.code == 0, result.err
+    for path in tmp_path.rglob("*.safetensors"):
+        assert json.loads(path.with_name("hashes.json").read_text())[path.name]["sha256"] == sha256(path)
     record, net = json.loads((tmp_path / "training.json").read_text()), load_dit(tmp_path / "dit.safetensors")
     assert set(record) == {"vae", "tiny", "dit"} and record["dit"]["iterations"] == 2
     assert (net.num_classes, net.input_size, net.in_channels, net.learn_sigma) == (10, 8, 4, True)

@@ -2,33 +2,72 @@
 
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from helpers import DIGITS_NETWORK, call, flags_of, load_samples, load_script
 
 from guided_diffusion.files.pretrained import PRETRAINED_DIR
+from guided_diffusion.flags.presets import DIT_PRESETS, EDM_PRESETS, PRESETS
 
-DIGITS = PRETRAINED_DIR / "digits"
+DIGITS, DIGITS_DIT = PRETRAINED_DIR / "digits", PRETRAINED_DIR / "digits_dit"
 STEPS = 3
-SCRIPTS = {name: load_script(name) for name in ("classifier_sample", "edm_sample")}
+SCRIPTS = {name: load_script(name) for name in ("classifier_sample", "edm_sample", "dit_sample")}
 # Two batches of two images.
 IMAGES, BATCH = 4, 2
 BATCHES = ([0, 2], [2, 4])
 
 
 @dataclass(frozen=True)
+class System:
+    """What the rows of one script share. preset: its values. flag: what chooses the row. network: the flag
+    that names it. files: all that a run reads, by flag. rounding: of its pixels. noise: a word of what the
+    record says of it.
+    """
+
+    preset: dict
+    flag: str
+    network: str
+    files: dict
+    rounding: str
+    noise: str
+
+
+GUIDE = {"classifier_path": DIGITS / "guide.safetensors"}
+ADM_FILES = {"model_path": DIGITS / "unet.safetensors", **GUIDE}
+EDM_FILES = {"network": DIGITS / "edm.safetensors", **GUIDE}
+DIT_FILES = {
+    "ckpt": DIGITS_DIT / "dit.safetensors",
+    "vae": DIGITS_DIT / "vae/diffusion_pytorch_model.safetensors",
+    **GUIDE,
+}
+SYSTEMS = {
+    "classifier_sample": System(PRESETS["digits"], "sampler", "model_path", ADM_FILES, "adm", "Philox"),
+    "edm_sample": System(
+        EDM_PRESETS["digits-edm"], "guidance_form", "network", EDM_FILES, "edm", "seed % 2**32"
+    ),
+    "dit_sample": System(DIT_PRESETS["digits-dit"], "sampler", "ckpt", DIT_FILES, "edm", "Philox"),
+}
+
+
+@dataclass(frozen=True)
 class Sampler:
-    """One row. flags: a guided run of three steps. scale_0: what makes it unguided, the classifier still
-    given. unguided: the same network without any classifier. levels, steps: sigma and the step's number at
-    each call of guidance, as metrics.jsonl tells them.
+    """One row. choice: the value of the flag that chooses it. flags: a guided run of three steps. scale_0:
+    what makes it unguided, the classifier still given. unguided: the same network without any classifier.
+    levels, steps: sigma and the step's number at each call of guidance, as metrics.jsonl tells them.
     """
 
     name: str
+    choice: str
     script: str
     flags: tuple
     scale_0: tuple
     unguided: tuple
     levels: tuple
     steps: tuple
+
+    @property
+    def system(self):
+        return SYSTEMS[self.script]
 
     @property
     def main(self):
@@ -57,19 +96,31 @@ NETWORK = flags_of({**DIGITS_NETWORK, "timestep_respacing": STEPS, "num_classes"
 PLAIN_ADM = (*NETWORK, "--model_path", DIGITS / "unet.safetensors", "--labels", "balanced")
 EDM = ("--preset", "digits-edm", "--steps", STEPS)
 PLAIN_EDM = ("--network", DIGITS / "edm.safetensors", "--steps", STEPS)
+DIT = ("--preset", "digits-dit", "--steps", STEPS)
+PLAIN_DIT = flags_of(
+    {name: DIT_PRESETS["digits-dit"][name] for name in ("ckpt", "vae", "image_size", "num_classes", "labels")}
+    | {"cfg_scale": 1.5, "cfg_channels": 4, "steps": STEPS, "format": "npz"}
+)
 ADM_LEVELS, EDM_LEVELS = (157.407, 3.443, 0.01), (80, 2.515, 0.002)
 
 
 def adm(name, levels=ADM_LEVELS, steps=(2, 1, 0), *more):
     flag = ("--sampler", name, *more)
     zero, plain = ("--classifier_scale", 0), (*PLAIN_ADM, *flag)
-    return Sampler(name, "classifier_sample", (*ADM, *flag), zero, plain, levels, steps)
+    return Sampler(name, name, "classifier_sample", (*ADM, *flag), zero, plain, levels, steps)
 
 
 def edm(form, scale_0, levels, steps):
     flag = ("--guidance_form", form)
     plain = (*PLAIN_EDM, "--format", "npz")
-    return Sampler(form, "edm_sample", (*EDM, *flag), (scale_0, 0), plain, levels, steps)
+    return Sampler(form, form, "edm_sample", (*EDM, *flag), (scale_0, 0), plain, levels, steps)
+
+
+def dit(name, steps):
+    """Latents, with classifier-free guidance, under a classifier that looks through the decoder."""
+    flag = ("--sampler", name)
+    zero, plain = ("--classifier_scale", 0), (*PLAIN_DIT, *flag)
+    return Sampler(f"dit-{name}", name, "dit_sample", (*DIT, *flag), zero, plain, ADM_LEVELS, steps)
 
 
 def twice(values):
@@ -86,10 +137,13 @@ SAMPLERS = [
     *(adm(name, steps=(999, 500, 0)) for name in ("dpmpp_2m", "dpmpp_2m_sde", "ipndm", "unipc")),
     edm("released", "--max_guidance", EDM_LEVELS, (0, 1, 2)),
     edm("score", "--classifier_scale", twice(EDM_LEVELS), twice((930, 441, 0))),
+    *([dit("ddpm", (2, 1, 0)), dit("dpmpp_2m", (999, 500, 0))] if find_spec("diffusers") else []),
 ]
 BY_NAME = {sampler.name: sampler for sampler in SAMPLERS}
 ADM_SAMPLERS = [sampler for sampler in SAMPLERS if sampler.script == "classifier_sample"]
 EDM_SAMPLERS = [sampler for sampler in SAMPLERS if sampler.script == "edm_sample"]
+# None where diffusers is not installed.
+DIT_SAMPLERS = [sampler for sampler in SAMPLERS if sampler.script == "dit_sample"]
 DDPM, RELEASED, SCORE = (BY_NAME[name] for name in ("ddpm", "released", "score"))
 
 

@@ -5,6 +5,7 @@ The networks are random, and their autoencoder halves: 16x16 images, which the d
 """
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -22,7 +23,6 @@ from guided_diffusion.flags.fields import parse
 from guided_diffusion.flags.presets import DIT_PRESETS
 from guided_diffusion.mixed_denoisers import in_one_batch
 from guided_diffusion.runs.noise import SampleNoise
-from guided_diffusion.runs.store import SampleStore
 from guided_diffusion.script_util import create_gaussian_diffusion
 
 SCRIPT = load_script("dit_sample")
@@ -69,7 +69,7 @@ def run(folder, out, *more):
     return result
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m_sde"])
 def test_every_kind_of_sampler_is_guided_and_repeats(folder, tmp_path, sampler):
     guided = (*GUIDED, "--sampler", sampler, "--log_guidance", 1)
     run(folder, tmp_path / "a", *guided)
@@ -84,26 +84,8 @@ def test_every_kind_of_sampler_is_guided_and_repeats(folder, tmp_path, sampler):
     assert images.shape == (3, 16, 16, 3) and labels.shape == (3,)
 
 
-def test_a_run_that_was_stopped_ends_with_the_same_images(folder, tmp_path, monkeypatch):
-    run(folder, tmp_path / "whole")
-    write, batches = SampleStore.write, []
-
-    def write_one(store, *arguments):
-        if batches:
-            raise KeyboardInterrupt
-        batches.append(write(store, *arguments))
-
-    monkeypatch.setattr(SampleStore, "write", write_one)
-    assert call(SCRIPT.main, flags(folder, "--out", tmp_path / "again")).code == 130
-    monkeypatch.undo()
-    monkeypatch.setattr("guided_diffusion.dit.SIZES", {"tiny": (1, 32, 2)})
-    assert "resumes, 2 of 3 samples are there" in run(folder, tmp_path / "again").err
-    assert samples_bytes(tmp_path / "again") == samples_bytes(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("decoder", ["vae", "linear"])
-def test_scale_0_has_the_bytes_of_a_run_without_classifier_and_decoders_differ(folder, tmp_path, decoder):
-    chosen = (*GUIDED, "--latent_decoder", decoder)
+def test_scale_0_under_the_linear_decoder_has_the_bytes_of_a_run_without_classifier(folder, tmp_path):
+    chosen = (*GUIDED, "--latent_decoder", "linear")
     run(folder, tmp_path / "plain")
     run(folder, tmp_path / "zero", *chosen, "--classifier_scale", 0)
     run(folder, tmp_path / "guided", *chosen, "--classifier_scale", 30)
@@ -124,7 +106,7 @@ def test_a_run_is_the_loop_by_hand(folder, tmp_path):
         guided = in_one_batch(net.eval(), 10, 1.5, 3)
         options = {"clip_denoised": False, "model_kwargs": {"y": y}, "randn_like": noise}
         latents = process.p_sample_loop(guided, (2, 4, 8, 8), **options)
-        images = torch.cat([load_decoder("vae", folder / "vae")(z) for z in latents.split(1)])
+        images = load_decoder("vae", folder / "vae")(latents)
     assert (load_samples(tmp_path)[0] == to_uint8(images, "edm").numpy()).all()
     assert (load_samples(tmp_path)[1] == 4).all()
 
@@ -143,21 +125,22 @@ def test_pngs_have_their_labels_and_the_npz_beside_them(folder, tmp_path):
         assert (np.asarray(Image.open(tmp_path / "png" / name)) == image).all()
 
 
-def test_flags_change_the_images(folder, tmp_path):
-    alike = {}
-    changes = [
-        (),
-        ("--cfg_scale", 3),
-        ("--cfg_channels", 4),
-        ("--cfg_scale", 1),
-        ("--cfg_scale", 1, "--unconditional", 1),
-    ]
-    changes += [("--sampler", "euler", "--cfg_rule", "cfg++", "--cfg_scale", 0.5), ("--sampler", "euler")]
-    changes += [("--sampler", "euler", "--guide_model", folder / "dit.pt", "--cfg_scale", 3)]
-    for i, change in enumerate(changes):
-        run(folder, tmp_path / str(i), *change)
-        alike.setdefault(samples_bytes(tmp_path / str(i)), []).append(change)
-    assert len(alike) == len(changes), [same for same in alike.values() if len(same) > 1]
+def test_an_npz_without_its_pngs_is_no_complete_run(folder, tmp_path, monkeypatch):
+    replace = os.replace
+
+    def stopped(source, target):
+        if str(target).endswith("000001.png"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stopped)
+        assert call(SCRIPT.main, flags(folder, "--format", "png", "--out", tmp_path)).code == 130
+    first = samples_bytes(tmp_path)
+    assert not (tmp_path / "dataset.json").exists()
+    result = run(folder, tmp_path, "--format", "png")
+    assert "all batches are there, to be joined" in result.err and "dataset.json" in result.out
+    assert samples_bytes(tmp_path) == first
 
 
 @pytest.mark.parametrize(

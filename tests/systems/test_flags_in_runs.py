@@ -12,7 +12,17 @@ from helpers import (
     save_random,
     save_unet,
 )
-from samplers import ADM_SAMPLERS, DDPM, DIGITS, RELEASED, SCORE, levels_apart, manifest
+from samplers import (
+    ADM_SAMPLERS,
+    DDPM,
+    DIGITS,
+    DIGITS_DIT,
+    DIT_SAMPLERS,
+    RELEASED,
+    SCORE,
+    levels_apart,
+    manifest,
+)
 
 from guided_diffusion.flags.adm import ADMFlags
 from guided_diffusion.flags.edm import EDMFlags
@@ -20,7 +30,7 @@ from guided_diffusion.flags.fields import parse
 from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS
 from guided_diffusion.script_util import classifier_defaults, model_and_diffusion_defaults
 
-INF = float("inf")
+INF, DECODER = float("inf"), DIGITS_DIT / "tiny"
 # Beside upstream's defaults for networks, which tests of script_util hold.
 SAMPLING = {
     "clip_denoised": True, "num_samples": 10000, "batch_size": 16, "use_ddim": False, "classifier_path": "",
@@ -101,14 +111,9 @@ def test_presets_are_the_published_lines():
     expected = {**ADM_VALUES, **ELUCD_VALUES, "timestep_respacing": "250"}
     config = adm("--preset", "imagenet128-resnet101")
     assert {key: getattr(config, key) for key in expected} == expected
-    published = {
-        "classifier_type": "resnet101",
-        "softplus_beta": 5.0,
-        "joint_temperature": 1.0,
-        "S_churn": 0.0,
-    }
+    published = {"classifier_type": "resnet101", "softplus_beta": 5.0, "joint_temperature": 1.0}
     published |= {"uncond_temperature": 0.0, "max_guidance": 0.004, "add_factor": 0.3, "steps": 10}
-    published |= {"seeds": "0-49999", "guidance_form": "released"}
+    published |= {"seeds": "0-49999", "guidance_form": "released", "S_churn": 0.0}
     config = edm("--preset", "imagenet64-edm-resnet101")
     assert {key: getattr(config, key) for key in published} == published
 
@@ -154,6 +159,12 @@ USED = {
     ],
     SCORE: ["--joint_temperature 3", "--classifier_scale 2", "--gamma_factor 1"],
 }  # fmt: skip
+for row in DIT_SAMPLERS[:1]:
+    USED[row] = [
+        "--cfg_scale 3", "--cfg_channels 3", "--cfg_scale 1", "--decode_dtype bfloat16",
+        "--cfg_scale 1 --unconditional 1 | --cfg_scale 1", f"--latent_decoder tiny --decoder_path {DECODER}",
+        "--sampler euler --cfg_rule cfg++ --cfg_scale 0.5 | --sampler euler",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -173,6 +184,7 @@ ALIKE = [
     (DDPM, "--classifier_use_fp16 True --device cpu"),
     (RELEASED, "--guidance_interval 0,100"),
     (RELEASED, "--use_fp16 False"),
+    *((row, "--decode_checkpointing True --decode_dtype float32") for row in DIT_SAMPLERS[:1]),
     # Without effect.
     (DDPM, "--use_kl True --dropout 0.1 --use_checkpoint True --rescale_learned_sigmas True"),
     (DDPM, "--classifier_width 64 --classifier_pool spatial"),

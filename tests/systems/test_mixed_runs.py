@@ -4,7 +4,9 @@ import math
 
 import pytest
 from helpers import DIGITS_NETWORK, load_samples, save_unet
-from samplers import BY_NAME, DDPM, DIGITS, RELEASED, SCORE
+from samplers import BY_NAME, DDPM, DIGITS, DIT_SAMPLERS, RELEASED, SCORE
+
+from guided_diffusion.solvers import SOLVERS
 
 EULER, HEUN = BY_NAME["euler"], BY_NAME["heun"]
 UNET, EDM_NET = DIGITS / "unet.safetensors", DIGITS / "edm.safetensors"
@@ -19,6 +21,7 @@ RUNS = [
     (RELEASED, CFG),
     (SCORE, PLUS),
     (SCORE, (*CFG, "--through_network", "--guidance_every", 2)),
+    *((row, PLUS) for row in DIT_SAMPLERS if row.choice in SOLVERS),
 ]
 
 

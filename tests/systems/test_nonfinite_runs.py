@@ -69,12 +69,13 @@ def test_a_noisy_classifier_names_its_timestep_or_is_dropped(sampler, noisy, tmp
 
 def infinite_network(tmp_path, sampler):
     """The sampler's network, which answers infinity for a colour; a clamp would make it black."""
-    name, flag = ("unet", "--model_path") if sampler in ADM_SAMPLERS else ("edm", "--network")
-    if name == "unet":
-        state = load_state_dict(DIGITS / "unet.safetensors")
-        state["out.2.bias"][0] = float("inf")
-        torch.save(state, tmp_path / "unet.pt")
-        return flag, tmp_path / "unet.pt"
+    flag = f"--{sampler.system.network}"
+    if sampler.script != "edm_sample":
+        state = load_state_dict(sampler.system.files[sampler.system.network])
+        bias = "out.2.bias" if sampler.script == "classifier_sample" else "final_layer.linear.bias"
+        state[bias][0] = float("inf")
+        torch.save(state, tmp_path / "network.pt")
+        return flag, tmp_path / "network.pt"
     with safe_open(DIGITS / "edm.safetensors", "pt") as file:
         state, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     state["model.out_conv.bias"][0] = float("inf")

@@ -10,7 +10,6 @@ from PIL import Image
 from samplers import (
     BATCHES,
     DDPM,
-    DIGITS,
     EDM,
     IMAGES,
     PLAIN_EDM,
@@ -24,7 +23,6 @@ from samplers import (
 from guided_diffusion.files.pixels import ROUNDING
 from guided_diffusion.files.pretrained import sha256
 from guided_diffusion.files.run_folder import read_metrics
-from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS
 
 NAME = f"samples_{IMAGES}x16x16x3.npz"
 
@@ -49,20 +47,16 @@ def test_a_finished_folder(sampler, finished):
 def test_the_record(sampler, finished):
     run, folder = manifest(finished(sampler)), finished(sampler)
     recorded = {**run["settings"], **run["not_compared"]}
-    adm = sampler.script == "classifier_sample"
-    preset = PRESETS["digits"] if adm else EDM_PRESETS["digits-edm"]
-    varied = {"timestep_respacing", "num_samples", "batch_size", "seeds", "uncond_temperature"}
-    expected = {key: value for key, value in preset.items() if key not in varied}
+    system = sampler.system
+    varied = {"timestep_respacing", "steps", "num_samples", "batch_size", "seeds", "uncond_temperature"}
+    expected = {key: value for key, value in system.preset.items() if key not in {*varied, *system.files}}
     assert {key: recorded.get(key, "no such flag") for key in expected} == expected
-    flag = "sampler" if adm else "guidance_form"
-    assert (run["settings"][flag], recorded["steps"], recorded["out"]) == (sampler.name, 3, str(folder))
+    told = (run["settings"][system.flag], recorded["steps"], recorded["out"])
+    assert told == (sampler.choice, 3, str(folder))
     assert f"torch {torch.__version__}" in recorded["device"]
-    network, path = ("model_path", "unet") if adm else ("network", "edm")
-    files = {network: f"{path}.safetensors", "classifier_path": "guide.safetensors"}
-    assert run["settings"]["sha256"] == {key: sha256(DIGITS / name) for key, name in files.items()}
+    assert run["settings"]["sha256"] == {key: sha256(path) for key, path in system.files.items()}
     assert run["settings"]["versions"]["torch"] == torch.__version__
-    assert run["rounding"] == ROUNDING["adm" if adm else "edm"]
-    assert ("Philox" if adm else "seed % 2**32") in run["drawn_by"]["noise"]
+    assert run["rounding"] == ROUNDING[system.rounding] and system.noise in run["drawn_by"]["noise"]
     totals = run["totals"]
     assert 0 < totals["guidance_seconds"] < totals["seconds"] and totals["skipped_guidance"] == 0
 
