@@ -131,6 +131,8 @@ def load_autoencoder(path: str | Path, *, tiny: bool = False) -> Any:
     name = "AutoencoderTiny" if tiny else "AutoencoderKL"
     if config.get("_class_name", name) != name:
         raise ValueError(f"{folder} holds a {config['_class_name']}, not an {name}")
+    if tiny:  # which writes this key beside those that it was made of, and does not know it again
+        config = {key: value for key, value in config.items() if key != "block_out_channels"}
     network = getattr(diffusers, name).from_config(config)
     weights = autoencoder_weights(folder)
     load_into(network, renamed(load_state_dict(weights), present_name), weights)

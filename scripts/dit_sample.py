@@ -3,8 +3,8 @@ classifier.
 
     python scripts/dit_sample.py --preset imagenet256-dit-resnet101 --num_samples 1000 --out results/dit
 
-Writes one PNG per sample and dataset.json with the labels, or with --format npz samples_NxHxWx3.npz (arr_0
-uint8 images, arr_1 int64 labels) and grid.png; and run.json. A run that was interrupted resumes when the same
+Writes samples_NxHxWx3.npz (arr_0 uint8 images, arr_1 int64 labels), one PNG per sample with the labels in
+dataset.json, or with --format npz grid.png in their place; and run.json. A run that was interrupted resumes when the same
 command is given again, on any number of processes (torchrun). The flags are those of DiT's sample_ddp.py,
 guidance's, and a few more. It needs pip install -e ".[dit]".
 """

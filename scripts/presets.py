@@ -14,6 +14,7 @@ COMPARED = {
     "digits": "compare_guidance.py",
     "digits-fewstep": "compare_fewstep.py",
     "digits-edm": "compare_edm.py",
+    "digits-dit": "compare_dit.py",
 }
 
 

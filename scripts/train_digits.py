@@ -71,12 +71,7 @@ def main():
         record[name] = train_and_write(name, args, training, held_out)
         print(name, json.dumps(record[name]))
         write_json(record_file, record)
-    # In the layout in which scripts/download.py records what it fetched.
-    files = sorted(path for path in args.out.iterdir() if path.suffix in (".npz", ".safetensors"))
-    write_json(
-        args.out / "hashes.json",
-        {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files},
-    )
+    write_hashes(args.out)
 
 
 def parse_args():
@@ -199,6 +194,15 @@ def train_classifier(name, training, held_out, iterations):
             for part, (x, y) in (("train", training), ("test", held_out))
         }
     return weights, figures
+
+
+def write_hashes(folder):
+    """Write the folder's hashes.json, in the layout in which scripts/download.py records what it fetched."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".npz", ".safetensors"))
+    write_json(
+        folder / "hashes.json",
+        {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files},
+    )
 
 
 def rounded(state_dict):

@@ -3,9 +3,9 @@ them with a record of the training.
 
     pip install -e ".[train,dit]" && python scripts/train_digits_dit.py
 
-Writes vae/ and tiny/ in diffusers' layout, linear.safetensors, dit.safetensors and training.json. All learn
-from the 1,437 digits that the other networks learned from. Of DiT and the autoencoder the weights are rounded
-to float16.
+Writes vae/ and tiny/ in diffusers' layout, linear.safetensors, dit.safetensors and training.json, and in each
+folder hashes.json. All learn from the 1,437 digits that the other networks learned from. Of DiT and the
+autoencoders the weights are rounded to float16.
 """
 
 import json
@@ -16,7 +16,7 @@ import _beside  # noqa: F401
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
-from train_digits import BATCH_SIZE, NUM_CLASSES, SIZE, digits, rounded, train_denoiser
+from train_digits import BATCH_SIZE, NUM_CLASSES, SIZE, digits, rounded, train_denoiser, write_hashes
 
 from classifiers.decoders import (
     AutoencoderDecoder,
@@ -74,6 +74,8 @@ def main():
         record[name] = {"seed": seed, "batch_size": BATCH_SIZE, **figures, **about}
         print(name, json.dumps(record[name]))
         write_json(record_file, record)
+    for folder in sorted({path.parent for path in args.out.rglob("*.safetensors")}):
+        write_hashes(folder)
 
 
 def parse_args():

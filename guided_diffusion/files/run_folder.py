@@ -9,8 +9,8 @@ or a PNG for every sample.
     run.lock                      whose folder it is, while the run lasts
     metrics.jsonl                 what guidance did at each step of each batch, if that was asked for
     samples_NxHxWx3.npz           arr_0: uint8 NHWC, arr_1: int64 labels, in index order
-    000000.png ... dataset.json   instead of that npz; the labels are in the json, which comes last, in the
-                                  layout of EDM's datasets
+    000000.png ... dataset.json   instead of that npz, of DiT beside it; the labels are in the json, which comes
+                                  last, in the layout of EDM's datasets
 
 A file with one of these names is complete: it is written under another name in the same folder, then renamed.
 """

@@ -64,7 +64,7 @@ class DiTSamplingFlags(Flags):
     )
     tf32: bool = flag(True, "on CUDA: products of matrices in TF32; the published figures moved by it")
     no_tf32: bool = flag(False, "the same as --tf32 False", names=("no-tf32", "no_tf32"), compared=False)
-    format: str = flag("png", "a PNG for each image, or one npz", choices=("png", "npz"))
+    format: str = flag("png", "a PNG for each image beside the npz, or the npz alone", choices=("png", "npz"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,7 +167,39 @@ _DIT_GUIDED = {
     "softplus_beta": 3.0,
     "margin_temperature_discount": 0.5,
 }
+# Its autoencoder's channels are no colours: guidance without a classifier is for all of them.
+_DIGITS_DIT = {
+    "ckpt": str(PRETRAINED_DIR / "digits_dit/dit.safetensors"),
+    "vae": str(PRETRAINED_DIR / "digits_dit/vae"),
+    "image_size": 16,
+    "num_classes": 10,
+    "num_samples": 300,
+    "batch_size": 50,
+    "labels": "balanced",
+    "format": "npz",
+    "cfg_scale": 1.5,
+    "cfg_channels": 4,
+    "classifier_type": "digits_guide",
+}
 DIT_PRESETS = {
+    "digits-dit": {
+        **_DIGITS_DIT,
+        "steps": 25,
+        "classifier_scale": 1.0,
+        "softplus_beta": 3.0,
+        "margin_temperature_discount": 0.5,
+        "gamma_factor": 0.3,
+    },
+    "digits-dit-fewstep": {
+        **_DIGITS_DIT,
+        **_FEW_STEPS,
+        # As the small network of ADM: it predicts eps, and the autoencoder's latents have its scale.
+        "sampler": "dpmpp_2m_sde",
+        "steps": 10,
+        "classifier_scale": 2.0,
+        "softplus_beta": 5.0,
+        "margin_temperature_discount": 0.0,
+    },
     "imagenet256-dit": _DIT,
     # With all channels guided, the scale of the authors' better figure.
     "imagenet256-dit-cfg4": {**_DIT, "cfg_channels": 4, "cfg_scale": 1.375},

@@ -54,7 +54,10 @@ def sampler_of(config: Any, drawn: Drawn, image_size: int, notes: list[str]) -> 
             samples = draw(shape, y, noise, tick)
         return drawn.decode(samples) if drawn.decode else samples, y
 
-    return Sampler(sample, num_steps, image_size, [*notes, *more])
+    def finish(count):
+        return drawn.decode(torch.zeros(count, *drawn.shape, device=drawn.device))
+
+    return Sampler(sample, num_steps, image_size, [*notes, *more], finish if drawn.decode else None)
 
 
 def drawn_labels(config: Any) -> tuple[Callable[[Sequence[int]], np.ndarray], dict[str, str]]:

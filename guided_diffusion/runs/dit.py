@@ -53,6 +53,8 @@ def make_job(config: DiTFlags, classifiers: Any) -> Job:
         rounding="edm",
         drawn_by=drawn_by,
         png_name="{:06d}.png".format if config.format == "png" else None,
+        npz_too=config.format == "png",
+        packages=["diffusers"],
     )
 
 

@@ -18,6 +18,7 @@ from guided_diffusion.runs import machine
 from guided_diffusion.runs.job import Job, rounded
 from guided_diffusion.runs.lock import holder
 from guided_diffusion.runs.loop import named_failure
+from guided_diffusion.runs.stopwatch import Stopwatch
 from guided_diffusion.runs.store import existing_parent, require_room, required_bytes
 from guided_diffusion.runs.tally import CLASSIFIER, Tally
 
@@ -38,7 +39,7 @@ def dry_run(job: Job) -> None:
     """
     device = dist_util.choose_device(job.device)
     report = _Report()
-    versions = ", ".join(f"{name} {number}" for name, number in machine.versions().items())
+    versions = ", ".join(f"{name} {number}" for name, number in machine.versions(job.packages).items())
     report.say("machine", f"{machine.describe(device)}; {versions}")
     for flag in job.files:
         report.check(f"--{flag}" if flag in job.flags else flag, _check_file, job, flag)
@@ -57,8 +58,8 @@ def _check_networks(job, device, report, missing, joined):
     sampler, tally = report.check("networks", _load, job, device) or (None, None)
     if not sampler:
         return
-    pngs = job.png_name is not None
-    needed = 0 if joined else required_bytes(missing, job.num_samples, sampler.image_bytes, pngs)
+    files = (job.png_name is not None, job.npz_too)
+    needed = 0 if joined else required_bytes(missing, job.num_samples, sampler.image_bytes, *files)
     report.check("disk", _check_disk, job, needed)
     trial = report.check("steps", _try_steps, job, sampler, tally, device)
     if trial:
@@ -134,6 +135,7 @@ def _load(job, device):
 class _Trial:
     batch: int
     seconds: float  # of one step
+    finish: float  # seconds after the last one
     memory: int  # in all, bytes
     memory_per_image: int
 
@@ -150,12 +152,25 @@ def _try_steps(job, sampler, tally, device):
     plain = statistics.median(b.clock - a.clock - (b.guidance - a.guidance) for a, b in pairwise(marks))
     # The steps that are timed may not ask the classifier, or more often than those of the run.
     seconds = plain + asked / job.flags.get("guidance_every", 1)
+    finish = _seconds_of_finish(sampler, batch, device)
     memory, per_image = _memory(device), 0
     guidance = f"; guidance adds {asked / plain:.0%} to one that asks the classifier" if asked else ""
     if batch < _batch(job):
         _marks(draw, device, batch + 1, 1, tally)
         per_image = _memory(device) - memory
-    return f"{seconds:.3f} s each at batch {batch}{guidance}", _Trial(batch, seconds, memory, per_image)
+    last = f"; after the last one {finish:.3f} s to decode" if sampler.finish else ""
+    text = f"{seconds:.3f} s each at batch {batch}{guidance}{last}"
+    return text, _Trial(batch, seconds, finish, memory, per_image)
+
+
+def _seconds_of_finish(sampler, batch, device):
+    """Of making images of a batch of samples, after one that warms up; 0 where samples are images."""
+    if not sampler.finish:
+        return 0.0
+    sampler.finish(1)
+    clock = Stopwatch(device)
+    clock.wrap(sampler.finish)(batch)
+    return clock.seconds
 
 
 class _Mark(NamedTuple):
@@ -212,7 +227,7 @@ def _check_memory(job, trial, device):
 
 
 def _estimate(job, trial, num_steps, missing):
-    hours = trial.seconds / trial.batch * num_steps * missing / 3600
+    hours = (trial.seconds * num_steps + trial.finish) / trial.batch * missing / 3600
     amount = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
     text = f"some {amount} for {missing:,} images of {num_steps} steps in one process like this"
     if trial.batch == _batch(job):

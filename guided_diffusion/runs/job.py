@@ -27,13 +27,15 @@ class Sampler:
     """What draws a batch: sample(indices, tick) -> ((n, 3, H, W) float images, (n,) int64 labels); it calls
     tick() after each step.
 
-    image_size: H and W. notes: what the log should say at the start.
+    image_size: H and W. notes: what the log should say at the start. finish: makes images of so many samples,
+    after their last step, and drops them: for a dry run to time; None where a sample is an image.
     """
 
     sample: Callable[[range, Callable[[], None]], tuple[Tensor, Tensor]]
     num_steps: int
     image_size: int
     notes: list[str] = field(default_factory=list)
+    finish: Callable[[int], Any] | None = None
 
     @property
     def image_bytes(self) -> int:
@@ -51,8 +53,8 @@ class Job:
     file's hash.
     build: loads the networks. rounding: a key of ROUNDING. drawn_by: who draws noise and labels, for the
     record. overwrite: start anew, unless this is another attempt of a job that did so. png_name: as
-    `SampleStore`'s. name_of: what errors call a sample, by its index. remarks:
-    what else the record says. defaults: of the flags.
+    `SampleStore`'s, as npz_too. name_of: what errors call a sample, by its index. remarks: what else the record
+    says. defaults: of the flags. packages: whose versions decide too.
     """
 
     folder: Path
@@ -68,9 +70,11 @@ class Job:
     device: str = ""
     log_guidance: bool = False
     png_name: Callable[[int], str] | None = None
+    npz_too: bool = False
     name_of: Callable[[int], object] = int
     remarks: Callable[[], Mapping[str, Any]] = dict
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    packages: Collection[str] = ()
 
     @classmethod
     def of(cls, config: Any, **fields: Any) -> "Job":
@@ -112,7 +116,7 @@ class Job:
             for key, value in _plain(self.flags).items()
             if key not in {*self.not_compared, *hashes}
         }
-        return {**flags, "sha256": hashes, "versions": machine.versions()}
+        return {**flags, "sha256": hashes, "versions": machine.versions(self.packages)}
 
     def open_store(self, settings: dict[str, Any], device: torch.device) -> SampleStore:
         """Open the output folder, and make it a run's where it is not yet."""
@@ -131,6 +135,7 @@ class Job:
             record,
             self.png_name,
             _plain(self.defaults),
+            self.npz_too,
         )
 
 

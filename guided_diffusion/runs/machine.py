@@ -2,7 +2,9 @@
 
 import platform
 import resource
-from importlib.metadata import version
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -20,13 +22,13 @@ def describe(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def versions() -> dict[str, str]:
-    """What can change the numbers, by name."""
-    return {
-        "elucd": __version__,
-        "torch": str(torch.__version__),
-        **{name: version(name) for name in ("torchvision", "numpy")},
-    }
+def versions(more: Iterable[str] = ()) -> dict[str, str]:
+    """What can change the numbers, by name, and those of `more` that are installed."""
+    found = {"elucd": __version__, "torch": str(torch.__version__)}
+    for name in ("torchvision", "numpy", *more):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def peak_memory() -> int:

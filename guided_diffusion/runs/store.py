@@ -40,7 +40,8 @@ class SampleStore:
     run's output, with the keys that differ, and OSError where it cannot be written. `record` is kept in
     run.json beside the settings, but not compared.
     png_name: index -> path of that sample's PNG in the folder; None for one npz. defaults: what a setting
-    was before there was a flag for it, so that a new flag at its default leaves older folders theirs.
+    was before there was a flag for it, so that a new flag at its default leaves older folders theirs. npz_too:
+    write the npz beside the PNGs.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class SampleStore:
         record: dict | None = None,
         png_name: Callable[[int], str] | None = None,
         defaults: Mapping[str, object] | None = None,
+        npz_too: bool = False,
     ):
         self.folder, self.num_samples, self.shard_size = Path(folder), num_samples, shard_size
-        self.png_name = png_name
+        self.png_name, self._npz_too = png_name, npz_too
         self._shards = self.folder / "shards"
         settings = json.loads(json.dumps({**settings, "num_samples": num_samples, "shard_size": shard_size}))
         if (self.folder / "run.json").exists():
@@ -88,14 +90,14 @@ class SampleStore:
         `image_bytes` per image.
         """
         if not self.samples_file():
-            missing, pngs = sum(map(len, self.missing())), self.png_name is not None
-            require_room(self.folder, required_bytes(missing, self.num_samples, image_bytes, pngs))
+            missing = sum(map(len, self.missing()))
+            files = (self.png_name is not None, self._npz_too)
+            require_room(self.folder, required_bytes(missing, self.num_samples, image_bytes, *files))
 
     def samples_file(self) -> Path | None:
-        """The final npz or dataset.json, if it is there."""
-        mine = f"samples_{self.num_samples}x"
-        done = finished_files(self.folder)
-        return next((path for path in done if path.suffix == ".json" or path.name.startswith(mine)), None)
+        """The final file that is written last, the npz or dataset.json, if it is there."""
+        last = "dataset.json" if self.png_name else f"samples_{self.num_samples}x"
+        return next((path for path in finished_files(self.folder) if path.name.startswith(last)), None)
 
     def missing(self) -> list[range]:
         """The index ranges of the shards that are not complete."""
@@ -135,13 +137,17 @@ class SampleStore:
             shape = (self.num_samples, *self._read(next(self._ranges()), "arr_0").shape[1:])
             write_json(self.folder / "run.json", {**read_run(self.folder), "totals": self._totals()})
             self._join_metrics()
-            final = self._write_pngs() if self.png_name else self._write_npz(shape)
+            if not self.png_name:
+                save_grid(self.folder / "grid.png", [self._grid_images()])
+            if self._npz_too or not self.png_name:
+                final = self._write_npz(shape)
+            if self.png_name:
+                final = self._write_pngs()
         _remove_shards(self._shards)
         _remove_half_written(self.folder)
         return final
 
     def _write_npz(self, shape):
-        save_grid(self.folder / "grid.png", [self._grid_images()])
         final = self.folder / f"samples_{'x'.join(map(str, shape))}.npz"
         with _complete_or_told(final, math.prod(shape)) as file, zipfile.ZipFile(file, "w") as archive:
             _stream(archive, "arr_0", np.uint8, shape, (self._read(r, "arr_0") for r in self._ranges()))
@@ -210,10 +216,14 @@ def _complete_or_told(path, size):
         ) from error
 
 
-def required_bytes(missing: int, num_samples: int, image_bytes: int, pngs: bool) -> int:
-    """The room on disk that the shards of `missing` samples and the final file, or the PNGs, need."""
-    final = (math.ceil(image_bytes / DISK_BLOCK) + 1) * DISK_BLOCK if pngs else image_bytes + 8
-    return missing * (image_bytes + 8) + num_samples * final
+def required_bytes(
+    missing: int, num_samples: int, image_bytes: int, pngs: bool, npz_too: bool = False
+) -> int:
+    """The room on disk that the shards of `missing` samples and the final npz, or the PNGs, or both need."""
+    packed = image_bytes + 8
+    final = (math.ceil(image_bytes / DISK_BLOCK) + 1) * DISK_BLOCK if pngs else 0
+    final += packed if npz_too or not pngs else 0
+    return missing * packed + num_samples * final
 
 
 def require_room(folder: Path, needed: int) -> int:

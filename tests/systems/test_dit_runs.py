@@ -6,10 +6,12 @@ The networks are random, and their autoencoder halves: 16x16 images, which the d
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from goldens_util import set_golden_weights
 from helpers import call, contents, load_samples, load_script, samples_bytes
+from PIL import Image
 from samplers import manifest, metrics
 
 from classifiers.decoders import load_decoder
@@ -127,16 +129,18 @@ def test_a_run_is_the_loop_by_hand(folder, tmp_path):
     assert (load_samples(tmp_path)[1] == 4).all()
 
 
-def test_pngs_have_their_labels_beside_them(folder, tmp_path):
-    result = run(folder, tmp_path, "--format", "png")
+def test_pngs_have_their_labels_and_the_npz_beside_them(folder, tmp_path):
+    result = run(folder, tmp_path / "png", "--format", "png")
     assert result.out.strip().endswith("dataset.json")
     names = sorted(path.name for path in contents(tmp_path) if path.suffix == ".png")
     assert names == ["000000.png", "000001.png", "000002.png"]
     run(folder, tmp_path / "npz")
-    told = json.loads((tmp_path / "dataset.json").read_text())["labels"]
-    assert told == [
-        [name, int(label)] for name, label in zip(names, load_samples(tmp_path / "npz")[1], strict=True)
-    ]
+    assert samples_bytes(tmp_path / "png") == samples_bytes(tmp_path / "npz")
+    images, labels = load_samples(tmp_path / "png")
+    told = json.loads((tmp_path / "png" / "dataset.json").read_text())["labels"]
+    assert told == [[name, int(label)] for name, label in zip(names, labels, strict=True)]
+    for name, image in zip(names, images, strict=True):
+        assert (np.asarray(Image.open(tmp_path / "png" / name)) == image).all()
 
 
 def test_flags_change_the_images(folder, tmp_path):

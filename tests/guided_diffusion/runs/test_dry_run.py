@@ -28,7 +28,7 @@ def memory(monkeypatch):
     monkeypatch.setattr(machine, "available_memory", lambda device: 64 * GB)
 
 
-def sampler(steps=25, naps=(), error=None):
+def sampler(steps=25, naps=(), error=None, finish=None):
     """Nothing but black images and ticks; naps: seconds of the first steps."""
 
     def sample(indices, tick):
@@ -39,7 +39,7 @@ def sampler(steps=25, naps=(), error=None):
             tick()
         return torch.zeros(len(indices), 3, 2, 2), torch.zeros(len(indices), dtype=torch.int64)
 
-    return Sampler(sample, steps, image_size=2, notes=["a note"])
+    return Sampler(sample, steps, image_size=2, notes=["a note"], finish=finish)
 
 
 def make(tmp_path, built=None, **changes):
@@ -125,6 +125,13 @@ def test_time_is_seconds_per_step_times_steps_times_images_without_the_first_ste
     assert seconds == pytest.approx(each * steps * images, rel=0.02, abs=3)
     assert f"for {images} images of {steps} steps" in lines["time"]
     assert ("scaled from batch 1" in lines["time"]) == scaled
+
+
+def test_the_time_has_what_follows_the_last_step_in_it(tmp_path, capsys):
+    decode = sampler(steps=1, finish=lambda count: time.sleep(0.1 * count))
+    lines = said(make(tmp_path, decode), capsys)
+    assert re.search(r"; after the last one 0\.1\d\d s to decode$", lines["steps"])
+    assert float(re.match(r"some ([\d.]+) minutes", lines["time"])[1]) == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_run_of_one_step_is_no_problem(tmp_path, capsys):

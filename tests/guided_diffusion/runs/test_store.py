@@ -48,8 +48,9 @@ def in_thousands(index):
     return f"{index - index % 1000:06d}/{index:06d}.png"
 
 
-def make(folder, num_samples=N, shard_size=SHARD, png_name=None, **changes):
-    return SampleStore(folder, {**SETTINGS, **changes}, num_samples, shard_size, png_name=png_name)
+def make(folder, num_samples=N, shard_size=SHARD, png_name=None, npz_too=False, **changes):
+    settings = {**SETTINGS, **changes}
+    return SampleStore(folder, settings, num_samples, shard_size, png_name=png_name, npz_too=npz_too)
 
 
 def files(folder):
@@ -118,6 +119,18 @@ def test_run_from_start_to_end(tmp_path, png_name):
         with pytest.raises(FileNotFoundError, match=r"no samples_NxHxWx3\.npz"):
             read_samples(folder)
     assert np.array_equal(images, [image(i) for i in range(N)])
+
+
+def test_an_npz_beside_pngs_is_not_the_end_of_the_run(tmp_path, monkeypatch):
+    fill(make(tmp_path / "npz")).finish()
+    form = {"png_name": flat, "npz_too": True}
+    with killed_after(monkeypatch, 5):  # three shards, the npz and a picture
+        fill(make(tmp_path / "both", **form)).finish()
+    again, name = make(tmp_path / "both", **form), f"samples_{N}x{H}x{W}x3.npz"
+    assert name in files(tmp_path / "both") and again.missing() == [] and again.samples_file() is None
+    assert again.finish().name == "dataset.json"
+    assert files(tmp_path / "both") == sorted([*map(flat, range(N)), "dataset.json", "run.json", name])
+    assert (tmp_path / "both" / name).read_bytes() == (tmp_path / "npz" / name).read_bytes()
 
 
 @pytest.mark.parametrize("png_name", [None, flat])
