@@ -4,7 +4,8 @@
 
 Weights are random where the preset's files are absent: the time of a step does not depend on them. On a CPU
 the network's rate is set against that of one plain convolution, and bfloat16 against float32, all in one run.
-On CUDA it reports images per second over batch sizes. Run it with nothing else on the machine; the lines it
+On CUDA it reports images per second over batch sizes, or with --variants ways to
+compute the step (benchmark_cuda.py). Run it with nothing else on the machine; the lines it
 prints are meant for docs/benchmarks.md.
 For a preset of DiT it is benchmark_dit.py, by parts and decoders. --evaluation and --engine measure what
 benchmark_evaluation.py and benchmark_engine.py do.
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import _beside  # noqa: F401
+import benchmark_cuda
 import benchmark_dit
 import benchmark_engine
 import benchmark_evaluation
@@ -60,7 +62,9 @@ class BenchmarkFlags(Flags):
         5, "timed steps per figure, after one that is not; the median counts", check=at_least(1)
     )
     batch_sizes: str = flag("1,8,16,32,64", "on CUDA", needs=ON_CUDA)
-    compile: bool = flag(False, "on CUDA: torch.compile the network", needs=ON_CUDA)
+    variants: bool = flag(
+        False, "on CUDA: ways to compute the step, as published, as it runs and compiled", needs=ON_CUDA
+    )
     reuse_activations: bool = flag(True, "in-place work in the network where no graph is recorded")
     evaluation: bool = flag(False, "measure scripts/evaluate.py's work instead, on the CPU")
     engine: bool = flag(False, "measure what a run needs around its steps instead, on the CPU")
@@ -75,7 +79,7 @@ class BenchmarkFlags(Flags):
         if self.preset in DIT_PRESETS:
             if not DIT_PRESETS[self.preset].get("classifier_type"):
                 raise ValueError(f"preset {self.preset} has no classifier; choose imagenet256-dit-resnet101")
-            if unused := sorted(self.given & {"batch_sizes", "compile", "reuse_activations"}):
+            if unused := sorted(self.given & {"batch_sizes", "variants", "reuse_activations"}):
                 raise ValueError(f"--{unused[0]} is for networks that are not DiT: drop it")
         others = sorted(self.given - {"evaluation", "engine"})
         if (self.evaluation or self.engine) and (others or (self.evaluation and self.engine)):
@@ -101,7 +105,8 @@ def main():
         dist_util.keep_freed_memory()
         report_cpu(step, config.repeats)
     else:
-        report_cuda(step, parse_numbers(config.batch_sizes, "--batch_sizes"), config.repeats)
+        report = benchmark_cuda.compare if config.variants else benchmark_cuda.report
+        report(step, parse_numbers(config.batch_sizes, "--batch_sizes"), config.repeats)
 
 
 class GuidedStep:
@@ -130,11 +135,13 @@ class GuidedStep:
         self.model.to(device, memory_format=torch.channels_last).eval()
         self.model.reuse_activations(benchmark.reuse_activations)
         self.classifier = adm.load_guide(config, classifiers, device)
+        if self.weights == "random":
+            benchmark_cuda.settled(self.classifier, self.size)
         self.guided = {
             text: replace(config, **flags).build_guidance(self.classifier, None)
             for text, flags in CHEAPER.items()
         }
-        self.network = torch.compile(self.model, dynamic=False) if benchmark.compile else self.model
+        self.network = self.model
 
     def halve(self):
         self.model.convert_to_fp16()
@@ -147,21 +154,26 @@ class GuidedStep:
             self.model(x, t, y)
         return counter.get_total_flops() / 1e9
 
+    def one(self, batch_size, draw, *, network=None, guidance=None):
+        """A function that takes a guided step with the noise draw(x), by default as the flags say."""
+        x, t, y = self._inputs(batch_size)
+        network, guidance = network or self.network, guidance or self.guided[EVERY_STEP]
+
+        def step():
+            self.diffusion.p_sample(network, x, t, model_kwargs={"y": y}, guidance=guidance, noise=draw(x))
+
+        return step
+
     def time(self, batch_size, repeats):
         """Return the median seconds of the whole step, of the network, of guidance and of the rest, the noise
         among it.
         """
-        x, t, y = self._inputs(batch_size)
-        draw = SampleNoise(0, range(batch_size))
-        rows = []
+        draw, rows = SampleNoise(0, range(batch_size)), []
         for _ in range(repeats + 1):
             whole, network, guidance = (Stopwatch(self.device) for _ in range(3))
             model, rule = network.wrap(self.network), guidance.wrap(self.guided[EVERY_STEP])
 
-            def step(model=model, rule=rule):
-                self.diffusion.p_sample(model, x, t, model_kwargs={"y": y}, guidance=rule, noise=draw(x))
-
-            whole.wrap(step)()
+            whole.wrap(self.one(batch_size, draw, network=model, guidance=rule))()
             rest = whole.seconds - network.seconds - guidance.seconds
             rows.append((whole.seconds, network.seconds, guidance.seconds, rest))
         return tuple(statistics.median(column) for column in zip(*rows[1:], strict=True))
@@ -208,19 +220,6 @@ def report_cpu(step, repeats):
     unguided = full[0] - full[2]
     added = ", ".join(f"{text} {seconds / unguided:.2%}" for text, seconds in guidance.items())
     print(f"guidance adds to an unguided float32 step, on average over a run: {added}")
-
-
-def report_cuda(step, batch_sizes, repeats):
-    step.halve()
-    for batch_size in batch_sizes:
-        torch.cuda.reset_peak_memory_stats()
-        times = step.time(batch_size, repeats)
-        memory = torch.cuda.max_memory_allocated() / 2**30
-        rate = batch_size / times[0] / step.diffusion.num_timesteps
-        print(
-            f"float16 step, batch {batch_size}: {parts(*times)}; {rate:.2f} images/s; "
-            f"peak memory {memory:.2f} GiB"
-        )
 
 
 def plain_convolution_rate(batch_size, repeats, channels=256, size=128):

@@ -39,10 +39,12 @@ from comparison import (
 import classifiers
 from classifiers import load_classifier
 from evaluation.metrics import metric_key, metric_label
+from guided_diffusion import dist_util
 from guided_diffusion.files.atomic import renamed_when_complete, write_json
 from guided_diffusion.files.console import print_result
 from guided_diffusion.flags.fields import configure, defaults_of, given_flags
 from guided_diffusion.flags.parser import Parser, run_main
+from guided_diffusion.runs import machine
 from guided_diffusion.runs.job import run
 from guided_diffusion.runs.lock import locked
 from guided_diffusion.runs.systems import system_of
@@ -97,7 +99,12 @@ def measured(planned, judge_name, path):
         run(each.job)
         folder = each.job.folder
         numbers = cost(folder) | judge(folder, classifier) | quality(folder)
-        rows[each.id] = {"id": each.id, **each.about(), **numbers}
+        rows[each.id] = {
+            "id": each.id,
+            **each.about(),
+            **numbers,
+            "machine": machine.describe(dist_util.dev()),
+        }
         write_json(path, list(rows.values()))
     return rows
 

@@ -9,7 +9,6 @@ autoencoders the weights are rounded to float16.
 """
 
 import json
-import platform
 import time
 from pathlib import Path
 
@@ -26,10 +25,12 @@ from classifiers.decoders import (
     load_autoencoder,
     require_diffusers,
 )
+from guided_diffusion import dist_util
 from guided_diffusion.dit import DIT_MODELS
 from guided_diffusion.files.atomic import renamed_when_complete, write_json
 from guided_diffusion.files.pretrained import PRETRAINED_DIR
 from guided_diffusion.flags.parser import Parser, run_main
+from guided_diffusion.runs import machine
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.training import Optimization, random_batches, train
 
@@ -56,7 +57,8 @@ def main():
     args = parse_args()
     require_diffusers()
     args.out.mkdir(parents=True, exist_ok=True)
-    (images, labels), _ = digits()
+    device = dist_util.dev()
+    images, labels = (part.to(device) for part in digits()[0])
     record_file = args.out / "training.json"
     record = json.loads(record_file.read_text()) if record_file.exists() else {}
     for name in [args.only] if args.only else NETWORKS:
@@ -67,7 +69,7 @@ def main():
         about = {
             "seconds": round(time.time() - start),
             "torch": torch.__version__,
-            "machine": platform.machine(),
+            "machine": machine.describe(device),
         }
         record[name] = {"seed": seed, "batch_size": BATCH_SIZE, **figures, **about}
         print(name, json.dumps(record[name]))
@@ -102,7 +104,7 @@ def train_vae(out, images, labels, iterations):
     """The autoencoder by error and divergence; its scale makes the latents' standard deviation 1. Then the
     linear decoder, by least squares.
     """
-    network = require_diffusers().AutoencoderKL(**AUTOENCODER)
+    network = require_diffusers().AutoencoderKL(**AUTOENCODER).to(images.device)
 
     def losses_of(x, _):
         latent = network.encode(x).latent_dist
@@ -132,7 +134,7 @@ def train_vae(out, images, labels, iterations):
 def train_tiny(out, images, labels, iterations):
     """A small decoder that answers as the autoencoder does."""
     teacher, latents = encoded(out, images)
-    network = require_diffusers().AutoencoderTiny(**TINY)
+    network = require_diffusers().AutoencoderTiny(**TINY).to(images.device)
     network.encoder.requires_grad_(False)
     student = AutoencoderDecoder(network)
 
@@ -152,10 +154,11 @@ def train_dit(out, images, labels, iterations):
     """DiT on the latents' means, as the autoencoder scales them. The network drops labels itself."""
     _, latents = encoded(out, images)
     net = DIT_MODELS["DiT-T/2"](input_size=latents.shape[-1], num_classes=NUM_CLASSES)
+    net.to(images.device)
     diffusion = create_gaussian_diffusion(learn_sigma=True, rescale_learned_sigmas=True)
 
     def losses_of(z, y):
-        t = torch.randint(diffusion.num_timesteps, (len(y),))
+        t = torch.randint(diffusion.num_timesteps, (len(y),), device=y.device)
         return diffusion.training_losses(net, z, t, {"y": y})
 
     weights, figures = train_denoiser(net, losses_of, (latents, labels), iterations)
@@ -168,7 +171,7 @@ TRAINED = {"vae": train_vae, "tiny": train_tiny, "dit": train_dit}
 
 def encoded(out, images):
     """(decoder of scaled latents, latents of the images) of the autoencoder that is there."""
-    network = load_autoencoder(out / "vae")
+    network = load_autoencoder(out / "vae").to(images.device)
     with torch.no_grad():
         latents = network.encode(images).latent_dist.mode() * network.config.scaling_factor
     return AutoencoderDecoder(network), latents
@@ -183,7 +186,7 @@ def write_folder(network, folder):
 
 def write(path, state_dict):
     with renamed_when_complete(path) as file:
-        file.write(save({name: tensor.contiguous() for name, tensor in state_dict.items()}))
+        file.write(save({name: tensor.cpu().contiguous() for name, tensor in state_dict.items()}))
 
 
 if __name__ == "__main__":

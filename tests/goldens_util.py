@@ -66,7 +66,12 @@ def golden_network(case):
 
 def random_input(seed, shape):
     """A network input of the golden sets: standard normal, float32."""
-    return torch.from_numpy(np.random.RandomState(seed).standard_normal(tuple(shape)).astype(np.float32))
+    return from_numpy(np.random.RandomState(seed).standard_normal(tuple(shape)).astype(np.float32))
+
+
+def from_numpy(array):
+    """The array as a tensor on the device under test: the default one, see --device in conftest.py."""
+    return torch.from_numpy(np.asarray(array)).to(torch.get_default_device())
 
 
 def random_image(seed, shape):

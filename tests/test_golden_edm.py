@@ -137,7 +137,7 @@ def test_the_published_generator_of_each_seed():
     latents, labels = noise.randn((len(seeds), 3, 32, 32)), noise.randint(1000)
     first_step = noise(latents.double())
     # exact
-    np.testing.assert_array_equal(latents.numpy()[corner], ARRAYS["f0_stacked_rng/latents_corner"])
+    np.testing.assert_array_equal(latents.cpu().numpy()[corner], ARRAYS["f0_stacked_rng/latents_corner"])
     np.testing.assert_array_equal(labels.numpy(), ARRAYS["f0_stacked_rng/labels"])
     np.testing.assert_array_equal(
         first_step.numpy()[corner], ARRAYS["f0_stacked_rng/first_step_noise_corner_f64"]

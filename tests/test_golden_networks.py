@@ -4,7 +4,16 @@ other networks (golden set J).
 
 import pytest
 import torch
-from goldens_util import golden_network, load_golden, max_abs, random_input, rms, rms_relative, thin
+from goldens_util import (
+    from_numpy,
+    golden_network,
+    load_golden,
+    max_abs,
+    random_input,
+    rms,
+    rms_relative,
+    thin,
+)
 
 UNETS, UNET_ARRAYS = load_golden("B_adm_unet")
 CLASSIFIERS, CLASSIFIER_ARRAYS = load_golden("C_adm_classifier")
@@ -44,7 +53,7 @@ def test_noisy_classifier(name):
 
 @pytest.mark.parametrize("name", EDM_NETWORKS)
 def test_edm_network(name):
-    case, sigma = EDM_NETWORKS[name], torch.from_numpy(EDM_ARRAYS[f"{name}/sigma"])
+    case, sigma = EDM_NETWORKS[name], from_numpy(EDM_ARRAYS[f"{name}/sigma"])
     net = golden_network(case)
     x = random_input(case["seed"], case["x_shape"]) * (1 + torch.tensor(case["sigma"])).view(-1, 1, 1, 1)
     labels = None if case["labels"] is None else torch.eye(net.label_dim)[case["labels"]]

@@ -5,7 +5,16 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from goldens_util import FixedNoise, load_golden, max_abs, resnet_weights, rms, set_golden_weights, thin
+from goldens_util import (
+    FixedNoise,
+    from_numpy,
+    load_golden,
+    max_abs,
+    resnet_weights,
+    rms,
+    set_golden_weights,
+    thin,
+)
 from toys import a_step
 
 from classifiers import load_classifier
@@ -39,7 +48,7 @@ class RecordingModel:
         self.wrap = bool(case["spec"].get("wrap"))
         process = case["diffusion_config"]
         betas = get_named_beta_schedule(process["noise_schedule"], process["steps"])
-        self.abar = torch.from_numpy(np.cumprod(1 - betas)).float()
+        self.abar = from_numpy(np.cumprod(1 - betas)).float()
         self.timesteps = []
 
     @torch.no_grad()
@@ -150,7 +159,7 @@ def test_released_running_maximum(name):
 def middle_step(name):
     """(position in the chain, x before it, its noise, its respaced index as (N,) int64)."""
     position, n_steps = CASES[name]["n_steps"] // 2, CASES[name]["n_steps"]
-    x = torch.from_numpy(ARRAYS[f"{name}/x_before_middle"])
+    x = from_numpy(ARRAYS[f"{name}/x_before_middle"])
     randn_like = FixedNoise(CASES[name]["spec"]["seed"])
     noise = [randn_like(x) for _ in range(position + 2)][-1]  # x_T, then one draw per step
     return position, x, noise, torch.full((len(x),), n_steps - 1 - position)

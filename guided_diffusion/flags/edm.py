@@ -62,6 +62,11 @@ class EDMSamplingFlags(Flags):
     class_idx: int | None = flag(
         None, "every sample is of this class; by default they are drawn", kind=int, names=("class",)
     )
+    labels: str = flag(
+        "random",
+        "random: drawn by each seed, as EDM does; or by the seeds' numbers: balanced, a list such as "
+        "1,2,5-10, or a file of classes, shuffled",
+    )
     unconditional: bool = flag(False, "give the network no labels; guidance still wants them")
     num_classes: int = flag(
         NUM_CLASSES, "of the classifier, where the network itself has no labels", check=at_least(1)
@@ -206,6 +211,8 @@ class EDMFlags(RunFlags, GuidanceFlags, MixedFlags, SolverFlags, EDMSamplingFlag
             raise ValueError("--network is missing: give an EDM network, or a --preset")
         if self.uses_cfg and self.unconditional:
             raise ValueError(f"--cfg_scale {self.cfg_scale} needs the labels: drop --unconditional")
+        if self.class_idx is not None and "labels" in self.given:
+            raise ValueError(f"--class {self.class_idx} and --labels {self.labels} say two things: keep one")
         self._check_sampler()
         if self.S_min > self.S_max:
             raise ValueError(f"--S_min must be at most --S_max, got {self.S_min} and {self.S_max}")

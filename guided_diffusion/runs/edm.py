@@ -11,11 +11,12 @@ from guided_diffusion.denoisers import GuidedDenoiser, LabelledDenoiser
 from guided_diffusion.edm import edm_sampler, load_edm_network, time_steps
 from guided_diffusion.files.pretrained import existing_file
 from guided_diffusion.flags.edm import EDMFlags
+from guided_diffusion.flags.labels import label_source, labels_file
 from guided_diffusion.flags.solvers import solver_files
 from guided_diffusion.guidance import Guidance
 from guided_diffusion.runs.discrete import load_off_the_shelf
 from guided_diffusion.runs.job import Job, Sampler
-from guided_diffusion.runs.noise import DRAWN_BY_SEED, DrawnAhead, SeedNoise
+from guided_diffusion.runs.noise import DRAWN_BY_INDEX, DRAWN_BY_SEED, DrawnAhead, SeedNoise
 from guided_diffusion.runs.tally import CLASSIFIER, NETWORK, Tally
 
 
@@ -25,21 +26,26 @@ def make_job(config: EDMFlags, classifiers: Any) -> Job:
 
     Nothing is loaded.
     """
-    files = {"network": partial(existing_file, config.network)}
+    files = {
+        "network": partial(existing_file, config.network),
+        "labels": partial(labels_file, config.labels),
+    }
     files |= {**solver_files(config), **config.guidance_files()}
     if config.use_classifier:
         files |= classifiers.classifier_files(config.classifier_type, config.classifier_path)
     if config.guide_model:
         files["guide_model"] = partial(existing_file, config.guide_model)
     seeds = config.seed_list
+    listed = {} if config.class_idx is None else {"labels": f"--class {config.class_idx}"}
+    if config.labels != "random":
+        listed = {"labels": f"--labels {config.labels}, shuffled by {DRAWN_BY_INDEX['labels']}: seed 0"}
     return Job.of(
         config,
         files=files,
         build=partial(build, config, classifiers),
         num_samples=len(seeds),
         rounding="edm",
-        drawn_by=DRAWN_BY_SEED
-        | ({} if config.class_idx is None else {"labels": f"--class {config.class_idx}"}),
+        drawn_by=DRAWN_BY_SEED | listed,
         png_name=partial(png_name, config) if config.format == "png" else None,
         name_of=lambda index: f"{index} (seed {seeds[index]})",
     )
@@ -58,15 +64,18 @@ def build(config: EDMFlags, classifiers: Any, device: torch.device, tally: Tally
     _refuse_for_network(config, net)
     guide = _load_guide_model(config, net, device, tally)
     num_classes = net.label_dim or config.num_classes
+    labels_of = None if config.labels == "random" else label_source(config.labels, 0, num_classes)
     guidance = load_guidance(config, classifiers, net, num_classes, device, tally)
     prepare = _edm_sampler if config.sampler == "edm" else _solver
     draw, num_steps, notes = prepare(config, net, guide, guidance)
 
     def sample(indices, tick):
-        noise = SeedNoise([config.seed_list[i] for i in indices])
+        seeds = [config.seed_list[i] for i in indices]
+        noise = SeedNoise(seeds)
         shape = (len(indices), net.img_channels, net.img_resolution, net.img_resolution)
         latents = noise.randn(shape).to(device)
-        y = _labels(config, net, num_classes, noise, len(indices)).to(device)
+        y = _labels(config, net, num_classes, noise, len(indices))
+        y = (torch.from_numpy(labels_of(seeds)) if labels_of else y).to(device)
         class_labels = (
             F.one_hot(y, net.label_dim).float() if net.label_dim and not config.unconditional else None
         )
@@ -181,11 +190,11 @@ def _refuse_for_network(config, net):
         raise ValueError(f"--cfg_scale {config.cfg_scale}: {config.network} has no labels, drop it")
     if not net.label_dim and config.unconditional:
         raise ValueError(f"--unconditional True: {config.network} has no labels in any case, drop it")
-    if not net.label_dim and config.class_idx is not None and not config.use_classifier:
-        raise ValueError(
-            f"--class {config.class_idx} needs a network with labels or a classifier: "
-            "add --use_classifier True"
-        )
+    for flag, value in (("class", config.class_idx), ("labels", config.labels)):
+        if value not in (None, "random") and not net.label_dim and not config.use_classifier:
+            raise ValueError(
+                f"--{flag} {value} needs a network with labels or a classifier: add --use_classifier True"
+            )
     num_classes = net.label_dim or config.num_classes
     if config.class_idx is not None and not 0 <= config.class_idx < num_classes:
         raise ValueError(

@@ -70,12 +70,17 @@ class SeedNoise:
                 f"shape {tuple(shape)} does not start with the number of seeds, {len(self._generators)}"
             )
         return torch.stack(
-            [torch.randn(shape[1:], dtype=dtype, generator=generator) for generator in self._generators]
+            [
+                torch.randn(shape[1:], dtype=dtype, generator=generator, device="cpu")
+                for generator in self._generators
+            ]
         )
 
     def randint(self, high: int) -> Tensor:
         """(len(seeds),) int64 from [0, high)."""
-        return torch.stack([torch.randint(high, (), generator=generator) for generator in self._generators])
+        return torch.stack(
+            [torch.randint(high, (), generator=generator, device="cpu") for generator in self._generators]
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """The next draw, like x."""

@@ -17,6 +17,7 @@ from guided_diffusion.edm import load_edm_network
 from guided_diffusion.files.checkpoints import load_state_dict
 from guided_diffusion.files.pretrained import PRETRAINED_DIR, sha256
 from guided_diffusion.files.state_dicts import load_into
+from guided_diffusion.flags.fields import configure
 from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.script_util import create_from_flags
 
@@ -37,6 +38,32 @@ def test_the_benchmark_prints_its_figures(monkeypatch):
     shares = {text.rpartition(" ")[0]: float(text.rpartition(" ")[2][:-1]) for text in added.split(", ")}
     names = ["at every step", "--guidance_every 4", "--guidance_interval 0,5", "both"]
     assert list(shares) == names and shares["both"] < shares["--guidance_every 4"] < shares["at every step"]
+
+
+def test_the_figures_of_a_gpu(monkeypatch, capsys):
+    """Its clock and memory are the CPU's here; what is compiled is left out."""
+    for name, value in (
+        ("synchronize", None),
+        ("reset_peak_memory_stats", None),
+        ("max_memory_allocated", 2**30),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    script, cuda = load_script("benchmark"), load_script("benchmark_cuda")
+    monkeypatch.setattr(cuda, "kernel_seconds", lambda run: 0.0)
+    monkeypatch.setattr(cuda, "matrix_rate", lambda device: 1e12)
+    monkeypatch.setattr(cuda, "VARIANTS", dict(list(cuda.VARIANTS.items())[:3]))
+    config = configure(script.BenchmarkFlags, {"digits": {}}, {"preset": "digits", "device": "cpu"})
+    step = script.GuidedStep(config, torch.device("cpu"))
+    cuda.report(step, [1, 2], 1)
+    cuda.compare(step, [2], 1)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "1 TFLOP/s" in first and [line[: line.index(",")] for line in lines[:2]] == ["float16 step"] * 2
+    for line in lines[:2]:
+        assert re.search(
+            r"batch \d: 0\.\d+ s a step, [\d.]+ images/s of 25 steps, \d+% of the matrix peak", line
+        )
+    assert [line.rpartition(", batch 2: ")[0] for line in lines[2:]] == list(cuda.VARIANTS)
+    assert "batch 2: 1.00 times as fast" in lines[2]
 
 
 def test_the_benchmark_of_dit_prints_a_line_for_each_decoder(monkeypatch):
@@ -64,7 +91,7 @@ def test_the_benchmark_of_dit_prints_a_line_for_each_decoder(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--compile"], "error: --compile given on the CPU, and is for CUDA: drop it"),
+        (["--variants"], "error: --variants given on the CPU, and is for CUDA: drop it"),
         (["--batch_sizes", "1,2"], "error: --batch_sizes given on the CPU, and is for CUDA: drop it"),
         (["--repeats", "0"], "error: --repeats must be at least 1, got 0"),
         (["--evaluation"], "error: --device does not go with --evaluation or --engine: drop it"),

@@ -43,6 +43,7 @@ CONTRADICTIONS = [
 ]  # fmt: skip
 NUMBERS = [
     ("--seeds 1,0-3", "--seeds 1,0-3 | different"),
+    ("--class 3 --labels balanced", "--class 3 | --labels balanced | keep one"),
     ("--seeds=-1", "--seeds -1 | from 0 on"),
     *((f"--seeds={text}", f"--seeds {text!r} | 1,2,5-10") for text in ("3-1", "1;2", "")),
     ("--class 10", "--class 10 | 0 to 9"),

@@ -137,6 +137,18 @@ def test_edm_is_the_public_sampler_with_the_published_noise(tmp_path, form, opti
     np.testing.assert_array_equal(images, to_uint8(x, "edm"))
 
 
+def test_listed_labels_of_edm_leave_its_noise_alone(tmp_path):
+    """Balanced over the seeds; a seed's image is that of --class."""
+    RELEASED.run(tmp_path / "all", "--labels", "balanced", "--seeds", "0-9", "--batch", 10)
+    images, labels = load_samples(tmp_path / "all")
+    assert sorted(labels) == list(range(10))
+    one = ("--class", labels[4], "--seeds", "0-9", "--batch", 10)
+    RELEASED.run(tmp_path / "one", *one)
+    same = load_samples(tmp_path / "one")[0]
+    assert np.abs(images[4].astype(int) - same[4]).max() <= 1
+    assert [i for i in range(10) if (images[i] != same[i]).any() and i != 4]
+
+
 def test_one_step_is_the_networks_answer_at_sigma_max(tmp_path):
     RELEASED.run(tmp_path, "--steps", 1, "--batch", 4, "--use_classifier", 0, base=EDM)
     noise, net = Published(range(4)), load_edm_network(DIGITS / "edm.safetensors")

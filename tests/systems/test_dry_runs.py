@@ -71,6 +71,7 @@ def test_the_doctor_says_what_the_dry_run_says(tmp_path, monkeypatch, sampler, f
             "judge.safetensors does not fit",
         ),
         (["digits-edm", "--class", 10], "--class 10 is out of range"),
+        (["digits-edm", "--labels", "3,10"], "--labels 3,10: class 10 is out of range"),
     ],
 )
 def test_what_does_not_fit_is_a_problem_of_the_networks(tmp_path, flags, fragment):
