@@ -8,15 +8,21 @@ class NonFiniteError(FloatingPointError):
     """NaN or infinity where numbers belong.
 
     what: where they were found, "network output", "guidance gradient" or "pixels". positions: which images of
-    the batch. step_index, sigma: where the sampler stood, None where it does not apply.
+    the batch, None where that is not known. step_index, sigma: where the sampler stood, None where it does
+    not apply.
     """
 
     def __init__(
-        self, what: str, positions: list[int], step_index: int | None = None, sigma: float | None = None
+        self,
+        what: str,
+        positions: list[int] | None,
+        step_index: int | None = None,
+        sigma: float | None = None,
     ):
         self.what, self.positions, self.step_index, self.sigma = what, positions, step_index, sigma
         step = "" if step_index is None else f" at step {step_index}"
-        super().__init__(f"non-finite {what}{step} at batch positions {positions}")
+        images = "" if positions is None else f" at batch positions {positions}"
+        super().__init__(f"non-finite {what}{step}{images}")
 
 
 def nonfinite_images(x: Tensor) -> Tensor:
