@@ -39,18 +39,6 @@ class ScheduleSampler(ABC):
         t = torch.multinomial(table, batch_size, replacement=True, generator=generator)
         return t, (1 / (len(p) * table[t])).float()
 
-    def update(self, t, losses):
-        """Learn from the (N,) losses at timesteps t of all processes; a uniform sampler has nothing to
-        learn.
-        """
-
-    def state_dict(self):
-        """name -> tensor: what the sampler has learned."""
-        return {}
-
-    def load_state_dict(self, state):
-        """Take what `state_dict` gave."""
-
 
 class UniformSampler(ScheduleSampler):
     """Every timestep alike, with weight 1. Draws on the device, without a look at it from the host."""
@@ -78,7 +66,11 @@ class LossAwareSampler(ScheduleSampler):
             parts = [torch.empty_like(both) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, both)
             both = torch.cat(parts, dim=1)
-        self.update(both[0].long(), both[1])
+        self.update_with_all_losses(both[0].long(), both[1])
+
+    @abstractmethod
+    def update_with_all_losses(self, ts, losses):
+        """Learn from the losses of all processes, (N,) tensors on the CPU."""
 
 
 class LossSecondMomentResampler(LossAwareSampler):
@@ -97,15 +89,20 @@ class LossSecondMomentResampler(LossAwareSampler):
         rms = np.sqrt((self._losses**2).mean(axis=1))
         return (1 - self.uniform_prob) * rms / rms.sum() + self.uniform_prob / len(rms)
 
-    def update(self, t, losses):
-        for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
+    def update_with_all_losses(self, ts, losses):
+        for step, loss in zip(ts.tolist(), losses.tolist(), strict=True):
             self._losses[step, self._counts[step] % self.history_per_term] = loss
             self._counts[step] += 1
 
     def state_dict(self):
-        return {"losses": torch.from_numpy(self._losses.copy()), "counts": torch.from_numpy(self._counts.copy())}
+        """name -> tensor: what the sampler has learned."""
+        return {
+            "losses": torch.from_numpy(self._losses.copy()),
+            "counts": torch.from_numpy(self._counts.copy()),
+        }
 
     def load_state_dict(self, state):
+        """Take what `state_dict` gave. Raises ValueError for another number of timesteps."""
         if state["losses"].shape != self._losses.shape:
             raise ValueError(
                 f"the losses by timestep are of {len(state['counts'])} steps, but the process has "

@@ -155,7 +155,9 @@ def _read_all(source, names, read: Callable[[str], bytes], image_size):
         try:
             images[i] = read_picture(read(name), image_size)
         except DAMAGED as error:
-            raise ValueError(f"{Path(source) / name} cannot be read as a picture ({error}): mend or remove it") from error
+            raise ValueError(
+                f"{Path(source) / name} cannot be read as a picture ({error}): mend or remove it"
+            ) from error
     return images
 
 
@@ -163,14 +165,20 @@ def _of_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             if "arr_0" not in file.files:
-                raise ValueError(f"{path} has no arr_0, which holds the images; it holds {', '.join(file.files)}")
+                raise ValueError(
+                    f"{path} has no arr_0, which holds the images; it holds {', '.join(file.files)}"
+                )
             images, labels = file["arr_0"], file["arr_1"] if "arr_1" in file.files else None
     except (OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is truncated or not an npz ({error})") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise ValueError(f"{path}: arr_0 is {images.dtype} {images.shape}; needed are uint8 images (N, H, W, 3)")
+        raise ValueError(
+            f"{path}: arr_0 is {images.dtype} {images.shape}; needed are uint8 images (N, H, W, 3)"
+        )
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
-        raise ValueError(f"{path}: arr_1 is {labels.dtype} {labels.shape}; needed is a number for each of {len(images)} images")
+        raise ValueError(
+            f"{path}: arr_1 is {labels.dtype} {labels.shape}; needed is a number for each of {len(images)} images"
+        )
     return LabelledImages(images, None if labels is None else labels.astype(np.int64))
 
 

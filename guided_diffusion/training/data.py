@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from guided_diffusion.training.randomness import seed_of
@@ -49,9 +50,9 @@ class EpochBatches:
         return torch.cat(parts)
 
     def batch(self, step: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The images, (B, 3, H, W) float32 in [-1, 1], and labels, (B,), of a part of this step's batch."""
+        """The images, (B, H, W, 3) uint8, and labels, (B,), of a part of this step's batch."""
         pick = self.indices(step)[part]
-        return to_floats(self.images[pick]), self.labels[pick]
+        return self.images[pick], self.labels[pick]
 
     def _order(self, epoch):
         if epoch not in self._orders:
@@ -66,33 +67,30 @@ def to_floats(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def flip_some(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Mirror each of the (N, C, H, W) images, left and right, with probability 1/2."""
-    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator) < 0.5
-    return torch.where(mirrored, images.flip(3), images)
+def flip_some(images: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror those of the (N, C, H, W) images, left and right, for which (N,) bool `mirrored` says so."""
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 
-def crop_some(images: Tensor, margin: int, generator: torch.Generator | None = None) -> Tensor:
-    """Shift each of the (N, C, H, W) images by up to `margin` pixels in each direction; zeros, mid-grey, come
-    in from outside (He et al., 2016, section 4.2).
+def crop(images: Tensor, shifts: Tensor, margin: int) -> Tensor:
+    """Cut each of the (N, C, H, W) images out of a frame of `margin` mid-grey pixels around it, at the row
+    and column of (N, 2) int64 `shifts`, from 0 to 2 * margin (He et al., 2016, section 4.2).
     """
     n, _, height, width = images.shape
-    padded = torch.nn.functional.pad(images, (margin,) * 4)
-    shifts = torch.randint(2 * margin + 1, (2, n, 1, 1), device=images.device, generator=generator)
-    rows = shifts[0] + torch.arange(height, device=images.device)[:, None]  # (N, H, 1)
-    columns = shifts[1] + torch.arange(width, device=images.device)  # (N, 1, W)
+    padded = F.pad(images, (margin,) * 4)
+    rows = shifts[:, :1, None] + torch.arange(height, device=images.device)[:, None]  # (N, H, 1)
+    columns = shifts[:, 1:, None] + torch.arange(width, device=images.device)  # (N, 1, W)
     which = torch.arange(n, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[which, rows, columns].permute(0, 3, 1, 2)
 
 
-def drop_labels(
-    labels: Tensor, null_class: int, probability: float, generator: torch.Generator | None = None
-) -> Tensor:
-    """Replace each of the (N,) int64 labels by `null_class` with this probability, by torch's generator.
+def drop_labels(labels: Tensor, null_class: int, probability: float, drawn: Tensor | None = None) -> Tensor:
+    """Replace each of the (N,) int64 labels by `null_class` with this probability. drawn: (N,) uniform
+    numbers in [0, 1) that decide; torch's where not given.
 
     The network so learns to answer without a label too (Ho and Salimans, 2022, algorithm 1).
     """
-    drawn = torch.rand(len(labels), device=labels.device, generator=generator)
+    drawn = torch.rand(len(labels), device=labels.device) if drawn is None else drawn
     return torch.where(drawn < probability, null_class, labels)
 
 

@@ -1,7 +1,7 @@
 """One loop that trains any network: a step of the optimizer at a time, on one process or several."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -67,12 +67,13 @@ class Loop:
         model: nn.Module,
         losses_of: LossesOf,
         optimizer: torch.optim.Optimizer,
-        averages: Sequence[Average] = (),
+        averages: Iterable[Average] = (),
         *,
         precision: Precision | None = None,
         microbatch: int = 0,
     ):
-        self.model, self.losses_of, self.optimizer, self.averages = model, losses_of, optimizer, averages
+        self.model, self.losses_of, self.optimizer = model, losses_of, optimizer
+        self.averages = list(averages)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.precision, self.microbatch = precision or Precision(), microbatch
@@ -105,7 +106,11 @@ class Loop:
         return figures
 
     def require_finite(self) -> None:
-        """Raise NonFiniteError with the step where a loss was not finite. Waits for the device."""
+        """Raise NonFiniteError with the step where a loss was not finite, in every process where it happened
+        in one. Waits for the device.
+        """
+        if self.processes > 1:
+            dist.all_reduce(self._first_bad, dist.ReduceOp.MAX)
         if (step := int(self._first_bad)) >= 0:
             raise NonFiniteError("training loss", None, step)
 
