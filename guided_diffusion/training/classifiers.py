@@ -95,7 +95,6 @@ def train_classifier(
     schedule = Schedule(config.lr, config.iterations, config.max_seconds, config.warmup, anneal)
     run = session.run(loop, partial(draw_batch, config, session, batches, objective), schedule, averages={})
     run.on_save.append(partial(_export, session.folder, network))
-    run.on_save.append(lambda step: run.record.draw(session.folder / "loss.png"))
     run.resume(config.resume_checkpoint)
     if config.val_data_dir and session.rank == 0:
         _Validation(config, session, objective_of(called), network).join(run)

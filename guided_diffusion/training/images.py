@@ -50,7 +50,6 @@ def train_images(config: ImageTrainFlags) -> Path:
     if config.samples:
         run.on_save.append(partial(look, config, session, objective, averages))
     run.on_save.append(partial(export, session.folder, averages, arguments))
-    run.on_save.append(lambda step: run.record.draw(session.folder / "loss.png"))
     run.resume(config.resume_checkpoint)
     run.run()
     return session.folder

@@ -143,8 +143,8 @@ class Run:
             if step % self.intervals.save == 0 or done:
                 self._save(step)
                 pace = Pace(step)  # the time of checkpoints and pictures is not that of steps
-        if dist.is_initialized():
-            dist.barrier()
+        if self.loop.processes > 1:
+            dist.barrier()  # nobody leaves while the first process still writes
 
     def _look(self, step, rate, pace):
         """A row of progress.csv, and a line."""

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.files.atomic import write_json
-from guided_diffusion.files.figures import require_matplotlib
+from guided_diffusion.files.figures import has_matplotlib
 from guided_diffusion.files.labelled import LabelledImages, read_labelled
+from guided_diffusion.runs.launchers import find_place
 from guided_diffusion.training.checkpoints import Checkpoints
 from guided_diffusion.training.data import EpochBatches
 from guided_diffusion.training.loop import Loop, Precision
@@ -30,14 +31,17 @@ class Session:
 
     def __init__(self, config: Any):
         self.config, self.folder = config, config.folder
-        dist_util.setup_dist()
-        self.processes, self.rank = dist.get_world_size(), dist.get_rank()
+        if find_place().size > 1:
+            dist_util.setup_dist()
+        self.processes = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.device = dist_util.choose_device(config.device)
         if config.max_seconds and self.processes > 1:
             raise ValueError(
                 "--max_seconds with several processes, whose clocks differ: give the number of steps"
             )
-        require_matplotlib("the curve of the losses needs")
+        # The shapes of a training stay as they are: cuDNN tries its algorithms once.
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"
         self.precision = Precision(config.dtype_on(self.device), config.fp16_scale_growth)
         self.microbatch = max(config.microbatch, 0)
         self.whole_batch = config.batch_size * self.processes
@@ -79,7 +83,7 @@ class Session:
         """The network as it trains: compiled, if --compile asks for it."""
         if not self.config.compile:
             return network
-        return torch.compile(network)
+        return torch.compile(network, dynamic=False)
 
     def optimizer(self, network: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer:
         """AdamW, or SGD with Nesterov's momentum, of the network's parameters."""
@@ -97,7 +101,12 @@ class Session:
         self.say(f"{type(loop.model).__name__}: {parameters / 1e6:.2f} M parameters; {self.describe()}")
         intervals = Intervals(self.config.log_interval, self.config.save_interval)
         checkpoints = Checkpoints(self.folder, self.config.keep)
-        return Run(loop, batch_of, schedule, intervals, checkpoints, batch_size=self.whole_batch, **more)
+        run = Run(loop, batch_of, schedule, intervals, checkpoints, batch_size=self.whole_batch, **more)
+        if has_matplotlib():
+            run.on_save.append(lambda step: run.record.draw(self.folder / "loss.png"))
+        else:
+            self.say("note: no loss.png, as matplotlib is not installed")
+        return run
 
     def describe(self) -> str:
         """The device, the number of processes and what the network computes in."""
