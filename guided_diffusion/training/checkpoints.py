@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from guided_diffusion.files.atomic import renamed_when_complete
+from guided_diffusion.files.atomic import PART, renamed_when_complete
 from guided_diffusion.files.checkpoints import load_state_dict, load_torch
 from guided_diffusion.files.state_dicts import load_into
 
@@ -49,6 +49,12 @@ class Checkpoints:
         found = [match for name in files if (match := _NAME.fullmatch(name))]
         steps = {kind: {int(m[1]) for m in found if m[0].startswith(kind)} for kind in ("model", "opt")}
         return sorted(steps["model"] & steps["opt"])
+
+    def remove_unfinished(self) -> None:
+        """Remove the files that a killed process was writing."""
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if re.fullmatch(PART, path.name):
+                path.unlink()
 
     def _write(self, path, content):
         try:

@@ -102,6 +102,7 @@ class Run:
                 self._take(rest)
             self._say(f"resumed from {path}, {self.loop.step} steps")
         if self.is_first:
+            self.checkpoints.remove_unfinished()
             self.record.resume_at(self.loop.step)
 
     def _take(self, rest):
