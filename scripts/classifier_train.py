@@ -6,8 +6,8 @@
 
 Writes, every --save_interval steps, modelS.pt and optS.pt, from which the same command resumes;
 classifier.safetensors, in float16, for --classifier_path of the samplers; loss.png; and progress.csv, log.txt
-and training.json; of images in --val_data_dir the accuracy, in validation.csv and accuracy.json. Plain python,
-or torchrun for several processes. The flags are those of guided-diffusion, and a few more.
+and training.json; of images in --val_data_dir the accuracy, in validation.csv and accuracy.json. Plain
+python, or torchrun for several processes. The flags are those of guided-diffusion, and a few more.
 """
 
 import _beside  # noqa: F401

@@ -2,10 +2,10 @@
 
     python scripts/image_train.py --data_dir photos --image_size 64 --batch_size 64 --lr_anneal_steps 20000
 
-Writes, every --save_interval steps, modelS.pt, ema_RATE_S.pt and optS.pt, from which the same command resumes;
-network_RATE.safetensors, the averaged network in float16, for the samplers; samplesS.png and loss.png; and
-progress.csv, log.txt and training.json. Plain python, or torchrun for several processes. The flags are those of
-guided-diffusion, and a few more.
+Writes, every --save_interval steps, modelS.pt, ema_RATE_S.pt and optS.pt, from which the same command
+resumes; network_RATE.safetensors, the averaged network in float16, for the samplers; samplesS.png and
+loss.png; and progress.csv, log.txt and training.json. Plain python, or torchrun for several processes. The
+flags are those of guided-diffusion, and a few more.
 """
 
 import _beside  # noqa: F401

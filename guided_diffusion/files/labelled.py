@@ -177,7 +177,7 @@ def _of_npz(path):
         )
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise ValueError(
-            f"{path}: arr_1 is {labels.dtype} {labels.shape}; needed is a number for each of {len(images)} images"
+            f"{path}: arr_1 is {labels.dtype} {labels.shape}; needed are {len(images)} whole numbers"
         )
     return LabelledImages(images, None if labels is None else labels.astype(np.int64))
 

@@ -8,20 +8,16 @@ class NonFiniteError(FloatingPointError):
     """NaN or infinity where numbers belong.
 
     what: where they were found, "network output", "guidance gradient" or "pixels". positions: which images of
-    the batch, None where that is not known. step_index, sigma: where the sampler stood, None where it does
+    the batch, none where that is not known. step_index, sigma: where the sampler stood, None where it does
     not apply.
     """
 
     def __init__(
-        self,
-        what: str,
-        positions: list[int] | None,
-        step_index: int | None = None,
-        sigma: float | None = None,
+        self, what: str, positions: list[int], step_index: int | None = None, sigma: float | None = None
     ):
         self.what, self.positions, self.step_index, self.sigma = what, positions, step_index, sigma
         step = "" if step_index is None else f" at step {step_index}"
-        images = "" if positions is None else f" at batch positions {positions}"
+        images = f" at batch positions {positions}" if positions else ""
         super().__init__(f"non-finite {what}{step}{images}")
 
 

@@ -14,8 +14,8 @@ from guided_diffusion.flags.networks import DiffusionFlags, NoisyClassifierFlags
 LOSSES = ("ddpm", "edm")
 EDM_MODELS = ("DhariwalUNet", "SongUNet")
 # Of the U-Net's flags, those that EDM's networks have too.
-EDM_HAS = ("image_size", "num_channels", "num_res_blocks", "channel_mult", "attention_resolutions")
-EDM_HAS += ("dropout", "class_cond", "use_fp16")
+EDM_HAS = {"image_size", "num_channels", "num_res_blocks", "channel_mult", "attention_resolutions"}
+EDM_HAS |= {"dropout", "class_cond", "use_fp16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ class ImageTrainFlags(TrainingFlags, DiffusionFlags, UNetFlags):
 
     def _idle_fields(self):
         ours = set(UNetFlags.defaults()) | set(DiffusionFlags.defaults())
-        lacking = ours - set(EDM_HAS) if self.loss == "edm" else set()
+        lacking = ours - EDM_HAS if self.loss == "edm" else set()
         idle = super()._idle_fields()
         named = {each.name for each in idle}
         fields = self.__dataclass_fields__

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Average:
@@ -18,8 +18,8 @@ class Average:
             raise ValueError(f"the rate of the moving average must be in [0, 1), got {rate}")
         self.model, self.rate = model, rate
         self.module = copy.deepcopy(model).requires_grad_(False).eval()
-        self._averaged = list(self.module.parameters())
-        self._present = list(model.parameters())
+        self._averaged: list[Tensor] = list(self.module.parameters())
+        self._present: list[Tensor] = list(model.parameters())
 
     @torch.no_grad()
     def update(self) -> None:

@@ -45,8 +45,10 @@ class Precision:
     def scaler(self, device: torch.device) -> torch.amp.GradScaler:
         """What scales the loss, or does nothing where there is no need."""
         enabled = self.dtype == torch.float16 and device.type == "cuda"
-        growth = {"growth_factor": 2**self.scale_growth, "growth_interval": 1}
-        return torch.amp.GradScaler(device.type, init_scale=2.0**20, enabled=enabled, **growth)
+        growth = 2**self.scale_growth
+        return torch.amp.GradScaler(
+            device.type, init_scale=2.0**20, growth_factor=growth, growth_interval=1, enabled=enabled
+        )
 
 
 class Loop:
@@ -112,7 +114,7 @@ class Loop:
         if self.processes > 1:
             dist.all_reduce(self._first_bad, dist.ReduceOp.MAX)
         if (step := int(self._first_bad)) >= 0:
-            raise NonFiniteError("training loss", None, step)
+            raise NonFiniteError("training loss", [], step)
 
     def _parts(self, batch):
         size = self.microbatch or len(batch[0])

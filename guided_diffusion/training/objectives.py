@@ -1,5 +1,5 @@
-"""What a denoiser is trained by: the loss of the discrete process, or EDM's. Each draws its random numbers for
-the whole batch, so that any number of processes share one batch, and samples with the averaged network.
+"""What a denoiser is trained by: the loss of the discrete process, or EDM's. Each draws its random numbers
+for the whole batch, so that any number of processes share one, and samples with the averaged network.
 """
 
 import math

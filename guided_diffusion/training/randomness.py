@@ -9,7 +9,7 @@ STREAMS = ("epoch", "step", "network")
 
 
 def seed_of(seed: int, index: int, *, stream: str, rank: int = 0) -> int:
-    """The seed of a generator: of what (`STREAMS`), of which step or epoch, in which process. In [0, 2^63)."""
+    """The seed, in [0, 2^63), of a generator: of what (`STREAMS`), which step or epoch, in which process."""
     words = np.random.SeedSequence((seed, STREAMS.index(stream), index, rank)).generate_state(1, np.uint64)
     return int(words[0] >> np.uint64(1))
 

@@ -79,7 +79,7 @@ class Session:
             images, labels = images.to(self.device), labels.to(self.device)
         return images, labels
 
-    def compiled(self, network: nn.Module) -> nn.Module:
+    def compiled(self, network: nn.Module) -> Any:
         """The network as it trains: compiled, if --compile asks for it."""
         if not self.config.compile:
             return network
@@ -87,7 +87,7 @@ class Session:
 
     def optimizer(self, network: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer:
         """AdamW, or SGD with Nesterov's momentum, of the network's parameters."""
-        fused = self.device.type == "cuda"
+        fused = True if self.device.type == "cuda" else None  # None: what torch thinks best
         common = {"lr": self.config.lr, "weight_decay": self.config.weight_decay, "fused": fused}
         if kind == "sgd":
             return torch.optim.SGD(network.parameters(), momentum=0.9, nesterov=True, **common)

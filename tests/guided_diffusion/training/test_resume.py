@@ -55,7 +55,11 @@ IMAGES = {
     "lr_anneal_steps": 11,
 }
 EDM = {
-    **{key: value for key, value in IMAGES.items() if key not in ("learn_sigma", "schedule_sampler", "diffusion_steps")},
+    **{
+        key: value
+        for key, value in IMAGES.items()
+        if key not in ("learn_sigma", "schedule_sampler", "diffusion_steps")
+    },
     "loss": "edm",
 }
 CLASSIFIER = {
