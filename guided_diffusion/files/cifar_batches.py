@@ -50,7 +50,7 @@ def read_batch(path: str | Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def _bytes_of(array: Any, file: Any) -> bytes:
-    """The pixels of a pickled array, whose state is (version, shape, dtype, in Fortran's order or not, bytes)."""
+    """The pixels of a pickled array, its state being (version, shape, dtype, Fortran's order, bytes)."""
     record = expect(array, Record)
     if record.name not in _ARRAYS or record.state[3]:
         raise ValueError("data is no plain array")
