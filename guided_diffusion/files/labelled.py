@@ -82,22 +82,20 @@ def picture_files(folder: str | Path) -> list[str]:
 
 def classes_of(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
     """(names of the classes, (N,) labels) of pictures by their relative paths: the folders that they lie in,
-    or, where none lies in a folder, what their names begin with before "_", as in guided-diffusion.
+    or, where all lie in one, what their names begin with before "_", as in guided-diffusion.
     """
     paths = [PurePosixPath(name) for name in names]
-    in_folders = any(path.parent.name for path in paths)
+    in_folders = len({path.parent for path in paths}) > 1
     of_each = [path.parent.as_posix() if in_folders else path.name.split("_")[0] for path in paths]
     classes = sorted(set(of_each))
     number = {name: i for i, name in enumerate(classes)}
     return classes, np.array([number[name] for name in of_each], dtype=np.int64)
 
 
-def read_picture(data: bytes, image_size: int) -> NDArray[np.uint8]:
-    """The bytes of a picture -> (image_size, image_size, 3), converted to RGB and cut. Raises what DAMAGED
-    lists.
-    """
+def open_picture(data: bytes) -> Image.Image:
+    """The bytes of a picture, converted to RGB. Raises what DAMAGED lists."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-        return centre_crop(picture.convert("RGB"), image_size)
+        return picture.convert("RGB")
 
 
 def centre_crop(picture: Image.Image, image_size: int) -> NDArray[np.uint8]:
@@ -153,7 +151,7 @@ def _read_all(source, names, read: Callable[[str], bytes], image_size):
     images = np.empty((len(names), image_size, image_size, 3), dtype=np.uint8)
     for i, name in enumerate(names):
         try:
-            images[i] = read_picture(read(name), image_size)
+            images[i] = centre_crop(open_picture(read(name)), image_size)
         except DAMAGED as error:
             raise ValueError(
                 f"{Path(source) / name} cannot be read as a picture ({error}): mend or remove it"

@@ -25,7 +25,12 @@ class DiscreteObjective:
     """
 
     def __init__(
-        self, model: nn.Module, diffusion: Any, sampler: ScheduleSampler, class_cond: bool, few_steps: Any
+        self,
+        model: nn.Module,
+        diffusion: Any,
+        sampler: ScheduleSampler,
+        class_cond: bool,
+        few_steps: Any = None,
     ):
         self.model, self.diffusion, self.sampler, self.class_cond = model, diffusion, sampler, class_cond
         self.few_steps = few_steps
