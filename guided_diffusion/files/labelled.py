@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from guided_diffusion.files.archives import ArrayImages
 from guided_diffusion.files.cifar_batches import is_cifar_folder, read_cifar_folder
 from guided_diffusion.files.image_sets import archive_kind
 from guided_diffusion.files.images import DAMAGED, ENDINGS, FORMATS
@@ -160,19 +161,15 @@ def _read_all(source, names, read: Callable[[str], bytes], image_size):
 
 
 def _of_npz(path):
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if "arr_0" not in file.files:
-                raise ValueError(
-                    f"{path} has no arr_0, which holds the images; it holds {', '.join(file.files)}"
-                )
-            images, labels = file["arr_0"], file["arr_1"] if "arr_1" in file.files else None
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is truncated or not an npz ({error})") from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise ValueError(
-            f"{path}: arr_0 is {images.dtype} {images.shape}; needed are uint8 images (N, H, W, 3)"
-        )
+    ArrayImages(path, [path])  # refuses what is no npz of images, and says why
+    with np.load(path, allow_pickle=False) as file:
+        images = file["arr_0"]
+        try:
+            labels = file["arr_1"] if "arr_1" in file.files else None
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: arr_1 holds Python objects, which are refused; save numbers"
+            ) from error
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise ValueError(
             f"{path}: arr_1 is {labels.dtype} {labels.shape}; needed are {len(images)} whole numbers"
