@@ -118,7 +118,7 @@ def test_bad_sets_are_one_line_each(tmp_path):
         "text.npz": "is truncated or not an npz",
         "text.zip": "is truncated or not a zip file",
         "none.npz": "has no arr_0, which holds the images",
-        "floats.npz": r"arr_0 is float64 \(4, 8, 8, 3\); needed are uint8 images",
+        "floats.npz": r"arr_0 is float64 \(4, 8, 8, 3\) in C order; needed are uint8 images",
         "short.npz": r"arr_1 is int64 \(3,\); needed are 4 whole numbers",
         "objects.npz": "arr_1 holds Python objects, which are refused",
     }.items():
