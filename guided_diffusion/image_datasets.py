@@ -1,4 +1,4 @@
-"""Batches of images from disk without end, under the name and with the arguments of openai/guided-diffusion."""
+"""Batches of images from disk without end, under the name and arguments of openai/guided-diffusion."""
 
 import math
 import random

@@ -3,9 +3,9 @@
     python scripts/make_dataset.py photos photos64.npz --image_size 64
     python scripts/make_dataset.py cifar-10-batches-py cifar10.zip --image_size 32
 
-OUT.npz holds arr_0, uint8 (N, S, S, 3), and arr_1, the labels; OUT.zip a PNG for each image and dataset.json, as
-EDM's tools write it. The classes of folders and of file names are numbered in the order of their names, which
-are printed.
+OUT.npz holds arr_0, uint8 (N, S, S, 3), and arr_1, the labels; OUT.zip a PNG for each image and dataset.json,
+as EDM's tools write it. The classes of folders and of file names are numbered in the order of their names,
+which are printed.
 """
 
 import io

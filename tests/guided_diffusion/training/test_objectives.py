@@ -55,8 +55,8 @@ def test_a_label_of_no_class_is_a_row_of_zeros():
 
 @pytest.mark.parametrize("t", [1, 10, 49])
 def test_the_bound_of_a_gaussian(t):
-    """KL(q(x_{t-1} | x_t, x_0) || p) of the exact eps is coef1^2 Var[x_0 | x_t] / (2 beta~), in bits, as p has
-    the posterior's variance beta~.
+    """KL(q(x_{t-1} | x_t, x_0) || p) of the exact eps is coef1^2 Var[x_0 | x_t] / (2 beta~) where p has the
+    posterior's variance beta~.
     """
     diffusion = create_gaussian_diffusion(steps=50, noise_schedule="cosine", sigma_small=True, use_kl=True)
     alpha_bar = diffusion.alphas_cumprod[t]
