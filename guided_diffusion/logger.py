@@ -45,15 +45,15 @@ def get_dir():
     return _folder
 
 
-def logkv(key, value):
+def logkv(key, val):
     """Note a value for the next row of progress.csv."""
-    _values[key] = (float(value), 1)
+    _values[key] = (float(val), 1)
 
 
-def logkv_mean(key, value):
+def logkv_mean(key, val):
     """Note one of several values, whose mean goes into the next row."""
     total, count = _values.get(key, (0.0, 0))
-    _values[key] = (total + float(value), count + 1)
+    _values[key] = (total + float(val), count + 1)
 
 
 def dumpkvs():
