@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from guided_diffusion.files.nonfinite import NonFiniteError
+from guided_diffusion.flags.training import ImageTrainFlags
 from guided_diffusion.training.data import EpochBatches, crop, flip_some, to_floats
 from guided_diffusion.training.ema import Average
+from guided_diffusion.training.images import build_network, build_objective
 from guided_diffusion.training.loop import Loop, Precision
 from guided_diffusion.training.randomness import seed_of
 from guided_diffusion.training.run import Schedule
@@ -137,3 +139,32 @@ def test_pixels_flips_and_crops():
     shifted = crop(images, torch.tensor([[1, 1], [0, 2]]), margin=1)
     assert torch.equal(shifted[0], images[0])
     torch.testing.assert_close(shifted[1, 0], torch.tensor([[0, 0], [1.0, 0]]))
+
+
+# Nothing makes the host wait: tensors without data raise where it looks at one
+
+
+@pytest.mark.parametrize("loss", ["ddpm", "edm"])
+def test_a_step_looks_at_no_number(loss):
+    flags = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2"}
+    flags |= {
+        "attention_resolutions": "4",
+        "learn_sigma": loss == "ddpm",
+        "class_cond": True,
+        "data_dir": "x",
+    }
+    config = ImageTrainFlags(**flags, loss=loss, num_classes=3)
+    network = build_network(config)[0].to("meta")
+    objective = build_objective(config, network)
+    loop = Loop(network, objective.losses, torch.optim.AdamW(network.parameters()), [Average(network, 0.9)])
+    images, labels = torch.zeros(4, 3, 8, 8, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+    if loss == "ddpm":
+        drawn = objective.sampler.sample(4, "meta")
+        figures = loop.advance((images, labels, *drawn, torch.zeros_like(images)))
+    else:
+        one_hot = torch.zeros(
+            4, 3, device="meta"
+        )  # torch's one_hot looks for the largest class, but on a GPU
+        objective.one_hot = lambda labels: one_hot
+        figures = loop.advance((images, labels, torch.zeros(4, device="meta"), torch.zeros_like(images)))
+    assert figures["loss_q3"].is_meta
