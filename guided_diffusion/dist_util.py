@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 
 from guided_diffusion.files import checkpoints
+from guided_diffusion.files.formats import TORCH, kind_of
+from guided_diffusion.files.pretrained import existing_file
+from guided_diffusion.files.state_dicts import is_optimiser
 from guided_diffusion.runs.launchers import find_place, join
 
 # Scripts written for guided-diffusion gather when a batch or all is done, which may take hours; torchrun ends
@@ -94,7 +97,11 @@ def keep_freed_memory():
 
 
 def load_state_dict(path, map_location="cpu"):
-    """Read a checkpoint as `checkpoints.load_state_dict` does, and move it to `map_location`."""
+    """Read a checkpoint as `checkpoints.load_state_dict` does, and move it to `map_location`; the state of an
+    optimizer too, which stays on the CPU: the optimizer that takes it moves it.
+    """
+    if kind_of(existing_file(path)) == TORCH and is_optimiser(content := checkpoints.load_torch(path)):
+        return content
     state_dict = checkpoints.load_state_dict(path)
     for name, tensor in state_dict.items():  # in place: the mapping carries the versions that modules read
         state_dict[name] = tensor.to(map_location)

@@ -2,16 +2,20 @@
 folder is configured.
 """
 
+import csv
 import logging
 import os
 import sys
 import tempfile
 from pathlib import Path
 
+from guided_diffusion.runs.launchers import find_place
+
 _logger = logging.getLogger("guided_diffusion")
 _logger.setLevel(logging.INFO)
 _logger.propagate = False
 _folder = None
+_values, _rows = {}, []  # of the next row of progress.csv; the rows that this process wrote
 
 
 def configure(dir=None):
@@ -39,6 +43,34 @@ def get_dir():
     if _folder is None:
         configure()
     return _folder
+
+
+def logkv(key, val):
+    """Note a value for the next row of progress.csv."""
+    _values[key] = (float(val), 1)
+
+
+def logkv_mean(key, val):
+    """Note one of several values, whose mean goes into the next row."""
+    total, count = _values.get(key, (0.0, 0))
+    _values[key] = (total + float(val), count + 1)
+
+
+def dumpkvs():
+    """Write what was noted since the last call as a row of progress.csv in the folder, in the first process,
+    and as a line; return it, name -> number.
+    """
+    row = {key: total / count for key, (total, count) in _values.items()}
+    _values.clear()
+    if find_place().rank == 0:
+        _rows.append(row)
+        columns = list(dict.fromkeys(key for each in _rows for key in each))
+        with open(Path(get_dir()) / "progress.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(_rows)
+    log(", ".join(f"{key} {value:.4g}" for key, value in row.items()))
+    return row
 
 
 class _Stderr(logging.Handler):

@@ -20,7 +20,7 @@ COMMON = "guided_diffusion.files"  # every room may import it
 # Inside guided_diffusion, from the ground up: a module imports those of its own line and of earlier ones.
 ORDER = [
     "files checkpoints",
-    "layers unet edm_unet song_unet dit schedules losses nn resample",
+    "layers unet edm_unet song_unet dit schedules losses nn resample image_datasets fp16_util",
     "process denoisers mixed_denoisers preconditioning solvers guidance gaussian_diffusion edm respace",
     "flags",
     "script_util",

@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 
 from evaluation.features import FeatureNetwork
+from evaluation.networks.cifar import CIFAR_WEIGHTS, CIFARFeatures
 from evaluation.networks.digits import DIGITS_WEIGHTS, DigitsFeatures
 from evaluation.networks.inception import PROTOCOLS, InceptionFeatures, find_inception_weights
+from evaluation.networks.weights import read_weights
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,9 @@ class NetworkOptions:
 
     features: str = field(
         default="inception",
-        metadata={"help": "inception, digits, or FILE.safetensors with weights of the digits network"},
+        metadata={
+            "help": "inception, digits, cifar10, or FILE.safetensors with weights of one of the last two"
+        },
     )
     protocol: str | None = field(
         default=None,
@@ -66,9 +70,17 @@ def feature_network(
         )
     if features == "digits":
         return DigitsFeatures(DIGITS_WEIGHTS, device)
+    if features == "cifar10":
+        return CIFARFeatures(CIFAR_WEIGHTS, device)
     if features.endswith(".safetensors"):
-        return DigitsFeatures(features, device)
+        return _of_file(features, device)
     raise ValueError(
-        f"unknown --features {features}; write inception, digits, or FILE.safetensors with weights of the "
-        "digits network"
+        f"unknown --features {features}; write inception, digits, cifar10, or FILE.safetensors with weights "
+        "of one of the last two"
     )
+
+
+def _of_file(path, device):
+    """The network whose weights these are, by its width; the digits' says what is wrong with others."""
+    width = read_weights(path)[0].get("fc.weight", torch.empty(0, 0)).shape[-1]
+    return (CIFARFeatures if width == 256 else DigitsFeatures)(path, device)

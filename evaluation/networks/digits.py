@@ -66,18 +66,23 @@ class DigitsFeatures:
 
     name, protocol, batch_size = "digits", "digits", 256
     outputs = ("pool3", "logits")
+    size, widths = SIZE, (32, 64, 64)
 
     def __init__(self, weights: str | Path | Mapping[str, Tensor], device: str | torch.device = "cpu"):
         state_dict, self.sha256 = read_weights(weights)
-        self.network = DigitsNetwork()
+        self.network = DigitsNetwork(widths=self.widths)
         load_into(self.network, state_dict, weights if isinstance(weights, str | Path) else "the state dict")
         self.network.to(device).eval()
         self.device = device
 
     @torch.inference_mode()
     def __call__(self, images: NDArray[np.uint8] | Tensor) -> dict[str, NDArray[np.float32]]:
-        if tuple(images.shape[1:]) != (SIZE, SIZE, 3) or images.dtype not in (np.uint8, torch.uint8):
+        if tuple(images.shape[1:]) != (self.size, self.size, 3) or images.dtype not in (
+            np.uint8,
+            torch.uint8,
+        ):
             given = f"{images.dtype} {tuple(images.shape)}"
-            raise ValueError(f"the digits features need uint8 images (N, {SIZE}, {SIZE}, 3), not {given}")
+            needed = f"(N, {self.size}, {self.size}, 3)"
+            raise ValueError(f"the {self.name} features need uint8 images {needed}, not {given}")
         pool = self.network.pool(normalise(torch.as_tensor(images).to(self.device)))
         return {"pool3": pool.cpu().numpy(), "logits": self.network.fc(pool).cpu().numpy()}

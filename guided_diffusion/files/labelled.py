@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from guided_diffusion.files.archives import ArrayImages
 from guided_diffusion.files.cifar_batches import is_cifar_folder, read_cifar_folder
 from guided_diffusion.files.image_sets import archive_kind
 from guided_diffusion.files.images import DAMAGED, ENDINGS, FORMATS
@@ -82,22 +83,20 @@ def picture_files(folder: str | Path) -> list[str]:
 
 def classes_of(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
     """(names of the classes, (N,) labels) of pictures by their relative paths: the folders that they lie in,
-    or, where none lies in a folder, what their names begin with before "_", as in guided-diffusion.
+    or, where all lie in one, what their names begin with before "_", as in guided-diffusion.
     """
     paths = [PurePosixPath(name) for name in names]
-    in_folders = any(path.parent.name for path in paths)
+    in_folders = len({path.parent for path in paths}) > 1
     of_each = [path.parent.as_posix() if in_folders else path.name.split("_")[0] for path in paths]
     classes = sorted(set(of_each))
     number = {name: i for i, name in enumerate(classes)}
     return classes, np.array([number[name] for name in of_each], dtype=np.int64)
 
 
-def read_picture(data: bytes, image_size: int) -> NDArray[np.uint8]:
-    """The bytes of a picture -> (image_size, image_size, 3), converted to RGB and cut. Raises what DAMAGED
-    lists.
-    """
+def open_picture(data: bytes) -> Image.Image:
+    """The bytes of a picture, converted to RGB. Raises what DAMAGED lists."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-        return centre_crop(picture.convert("RGB"), image_size)
+        return picture.convert("RGB")
 
 
 def centre_crop(picture: Image.Image, image_size: int) -> NDArray[np.uint8]:
@@ -153,7 +152,7 @@ def _read_all(source, names, read: Callable[[str], bytes], image_size):
     images = np.empty((len(names), image_size, image_size, 3), dtype=np.uint8)
     for i, name in enumerate(names):
         try:
-            images[i] = read_picture(read(name), image_size)
+            images[i] = centre_crop(open_picture(read(name)), image_size)
         except DAMAGED as error:
             raise ValueError(
                 f"{Path(source) / name} cannot be read as a picture ({error}): mend or remove it"
@@ -162,19 +161,15 @@ def _read_all(source, names, read: Callable[[str], bytes], image_size):
 
 
 def _of_npz(path):
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if "arr_0" not in file.files:
-                raise ValueError(
-                    f"{path} has no arr_0, which holds the images; it holds {', '.join(file.files)}"
-                )
-            images, labels = file["arr_0"], file["arr_1"] if "arr_1" in file.files else None
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is truncated or not an npz ({error})") from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise ValueError(
-            f"{path}: arr_0 is {images.dtype} {images.shape}; needed are uint8 images (N, H, W, 3)"
-        )
+    ArrayImages(path, [path])  # refuses what is no npz of images, and says why
+    with np.load(path, allow_pickle=False) as file:
+        images = file["arr_0"]
+        try:
+            labels = file["arr_1"] if "arr_1" in file.files else None
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: arr_1 holds Python objects, which are refused; save numbers"
+            ) from error
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise ValueError(
             f"{path}: arr_1 is {labels.dtype} {labels.shape}; needed are {len(images)} whole numbers"

@@ -58,7 +58,7 @@ def _state_dicts(
 ) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
     """(place, such as "ema" or "a.b", state dict) of all in a checkpoint, without what optimisers keep."""
     opened = set() if opened is None else opened
-    if not isinstance(content, Mapping) or _is_optimiser(content) or depth > _DEEPEST:
+    if not isinstance(content, Mapping) or is_optimiser(content) or depth > _DEEPEST:
         return
     if all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         if content or not depth:
@@ -89,14 +89,15 @@ def _beginnings(state):
     return list(dict.fromkeys(name.split(".")[0] for name in state))
 
 
-def _is_optimiser(content):
+def is_optimiser(content: Any) -> bool:
+    """Whether this is the state of one of torch's optimizers."""
     return "param_groups" in content and "state" in content
 
 
 def _instead(content):
     if not isinstance(content, Mapping):
         return f"does not hold a state dict, that is tensors by name, but a {type(content).__name__}"
-    if _is_optimiser(content) or any(isinstance(v, Mapping) and _is_optimiser(v) for v in content.values()):
+    if is_optimiser(content) or any(isinstance(v, Mapping) and is_optimiser(v) for v in content.values()):
         return "is an optimiser's file, without a network's weights: give the file of the model or of its EMA"
     keys = ", ".join(printable(str(key)) for key in list(content)[:5])
     return f"does not hold a state dict, that is nothing but tensors by name; it holds {keys}"

@@ -128,7 +128,7 @@ class Flags:
                 raise ValueError(f"--{written(each)} {fault}, got {value}")
         without_effect = [each for each in self._idle_fields() if each.name in self.given]
         for need in dict.fromkeys(each.metadata["needs"] for each in without_effect):
-            if need.text:
+            if need and need.text:
                 names = [f"--{written(each)}" for each in without_effect if each.metadata["needs"] is need]
                 raise ValueError(f"{', '.join(names)} given {need.text(self)}")
 

@@ -50,6 +50,11 @@ class Checkpoints:
         steps = {kind: {int(m[1]) for m in found if m[0].startswith(kind)} for kind in ("model", "opt")}
         return sorted(steps["model"] & steps["opt"])
 
+    def latest(self) -> Path | None:
+        """The model file of the latest complete checkpoint."""
+        steps = self.steps()
+        return self.folder / f"model{steps[-1]:06d}.pt" if steps else None
+
     def remove_unfinished(self) -> None:
         """Remove the files that a killed process was writing."""
         for path in self.folder.iterdir() if self.folder.is_dir() else ():

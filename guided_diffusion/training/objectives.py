@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guided_diffusion.edm import edm_sampler
@@ -25,7 +24,12 @@ class DiscreteObjective:
     """
 
     def __init__(
-        self, model: nn.Module, diffusion: Any, sampler: ScheduleSampler, class_cond: bool, few_steps: Any
+        self,
+        model: nn.Module,
+        diffusion: Any,
+        sampler: ScheduleSampler,
+        class_cond: bool,
+        few_steps: Any = None,
     ):
         self.model, self.diffusion, self.sampler, self.class_cond = model, diffusion, sampler, class_cond
         self.few_steps = few_steps
@@ -76,7 +80,8 @@ class EDMObjective:
         """(N, num_classes) float; a row of zeros for no class. None for a network without labels."""
         if not self.num_classes:
             return None
-        return F.one_hot(labels, self.num_classes + 1)[:, : self.num_classes].float()
+        # Not torch's one_hot, which looks for the largest label.
+        return (labels[:, None] == torch.arange(self.num_classes, device=labels.device)).float()
 
     def sample(self, network: nn.Module, noise: Tensor, labels: Tensor) -> Tensor:
         """Images from noise by EDM's sampler, 18 steps."""

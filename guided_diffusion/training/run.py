@@ -86,13 +86,9 @@ class Run:
 
     # From its beginning, or from a checkpoint
 
-    def resume(self, resume_checkpoint: str | Path = "") -> None:
-        """Go on from this model file, else from the latest complete checkpoint, if there is one."""
-        steps = self.checkpoints.steps()
-        path = Path(resume_checkpoint) if resume_checkpoint else None
-        if path is None and steps:
-            path = self.checkpoints.folder / f"model{steps[-1]:06d}.pt"
-        if path is not None:
+    def begin(self, path: str | Path | None) -> None:
+        """Begin where this model file ends, or at step 0."""
+        if path:
             networks = {rate: average.module for rate, average in self.averages.items()}
             rest = load_checkpoint(path, self.loop.model, networks)
             self.loop.step = step_of(path)

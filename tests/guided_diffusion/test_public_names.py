@@ -1,7 +1,4 @@
-"""The names that code outside this project relies on: order, names and defaults of their arguments.
-
-Of a later issue, and not here yet: resample, image_datasets, train_util.
-"""
+"""The names that code outside this project relies on: order, names and defaults of their arguments."""
 
 import importlib
 import inspect
@@ -39,6 +36,32 @@ SIGNATURES = {
         "space_timesteps": "num_timesteps, section_counts",
         "SpacedDiffusion": "use_timesteps, **kwargs",
     },
+    "guided_diffusion.resample": {
+        "create_named_schedule_sampler": "name, diffusion",
+        "UniformSampler": "diffusion",
+        "LossSecondMomentResampler": "diffusion, history_per_term=10, uniform_prob=0.001",
+        "ScheduleSampler.sample": "self, batch_size, device",
+        "LossAwareSampler.update_with_local_losses": "self, local_ts, local_losses",
+        "LossAwareSampler.update_with_all_losses": "self, ts, losses",
+    },
+    "guided_diffusion.image_datasets": {
+        "load_data": """*, data_dir, batch_size, image_size, class_cond=False, deterministic=False,
+            random_crop=False, random_flip=True""",
+    },
+    "guided_diffusion.train_util": {
+        "TrainLoop": """*, model, diffusion, data, batch_size, microbatch, lr, ema_rate, log_interval,
+            save_interval, resume_checkpoint, use_fp16=False, fp16_scale_growth=1e-3, schedule_sampler=None,
+            weight_decay=0.0, lr_anneal_steps=0""",
+        "TrainLoop.run_loop": "self",
+        "parse_resume_step_from_filename": "filename",
+        "log_loss_dict": "diffusion, ts, losses",
+    },
+    "guided_diffusion.fp16_util": {
+        "MixedPrecisionTrainer": """*, model, use_fp16=False, fp16_scale_growth=1e-3,
+            initial_lg_loss_scale=20.0""",
+        "MixedPrecisionTrainer.backward": "self, loss",
+        "MixedPrecisionTrainer.optimize": "self, opt",
+    },
     "guided_diffusion.nn": {
         "mean_flat": "tensor",
         "update_ema": "target_params, source_params, rate=0.99",
@@ -65,7 +88,14 @@ SIGNATURES = {
         "load_state_dict": "path, map_location='cpu'",
         "sync_params": "params",
     },
-    "guided_diffusion.logger": {"configure": "dir=None", "log": "*args", "get_dir": ""},
+    "guided_diffusion.logger": {
+        "logkv": "key, val",
+        "logkv_mean": "key, val",
+        "dumpkvs": "",
+        "configure": "dir=None",
+        "log": "*args",
+        "get_dir": "",
+    },
     # This project
     "guided_diffusion.guidance": {
         "log_prob": "logits, y, joint_temperature=1.0, marginal_temperature=1.0",

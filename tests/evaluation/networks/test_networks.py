@@ -9,6 +9,7 @@ from pictures_util import digits_weights
 from safetensors.torch import save_file
 
 from evaluation.networks import NetworkOptions, feature_network
+from evaluation.networks.cifar import CIFARFeatures, cifar_network
 from evaluation.networks.digits import DigitsFeatures, DigitsNetwork
 
 IMAGES = np.random.RandomState(3).randint(0, 256, (37, 16, 16, 3), dtype=np.uint8)
@@ -33,9 +34,23 @@ def test_digits_features_are_those_of_the_network_from_a_dict_or_a_file(tmp_path
     save_file(weights, tmp_path / "features.safetensors")
     named = feature_network(str(tmp_path / "features.safetensors"))
     assert np.array_equal(named(IMAGES)["pool3"], result["pool3"])
+    with pytest.raises(ValueError, match="does not fit the architecture flags"):
+        CIFARFeatures(weights)
     for wrong in (IMAGES[:, :8], IMAGES.astype(np.float32)):
         with pytest.raises(ValueError, match=r"need uint8 images \(N, 16, 16, 3\), not"):
             network(wrong)
+
+
+def test_cifars_features_are_found_by_the_width_of_their_file(tmp_path):
+    judge = cifar_network().eval()
+    save_file(judge.state_dict(), tmp_path / "judge.safetensors")
+    network = feature_network(str(tmp_path / "judge.safetensors"))
+    images = np.repeat(np.repeat(IMAGES, 2, axis=1), 2, axis=2)
+    result = network(images)
+    assert (network.name, result["pool3"].shape, result["logits"].shape) == ("cifar10", (37, 256), (37, 10))
+    with torch.no_grad():
+        logits = judge(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1)
+    assert np.abs(result["logits"] - logits.numpy()).max() <= 1e-6
 
 
 @pytest.mark.parametrize(
