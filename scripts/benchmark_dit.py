@@ -1,12 +1,12 @@
-"""Measure the guided step of a DiT preset: seconds and operations of the transformer, the decoder forward and
-backward, and the classifier, and the memory, for each way to decode.
+"""Measure the guided step of a DiT preset: seconds and operations of the transformer, of the decoder forward
+and backward, and of the classifier, and the memory, for each way to decode.
 
     python scripts/benchmark.py --preset imagenet256-dit-resnet101
 
 Weights are random: times do not depend on them. Each way is measured in a process of its own, since peak
 memory is one's. Operations are by PyTorch's FlopCounterMode, which counts products of matrices and
-convolutions, two for a multiplication with its addition. Run it with nothing else on the machine; its lines are
-meant for docs/benchmarks.md.
+convolutions, two for a multiplication with its addition. Run it with nothing else on the machine; its lines
+are meant for docs/benchmarks.md.
 """
 
 import json
