@@ -5,10 +5,12 @@ import json
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import call
 from pictures_util import TestNetwork
 
 from evaluation import metrics, reference
@@ -275,10 +277,13 @@ def test_the_five_lines(tmp_path, monkeypatch, capsys, network, wide, dark):
     assert five_lines(without).splitlines()[2] == "sFID: nan"
 
 
+NO_WEIGHTS = (["a.npz", "b.npz", "--weights", "none.pth"], 1, "error: no Inception weights at none.pth; ")
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["a.npz", "b.npz", "--weights", "none.pth"], 1, "error: no Inception weights at none.pth; "),
+        NO_WEIGHTS,
         (["a.npz", "b.npz", "--device", "nothing"], 1, "error: --device nothing cannot be used here"),
         (
             ["a.npz"],
@@ -289,7 +294,16 @@ def test_the_five_lines(tmp_path, monkeypatch, capsys, network, wide, dark):
         (["a.npz", "--weights", "w.pth", "b.npz", "--device"], 2, "evaluator.py: error: it is called as"),
     ],
 )
-def test_a_wrong_call_of_the_five_lines_ends_in_one_line(tmp_path, words, code, message):
+def test_a_wrong_call_of_the_five_lines_ends_in_one_line(tmp_path, monkeypatch, words, code, message):
+    monkeypatch.chdir(tmp_path)
+    script = partial(runpy.run_path, str(ROOT / "evaluation/evaluator.py"), run_name="__main__")
+    done = call(script, words)
+    assert (done.code, done.out) == (code, "")
+    assert done.err.startswith(message) and done.err.count("\n") == 1
+
+
+def test_the_shell_sees_that_line_and_its_code(tmp_path):
+    words, code, message = NO_WEIGHTS
     script = [sys.executable, ROOT / "evaluation/evaluator.py", *words]
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (code, "")
