@@ -225,13 +225,12 @@ class GaussianDiffusion(DiffusionProcess):
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
-        if self.loss_type is LossType.RESCALED_KL:
-            return {"loss": self.num_timesteps * self._bound(model, x_start, x_t, t, model_kwargs)}
         prediction, fraction = self.ask(model, x_t, self._model_timesteps(t), model_kwargs)
+        if self.loss_type is LossType.RESCALED_KL:
+            return {"loss": self.num_timesteps * self._bound(prediction, fraction, x_start, x_t, t)}
         terms = {}
         if fraction is not None:
-            frozen = torch.cat([prediction.detach(), fraction], dim=1)
-            vb = self._bound(lambda *_, **__: frozen, x_start, x_t, t, None)
+            vb = self._bound(prediction.detach(), fraction, x_start, x_t, t)
             # Without rescaling, the bound would drown the other term: it is weighed as 1/1000 of its sum over
             # the steps.
             terms["vb"] = vb * (self.num_timesteps / 1000) if self.loss_type is LossType.RESCALED_MSE else vb
@@ -239,13 +238,13 @@ class GaussianDiffusion(DiffusionProcess):
         terms["mse"] = mean_flat((target - prediction) ** 2)
         return {"loss": terms["mse"] + terms.get("vb", 0), **terms}
 
-    def _bound(self, model, x_start, x_t, t, model_kwargs):
+    def _bound(self, prediction, fraction, x_start, x_t, t):
         """One term of the variational bound per image, in bits per dimension: the decoder's likelihood at t =
         0, else a KL.
         """
         true_mean = self.q_posterior_mean(x_start, x_t, t)
         true_log_variance = extract(self.posterior_log_variance_clipped, t, x_t)
-        out = self.p_mean_variance(model, x_t, t, clip_denoised=False, model_kwargs=model_kwargs)
+        out = self._p_mean_variance_of(prediction, fraction, x_t, t, clip_denoised=False)
         kl = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
         log_likelihood = discretized_gaussian_log_likelihood(
             x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]

@@ -73,8 +73,8 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
     Vaswani et al., 2017, section 3.5: the frequencies are max_period ** (-i / (dim // 2)).
     """
     half = dim // 2
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half)
-    args = timesteps[:, None].float() * freqs.to(timesteps.device)
+    powers = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    args = timesteps[:, None].float() * torch.exp(-math.log(max_period) * powers)
     return F.pad(torch.cat([torch.cos(args), torch.sin(args)], dim=1), (0, dim % 2))
 
 

@@ -8,20 +8,35 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2  # of the noise levels that EDM trains at
+
 
 def edm_loss(
-    net: Callable[..., Tensor], images: Tensor, class_labels: Tensor | None, sigma_data: float = 0.5
+    net: Callable[..., Tensor],
+    images: Tensor,
+    class_labels: Tensor | None,
+    sigma_data: float = 0.5,
+    *,
+    sigma: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """lambda(sigma) * (D(images + n; sigma) - images)^2, shaped like images, (N, C, H, W): Karras et al.,
     2022, eq. 2 and table 1.
 
     ln sigma ~ N(-1.2, 1.2^2), one level per image; lambda = (sigma^2 + sigma_data^2) / (sigma *
-    sigma_data)^2. Noise is torch's.
+    sigma_data)^2. sigma: (N, 1, 1, 1), and noise: like images, of variance 1; drawn by torch where not given.
     """
-    sigma = (1.2 * torch.randn(len(images), 1, 1, 1, device=images.device) - 1.2).exp()
+    if sigma is None:
+        sigma = edm_sigmas(torch.randn(len(images), 1, 1, 1, device=images.device))
+    noise = torch.randn_like(images) if noise is None else noise
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    denoised = net(images + sigma * torch.randn_like(images), sigma, class_labels)
+    denoised = net(images + sigma * noise, sigma, class_labels)
     return weight * (denoised - images) ** 2
+
+
+def edm_sigmas(normal: Tensor) -> Tensor:
+    """The noise levels that standard normal numbers stand for."""
+    return (LOG_SIGMA_STD * normal + LOG_SIGMA_MEAN).exp()
 
 
 def normal_kl(mean1, logvar1, mean2, logvar2):

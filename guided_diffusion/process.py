@@ -7,6 +7,7 @@ original timestep, `timestep_map[t]`.
 
 import enum
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -125,9 +126,14 @@ class DiffusionProcess:
         the clamp would hide an infinity.
         """
         prediction, fraction = self.ask(model, x, self._model_timesteps(t), model_kwargs)
-        require_finite(prediction, "network output", int(t[0]))
+        for said in (prediction, fraction):
+            if said is not None:
+                require_finite(said, "network output", int(t[0]))
+        return self._p_mean_variance_of(prediction, fraction, x, t, clip_denoised, denoised_fn)
+
+    def _p_mean_variance_of(self, prediction, fraction, x, t, clip_denoised, denoised_fn=None):
+        """The dict above, of what the network said; not checked, so that training waits for no device."""
         if fraction is not None:
-            require_finite(fraction, "network output", int(t[0]))
             low = extract(self.posterior_log_variance_clipped, t, x)
             high = extract(self.log_betas, t, x)
             log_variance = low + (fraction + 1) / 2 * (high - low)
@@ -193,7 +199,7 @@ class DiffusionProcess:
         return self.posterior_variance, self.posterior_log_variance_clipped
 
     def _model_timesteps(self, t):
-        timesteps = torch.as_tensor(self.timestep_map, device=t.device, dtype=t.dtype)[t]
+        timesteps = _placed(_Identity(self.timestep_map), t.dtype, t.device)[t]
         return timesteps.float() * (1000 / self.original_num_steps) if self.rescale_timesteps else timesteps
 
     def _pred_xstart(self, prediction, x_t, t):
@@ -219,8 +225,28 @@ def extract(table, t, like):
     """
     # Not in half precision: 1 - alphas_cumprod would be 0 at the first steps.
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    values = torch.as_tensor(table.copy(), dtype=dtype, device=like.device)[t]
+    values = _placed(_Identity(table), dtype, like.device)[t]
     return values.view(-1, *[1] * (like.ndim - 1))
+
+
+class _Identity:
+    """A table as a key: equal to itself alone."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def __hash__(self):
+        return id(self.table)
+
+    def __eq__(self, other):
+        return self.table is other.table
+
+
+@lru_cache(maxsize=256)
+def _placed(key, dtype, device):
+    """A table on a device. Kept: to copy it at every step would make the host wait for an accelerator."""
+    with torch.inference_mode(False):
+        return torch.as_tensor(key.table.copy(), dtype=dtype, device=device)
 
 
 def _first_replaced(variance):

@@ -54,7 +54,8 @@ def compare(step, batch_sizes, repeats):
 def line_of(title, step, batch_size, repeats, peak):
     _, text = whole(step, batch_size, repeats, peak)
     _, network, guidance, rest = step.time(batch_size, repeats)
-    return f"{title}: {text}; by itself the network takes {network:.4f} s, guidance {guidance:.4f}, rest {rest:.4f}"
+    alone = f"network {network:.4f} s, guidance {guidance:.4f}, rest {rest:.4f}"
+    return f"{title}: {text}; one at a time {alone}"
 
 
 def whole(step, batch_size, repeats, peak):
@@ -72,8 +73,9 @@ def whole(step, batch_size, repeats, peak):
     rate = batch_size / seconds / step.diffusion.num_timesteps
     share = batch_size * flops_of(step) / seconds / peak
     return seconds, (
-        f"{seconds:.4f} s a step, {rate:.2f} images/s of {step.diffusion.num_timesteps} steps, {share:.0%} of "
-        f"the matrix peak, kernels run {min(busy, 1):.0%} of the time, peak memory {memory:.2f} GiB"
+        f"{seconds:.4f} s a step, {rate:.2f} images/s of {step.diffusion.num_timesteps} steps, "
+        f"{share:.0%} of the matrix peak, kernels run {min(busy, 1):.0%} of the time, "
+        f"peak memory {memory:.2f} GiB"
     )
 
 

@@ -42,6 +42,7 @@ AUTOENCODER = {
 }
 WAYS = ("vae", "vae with checkpointing", "tiny", "linear")
 PARTS = ("transformer", "decoder forward", "decoder backward", "classifier")
+ON_AN_ACCELERATOR = 16  # images at once
 EVERY = 8  # for the line about --guidance_every
 
 
@@ -55,9 +56,13 @@ def main():
 def measure(preset, repeats, device):
     """Print a line for each way to decode."""
     require_diffusers()
-    print(f"preset {preset}: random weights, batch 1, float32; a step evaluates with labels and without")
+    batch_size = 1 if torch.device(device).type == "cpu" else ON_AN_ACCELERATOR
+    print(
+        f"preset {preset}: random weights, batch {batch_size}, float32; a step evaluates with labels and "
+        "without; on CUDA products of matrices are in TF32"
+    )
     for way in WAYS:
-        print(line_of(way, in_own_process(way, preset, repeats, device)))
+        print(line_of(way, in_own_process(way, preset, repeats, device, batch_size)))
 
 
 def in_own_process(*arguments):
@@ -75,27 +80,30 @@ def line_of(way, measured):
         f"{name} {measured[name]:.3f} s ({measured['flops'][name] / 1e9:.3g} GFLOP)" for name in PARTS
     )
     share = sum(measured[name] for name in PARTS[1:]) / measured["transformer"]
+    rate = measured["batch_size"] / sum(measured[name] for name in PARTS)
     return (
         f"{way}: {parts}; guidance adds {share:.1%}, with --guidance_every {EVERY} {share / EVERY:.1%}; "
-        f"peak memory {measured['memory'] / 1e9:.2f} GB"
+        f"{rate:.3g} images a second and step; peak memory {measured['memory'] / 1e9:.2f} GB"
     )
 
 
-def timed_step(way, preset, repeats, device):
+def timed_step(way, preset, repeats, device, batch_size=1):
     """{part of a step: its median seconds}, its operations by part, and the process's peak memory in bytes,
     on CUDA the device's.
     """
     device, config = torch.device(device), configure(DiTFlags, DIT_PRESETS, {"preset": preset})
     if device.type == "cpu":
         dist_util.keep_freed_memory()
-    net = DIT_MODELS[config.model](input_size=config.image_size // 8).to(device).eval().requires_grad_(False)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    with torch.device(device):
+        net = DIT_MODELS[config.model](input_size=config.image_size // 8).eval().requires_grad_(False)
     network = in_one_batch(net, net.num_classes, config.cfg_scale, config.cfg_channels)
     decoder = decoder_of(way, config.image_size).to(device).eval().requires_grad_(False)
     classifier = classifiers.load_classifier(
         config.classifier_type, "random", softplus_beta=config.softplus_beta, image_size=config.image_size
     ).to(device)
-    z = torch.randn(1, net.in_channels, net.input_size, net.input_size, device=device)
-    shown = (z, *(torch.full((1,), value, device=device) for value in (500, 3)))
+    z = torch.randn(batch_size, net.in_channels, net.input_size, net.input_size, device=device)
+    shown = (z, *(torch.full((batch_size,), value, device=device) for value in (500, 3)))
 
     def step(meters, z, t, y):
         with torch.no_grad():
@@ -104,7 +112,7 @@ def timed_step(way, preset, repeats, device):
         leaf = z.clone().requires_grad_()
         image = meters["decoder forward"].wrap(decoder)(leaf.clone())
         seen, gradient = image.detach().requires_grad_(), torch.autograd.grad
-        (g,) = meters["classifier"].wrap(lambda: gradient(classifier(seen.clone())[0, 3], seen))()
+        (g,) = meters["classifier"].wrap(lambda: gradient(classifier(seen.clone())[:, 3].sum(), seen))()
         meters["decoder backward"].wrap(gradient)(image, leaf, g)
         return meters
 
@@ -114,7 +122,11 @@ def timed_step(way, preset, repeats, device):
     for module in (net, decoder, classifier):
         module.to("meta")  # where nothing is computed
     counts = step({part: Operations() for part in PARTS}, *(tensor.to("meta") for tensor in shown))
-    return seconds | {"memory": memory, "flops": {part: count.flops for part, count in counts.items()}}
+    return seconds | {
+        "batch_size": batch_size,
+        "memory": memory,
+        "flops": {part: count.flops for part, count in counts.items()},
+    }
 
 
 class Operations:

@@ -20,11 +20,11 @@ COMMON = "guided_diffusion.files"  # every room may import it
 # Inside guided_diffusion, from the ground up: a module imports those of its own line and of earlier ones.
 ORDER = [
     "files checkpoints",
-    "layers unet edm_unet song_unet dit schedules losses nn",
+    "layers unet edm_unet song_unet dit schedules losses nn resample",
     "process denoisers mixed_denoisers preconditioning solvers guidance gaussian_diffusion edm respace",
     "flags",
     "script_util",
-    "runs training dist_util logger",
+    "runs training train_util dist_util logger",
 ]
 # What a module imports from above it, as labels are drawn by index, like noise.
 EXCEPTIONS = {("guided_diffusion/flags/labels.py", "guided_diffusion.runs.noise")}

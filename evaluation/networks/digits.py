@@ -19,21 +19,22 @@ DIGITS_WEIGHTS = PRETRAINED_DIR / "digits" / "features.safetensors"
 
 
 class DigitsNetwork(nn.Module):
-    """Three stages of 3x3 convolutions over (N, 3, 16, 16) images in [-1, 1]; `forward` returns (N, 10)
-    logits.
+    """Three stages of 3x3 convolutions, of these widths, over (N, 3, S, S) images in [-1, 1]; `forward`
+    returns (N, num_classes) logits. The digits have 16x16 pixels.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_classes: int = 10, widths: tuple[int, int, int] = (32, 64, 64)) -> None:
         super().__init__()
-        self.stages = nn.Sequential(_stage(3, 32, pooled=True), _stage(32, 64, pooled=True))  # (N, 64, 4, 4)
-        self.last = _stage(64, 64, pooled=False)
-        self.fc = nn.Linear(64, 10)
+        first, second, last = widths
+        self.stages = nn.Sequential(_stage(3, first, pooled=True), _stage(first, second, pooled=True))
+        self.last = _stage(second, last, pooled=False)  # at a quarter of the image's size
+        self.fc = nn.Linear(last, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.pool(x))
 
     def pool(self, x: Tensor) -> Tensor:
-        """(N, 64): the average over space of the last map."""
+        """(N, last width): the average over space of the last map."""
         return self.last(self.stages(x)).mean(dim=(2, 3))
 
 

@@ -46,7 +46,7 @@ def load_state_dict(
                 f"{path} is an EDM snapshot, read for its network ema; not for {checkpoint_key!r}"
             )
         return load_edm_checkpoint(path).state_dict
-    content = _read_safetensors(path) if kind == SAFETENSORS else _read_torch(path)
+    content = _read_safetensors(path) if kind == SAFETENSORS else load_torch(path)
     return choose_state_dict(content, path, checkpoint_key, prefer)
 
 
@@ -57,7 +57,10 @@ def _read_safetensors(path):
         raise _damaged(path, error) from error
 
 
-def _read_torch(path):
+def load_torch(path: str | Path) -> Any:
+    """What a torch file holds, tensors onto the CPU. Raises ValueError for more than data, and for a damaged
+    file.
+    """
     try:
         # A training checkpoint of DiT's holds its flags, a class of nothing but attributes.
         flags = torch.serialization.safe_globals([argparse.Namespace])

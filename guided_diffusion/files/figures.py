@@ -10,12 +10,17 @@ from typing import Any
 from guided_diffusion.files.atomic import renamed_when_complete
 
 
+def has_matplotlib() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def require_matplotlib(wanted: str) -> None:
     """Raise ValueError, before there is anything to lose, where matplotlib is not installed or does not load.
 
     wanted: what needs it, the beginning of the message.
     """
-    if importlib.util.find_spec("matplotlib") is None:
+    if not has_matplotlib():
         raise ValueError(f'{wanted} matplotlib, which is not installed: pip install -e ".[plot]"')
     # Never used here, but a backend that this machine lacks would end the import.
     backend = os.environ.pop("MPLBACKEND", None)

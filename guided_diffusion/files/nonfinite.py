@@ -8,7 +8,8 @@ class NonFiniteError(FloatingPointError):
     """NaN or infinity where numbers belong.
 
     what: where they were found, "network output", "guidance gradient" or "pixels". positions: which images of
-    the batch. step_index, sigma: where the sampler stood, None where it does not apply.
+    the batch, none where that is not known. step_index, sigma: where the sampler stood, None where it does
+    not apply.
     """
 
     def __init__(
@@ -16,7 +17,8 @@ class NonFiniteError(FloatingPointError):
     ):
         self.what, self.positions, self.step_index, self.sigma = what, positions, step_index, sigma
         step = "" if step_index is None else f" at step {step_index}"
-        super().__init__(f"non-finite {what}{step} at batch positions {positions}")
+        images = f" at batch positions {positions}" if positions else ""
+        super().__init__(f"non-finite {what}{step}{images}")
 
 
 def nonfinite_images(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from guided_diffusion.flags.parser import NOT_GIVEN, Parser, parse_bool, parse_floats
 from guided_diffusion.flags.presets import script_of
@@ -107,6 +107,7 @@ class Flags:
     """What every configuration is: flags, and which of them the user wrote."""
 
     given: frozenset[str] = frozenset()  # names of fields; not a flag itself
+    trains: ClassVar[bool] = False  # whether the script trains a network
 
     @classmethod
     def of(cls, values: Mapping[str, Any], given: frozenset[str]) -> Any:

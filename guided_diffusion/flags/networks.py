@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from guided_diffusion.flags.fields import Flags, Need, at_least, finite, flag
 
-TRAINING = Need(lambda config: False)
+TRAINING = Need(lambda config: config.trains)
 NOISY_CLASSIFIER = Need(lambda config: config.guided_by_noisy_classifier)
 ANY_CLASSIFIER = Need(lambda config: config.guided_off_the_shelf or config.guided_by_noisy_classifier)
 
@@ -72,6 +72,7 @@ CHANNEL_MULT = {
     256: (1, 1, 2, 2, 4, 4),
     128: (1, 1, 2, 3, 4),
     64: (1, 2, 3, 4),
+    32: (1, 2, 2, 2),
 }
 
 
