@@ -2,7 +2,8 @@
 # ./guided_sample.sh [PRESET] [FLAGS...]
 #
 # digits (the default while the ImageNet files are absent): guided against unguided on a small problem that
-# ships with the project. digits-edm: the same problem with EDM's sampler, over numbers of steps.
+# ships with the project. digits-edm: the same problem with EDM's sampler, over numbers of steps. digits-dit:
+# the same with a latent diffusion transformer, with and without classifier-free guidance.
 # imagenet128-resnet101 and others: the paper's runs; python scripts/presets.py lists all presets, and the
 # script of each, which takes all other flags.
 set -euo pipefail

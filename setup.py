@@ -18,10 +18,17 @@ setup(
         # Data only, beside the packages as in a checkout: the table of files and the small networks.
         "pretrained_models",
         "pretrained_models.digits",
+        "pretrained_models.digits_dit",
+        "pretrained_models.digits_dit.vae",
+        "pretrained_models.digits_dit.tiny",
     ],
     package_data={
         "pretrained_models": ["files.json", "README.md"],
         "pretrained_models.digits": ["*.safetensors", "*.npz", "*.json"],
+        **{
+            f"pretrained_models.digits_dit{part}": ["*.safetensors", "*.json"]
+            for part in ("", ".vae", ".tiny")
+        },
     },
     install_requires=[
         "torch>=2.6",

@@ -1,5 +1,5 @@
-"""Measure the guided step of a DiT preset: seconds and operations of the transformer, the decoder forward and
-backward, and the classifier, and the memory, for each way to decode.
+"""Measure the guided step of a DiT preset: seconds and operations of the transformer, of the decoder forward
+and backward, and of the classifier, and the memory, for each way to decode.
 
     python scripts/benchmark.py --preset imagenet256-dit-resnet101
 

@@ -55,6 +55,8 @@ def test_what_is_not_there_is_named_with_its_place(installed, tmp_path):
 
 def test_every_committed_file_is_in_it(installed):
     shipped = {path.relative_to(installed) for path in (installed / "pretrained_models").rglob("*")}
-    committed = [*(ROOT / "pretrained_models/digits").iterdir(), ROOT / "pretrained_models/files.json"]
+    folders = ("digits", "digits_dit", "digits_dit/vae", "digits_dit/tiny")
+    committed = [path for name in folders for path in (ROOT / "pretrained_models" / name).glob("*.*")]
+    committed += [ROOT / "pretrained_models/files.json"]
     assert {path.relative_to(ROOT) for path in committed} <= shipped
     assert list(installed.glob("elucd-*.dist-info/licenses/LICENSE"))

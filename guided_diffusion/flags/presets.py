@@ -177,7 +177,6 @@ _DIGITS_DIT = {
     "batch_size": 50,
     "labels": "balanced",
     "format": "npz",
-    "cfg_scale": 1.5,
     "cfg_channels": 4,
     "classifier_type": "digits_guide",
 }
@@ -185,7 +184,8 @@ DIT_PRESETS = {
     "digits-dit": {
         **_DIGITS_DIT,
         "steps": 25,
-        "classifier_scale": 1.0,
+        "cfg_scale": 1.25,
+        "classifier_scale": 0.25,
         "softplus_beta": 3.0,
         "margin_temperature_discount": 0.5,
         "gamma_factor": 0.3,
@@ -193,10 +193,10 @@ DIT_PRESETS = {
     "digits-dit-fewstep": {
         **_DIGITS_DIT,
         **_FEW_STEPS,
-        # As the small network of ADM: it predicts eps, and the autoencoder's latents have its scale.
-        "sampler": "dpmpp_2m_sde",
+        "sampler": "dpmpp_2m_sde",  # for a small network that predicts eps, as above
         "steps": 10,
-        "classifier_scale": 2.0,
+        "cfg_scale": 1.5,
+        "classifier_scale": 0.5,
         "softplus_beta": 5.0,
         "margin_temperature_discount": 0.0,
     },

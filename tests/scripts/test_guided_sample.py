@@ -17,6 +17,7 @@ SCRIPT_OF = {
     "digits": "compare_guidance.py",
     "digits-fewstep": "compare_fewstep.py",
     "digits-edm": "compare_edm.py",
+    "digits-dit": "compare_dit.py",
 }
 # Answers for presets.py, writes what it was asked to run else.
 STUB = f'#!/bin/sh\ncase $1 in *presets.py|-c) exec {sys.executable} "$@";; esac\necho "$0" "$@"\n'
@@ -47,7 +48,7 @@ def shell(script, *words, redirect="", **changes):
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("preset", [*PRESETS, *EDM_PRESETS])
+@pytest.mark.parametrize("preset", SCRIPT_OF)
 def test_every_preset_has_its_script(preset):
     result = call(load_script("presets").main, [preset])
     assert (result.code, result.out) == (0, f"{SCRIPT_OF[preset]}\n")

@@ -2,7 +2,7 @@ import pytest
 from bad_files import write_bad_files
 from helpers import call, contents
 from samplers import DIGITS, SAMPLERS, SCRIPTS
-from table import ADM, EDM
+from table import ADM, BASES
 
 
 @pytest.fixture(params=SAMPLERS, ids=lambda sampler: sampler.name)
@@ -51,7 +51,7 @@ def files(tmp_path_factory):
 def done(tmp_path_factory):
     """Folders of finished runs by script: bad input must leave them as they are."""
     folders = {}
-    for script, base in (("classifier_sample", ADM), ("edm_sample", EDM)):
+    for script, base in BASES.items():
         folders[script] = tmp_path_factory.mktemp(script)
         assert call(SCRIPTS[script].main, [*base, "--out", folders[script]]).code == 0
     return folders

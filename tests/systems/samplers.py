@@ -97,10 +97,8 @@ PLAIN_ADM = (*NETWORK, "--model_path", DIGITS / "unet.safetensors", "--labels", 
 EDM = ("--preset", "digits-edm", "--steps", STEPS)
 PLAIN_EDM = ("--network", DIGITS / "edm.safetensors", "--steps", STEPS)
 DIT = ("--preset", "digits-dit", "--steps", STEPS)
-PLAIN_DIT = flags_of(
-    {name: DIT_PRESETS["digits-dit"][name] for name in ("ckpt", "vae", "image_size", "num_classes", "labels")}
-    | {"cfg_scale": 1.5, "cfg_channels": 4, "steps": STEPS, "format": "npz"}
-)
+SHOWN = ("ckpt", "vae", "image_size", "num_classes", "labels", "format", "cfg_scale", "cfg_channels")
+PLAIN_DIT = flags_of({name: DIT_PRESETS["digits-dit"][name] for name in SHOWN} | {"steps": STEPS})
 ADM_LEVELS, EDM_LEVELS = (157.407, 3.443, 0.01), (80, 2.515, 0.002)
 
 

@@ -6,7 +6,7 @@ A row is the flags, and fragments of the line between bars. Files: bad_files.py.
 import pytest
 from helpers import TINY, TINY_64, TINY_NOISY, call, flags_of
 from samplers import PLAIN_ADM, SCRIPTS
-from table import ADM, EDM, rows
+from table import ADM, BASES, rows
 
 from guided_diffusion.flags.presets import EDM_PRESETS, PRESETS
 from guided_diffusion.runs.lock import locked
@@ -154,7 +154,7 @@ def test_a_folder_that_holds_another_runs_output(refused, flags, fragments):
 
 
 @pytest.mark.parametrize(
-    ("script", "missing"), list(zip(SCRIPTS, ("--model_path", "--network"), strict=True))
+    ("script", "missing"), list(zip(SCRIPTS, ("--model_path", "--network", "--ckpt"), strict=True))
 )
 def test_no_flags_at_all(script, missing):
     result = call(SCRIPTS[script].main, [])
@@ -163,11 +163,10 @@ def test_no_flags_at_all(script, missing):
     )
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", BASES)
 def test_a_folder_that_another_run_is_writing_into(done, refused, script):
     with locked(done[script]):
-        base = ADM if script == "classifier_sample" else EDM
-        refused("", f"another run is writing into {done[script]} | --out", script, base)
+        refused("", f"another run is writing into {done[script]} | --out", script, BASES[script])
 
 
 @pytest.mark.parametrize(

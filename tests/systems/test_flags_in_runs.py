@@ -161,7 +161,8 @@ USED = {
 }  # fmt: skip
 for row in DIT_SAMPLERS[:1]:
     USED[row] = [
-        "--cfg_scale 3", "--cfg_channels 3", "--cfg_scale 1", "--decode_dtype bfloat16",
+        "--cfg_scale 3", "--cfg_channels 3", "--cfg_scale 1",
+        "--decode_dtype bfloat16 --classifier_scale 20 | --classifier_scale 20",
         "--cfg_scale 1 --unconditional 1 | --cfg_scale 1", f"--latent_decoder tiny --decoder_path {DECODER}",
         "--sampler euler --cfg_rule cfg++ --cfg_scale 0.5 | --sampler euler",
     ]  # fmt: skip
