@@ -23,6 +23,7 @@ from guided_diffusion.layers import (
     SiLU,
     attention,
     filter_kernel,
+    memory_format,
     resample,
     timestep_embedding,
     zeroed,
@@ -107,7 +108,7 @@ class DhariwalUNet(RawNetwork):
 
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
         emb = self._embedding(noise_labels, class_labels, augment_labels)
-        x = x.to(memory_format=torch.channels_last)
+        x = x.to(memory_format=memory_format(x.device))
         skips = []
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)

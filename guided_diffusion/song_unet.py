@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from guided_diffusion.edm_unet import BlockOptions, Conv2d, RawNetwork, Resample, UNetBlock, group_norm
+from guided_diffusion.layers import memory_format
 
 SQRT_HALF = math.sqrt(0.5)  # keeps the variance of a sum of two
 FOURIER_SCALE = 16  # standard deviation of the random frequencies
@@ -87,7 +88,7 @@ class SongUNet(RawNetwork):
 
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
         emb = self._embedding(noise_labels, class_labels, augment_labels)
-        x, skips = self._encode(x.to(memory_format=torch.channels_last), emb)
+        x, skips = self._encode(x.to(memory_format=memory_format(x.device)), emb)
         return self._decode(x, skips, emb)
 
     def _embedding(self, noise_labels, class_labels, augment_labels):

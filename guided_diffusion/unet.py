@@ -21,6 +21,7 @@ from guided_diffusion.layers import (
     SiLU,
     attention,
     head_count,
+    memory_format,
     resample,
     run_recomputed,
     timestep_embedding,
@@ -136,7 +137,7 @@ class UNetModel(_Torso):
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))  # (N, E)
         if y is not None:
             emb = emb + self.label_emb(y)
-        h = x.to(self.dtype, memory_format=torch.channels_last)
+        h = x.to(self.dtype, memory_format=memory_format(x.device))
         skips = []
         for block in self.input_blocks:
             h = block(h, emb)
@@ -202,7 +203,7 @@ class EncoderUNetModel(_Torso):
 
     def forward(self, x, timesteps):
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
-        h = x.to(self.dtype, memory_format=torch.channels_last)
+        h = x.to(self.dtype, memory_format=memory_format(x.device))
         means = []
         for block in [*self.input_blocks, self.middle_block]:
             h = block(h, emb)

@@ -33,6 +33,7 @@ from guided_diffusion.flags.fields import Flags, Need, at_least, configure, flag
 from guided_diffusion.flags.parser import parse_numbers, run_main
 from guided_diffusion.flags.presets import DIT_PRESETS, PRESETS
 from guided_diffusion.guidance import GuidanceStep
+from guided_diffusion.layers import memory_format
 from guided_diffusion.runs import adm, machine
 from guided_diffusion.runs.noise import SampleNoise
 from guided_diffusion.runs.stopwatch import Stopwatch
@@ -132,7 +133,7 @@ class GuidedStep:
             self.model, self.diffusion = create_from_flags(config.record())
         if self.weights == "trained":
             load_into(self.model, load_state_dict(config.model_path), config.model_path)
-        self.model.to(device, memory_format=torch.channels_last).eval()
+        self.model.to(device, memory_format=memory_format(device)).eval()
         self.model.reuse_activations(benchmark.reuse_activations)
         self.classifier = adm.load_guide(config, classifiers, device)
         if self.weights == "random":

@@ -19,6 +19,7 @@ from guided_diffusion.flags.rules import RuleFlags
 from guided_diffusion.flags.solvers import solver_files
 from guided_diffusion.flags.trained import unlike_training
 from guided_diffusion.guidance import noisy_classifier_gradient
+from guided_diffusion.layers import memory_format
 from guided_diffusion.runs.discrete import Drawn, Network, drawn_labels, load_off_the_shelf, sampler_of
 from guided_diffusion.runs.job import Job, Sampler
 from guided_diffusion.runs.tally import CLASSIFIER, NETWORK, Tally
@@ -117,7 +118,7 @@ def load_network(config: ADMFlags, device: torch.device, tally: Tally, path: str
     load_into(model, weights, path)
     del weights
     # The file's tensors took the place of the network's own, and with it their memory format.
-    model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False).reuse_activations()
+    model.to(device, memory_format=memory_format(device)).eval().requires_grad_(False).reuse_activations()
     if config.use_fp16:
         model.convert_to_fp16()
     tally.count(NETWORK, model)
@@ -164,7 +165,7 @@ def load_noisy_classifier(config: ADMFlags, device: torch.device) -> torch.nn.Mo
         classifier = create_classifier(**flags, num_classes=config.num_classes)
     weights = load_state_dict(config.classifier_path, config.classifier_checkpoint_key or None)
     load_into(classifier, weights, config.classifier_path)
-    classifier.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    classifier.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
     if half:
         classifier.convert_to_fp16()
     return classifier

@@ -14,6 +14,7 @@ from guided_diffusion.flags.edm import EDMFlags
 from guided_diffusion.flags.labels import label_source, labels_file
 from guided_diffusion.flags.solvers import solver_files
 from guided_diffusion.guidance import Guidance
+from guided_diffusion.layers import memory_format
 from guided_diffusion.runs.discrete import load_off_the_shelf
 from guided_diffusion.runs.job import Job, Sampler
 from guided_diffusion.runs.noise import DRAWN_BY_INDEX, DRAWN_BY_SEED, DrawnAhead, SeedNoise
@@ -138,7 +139,8 @@ def _sampler_options(config, net):
 
 
 def _load(config, path, device, tally):
-    net = load_edm_network(path).to(device).requires_grad_(False).reuse_activations()
+    net = load_edm_network(path).to(device, memory_format=memory_format(device)).requires_grad_(False)
+    net.reuse_activations()
     if config.use_fp16 is not None:
         net.use_fp16 = config.use_fp16
     tally.count(NETWORK, net)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from guided_diffusion.files.atomic import write_json
 from guided_diffusion.files.labelled import read_labelled
+from guided_diffusion.layers import memory_format
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.training.checkpoints import write_half
@@ -84,7 +85,7 @@ def train_classifier(
     network or something around it. objective_of: makes the objective of it, compiled or not.
     """
     session = Session(config)
-    called.to(session.device)
+    called.to(session.device).to(memory_format=memory_format(session.device))
     objective = objective_of(session.compiled(called))
     batches = session.batches(labelled=True)
     loop = Loop(

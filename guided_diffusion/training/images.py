@@ -13,6 +13,7 @@ from guided_diffusion.files.grid import save_grid
 from guided_diffusion.files.pixels import to_uint8
 from guided_diffusion.flags.networks import channel_multipliers
 from guided_diffusion.flags.training import ImageTrainFlags
+from guided_diffusion.layers import memory_format
 from guided_diffusion.resample import LossAwareSampler, create_named_schedule_sampler
 from guided_diffusion.script_util import create_from_flags, create_gaussian_diffusion
 from guided_diffusion.training.checkpoints import write_half
@@ -30,7 +31,7 @@ def train_images(config: ImageTrainFlags) -> Path:
     """Train as the flags say; return the folder with the checkpoints."""
     session = Session(config)
     network, arguments = build_network(config)
-    network.to(session.device)
+    network.to(session.device).to(memory_format=memory_format(session.device))
     objective = build_objective(config, session.compiled(network))
     averages = {rate: Average(network, float(rate)) for rate in config.rates}
     batches = session.batches(config.class_cond)
