@@ -79,8 +79,9 @@ def test_image_train_writes_upstreams_names_and_what_the_samplers_read(data, tmp
     torch.testing.assert_close(
         weights, load_state_dict(tmp_path / "ema_0.5_000004.pt"), check_dtype=False, rtol=1e-3, atol=1e-6
     )
-    flags = json.loads((tmp_path / "training.json").read_text())["flags"]
-    assert (flags["image_size"], flags["ema_rate"]) == (8, "0.5,0.9")
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert (record["flags"]["image_size"], record["step"]) == (8, 4) and record["seconds"] > 0
+    assert f"--out {tmp_path}" in record["command"]
     assert "left" in done.err and "steps/s" in done.err
 
 
