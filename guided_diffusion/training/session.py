@@ -16,7 +16,7 @@ from guided_diffusion.files.atomic import write_json
 from guided_diffusion.files.figures import has_matplotlib
 from guided_diffusion.files.labelled import LabelledImages, read_labelled
 from guided_diffusion.runs.launchers import find_place
-from guided_diffusion.training.checkpoints import Checkpoints
+from guided_diffusion.training.checkpoints import Checkpoints, step_of
 from guided_diffusion.training.data import EpochBatches
 from guided_diffusion.training.loop import Loop, Precision
 from guided_diffusion.training.randomness import StepGenerator
@@ -112,6 +112,18 @@ class Session:
         else:
             self.say("note: no loss.png, as matplotlib is not installed")
         return run
+
+    def begin(self, run: Run) -> None:
+        """Let the run begin at --resume_checkpoint, else at the latest checkpoint in its folder, if there is
+        one. Raises ValueError where the folder has later ones than the flag names.
+        """
+        path, steps = self.config.resume_checkpoint, run.checkpoints.steps()
+        if path and steps and steps[-1] > step_of(path):
+            raise ValueError(
+                f"--resume_checkpoint {path} is followed by the checkpoint of step {steps[-1]} in {self.folder}: "
+                "choose another --out, or remove what is later"
+            )
+        run.begin(path or run.checkpoints.latest())
 
     def describe(self) -> str:
         """The device, the number of processes and what the network computes in."""
