@@ -120,8 +120,8 @@ class Session:
         path, steps = self.config.resume_checkpoint, run.checkpoints.steps()
         if path and steps and steps[-1] > step_of(path):
             raise ValueError(
-                f"--resume_checkpoint {path} is followed by the checkpoint of step {steps[-1]} in {self.folder}: "
-                "choose another --out, or remove what is later"
+                f"--resume_checkpoint {path} is followed by the checkpoint of step {steps[-1]} in "
+                f"{self.folder}: choose another --out, or remove what is later"
             )
         run.begin(path or run.checkpoints.latest())
 
