@@ -96,7 +96,7 @@ def train_classifier(
     schedule = Schedule(config.lr, config.iterations, config.max_seconds, config.warmup, anneal)
     run = session.run(loop, partial(draw_batch, config, session, batches, objective), schedule, averages={})
     run.on_save.append(partial(_export, session.folder, network))
-    run.begin(config.resume_checkpoint or run.checkpoints.latest())
+    session.begin(run)
     if config.val_data_dir and session.rank == 0:
         _Validation(config, session, objective_of(called), network).join(run)
     run.run()

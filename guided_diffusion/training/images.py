@@ -51,7 +51,7 @@ def train_images(config: ImageTrainFlags) -> Path:
     if config.samples:
         run.on_save.append(partial(look, config, session, objective, averages))
     run.on_save.append(partial(export, session.folder, averages, arguments))
-    run.begin(config.resume_checkpoint or run.checkpoints.latest())
+    session.begin(run)
     run.run()
     return session.folder
 

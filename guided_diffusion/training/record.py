@@ -48,7 +48,9 @@ class Record:
         return out.getvalue()
 
     def draw(self, path: Path) -> None:
-        """The losses against the step, as a PNG."""
+        """The losses against the step, as a PNG, once there are some."""
+        if not self.rows:
+            return
         with plain_style():
             from matplotlib.figure import Figure
 

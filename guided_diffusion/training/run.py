@@ -58,8 +58,8 @@ class Run:
 
     batch_of: step -> this process's part of the batch. averages: rate, as it was written, -> average, those
     of the loop. on_save: called with the step after each checkpoint, and `every`: (interval, call), after so
-    many steps, both in the first process. learner: what else
-    learns, and has state_dict and load_state_dict. batch_size: of all processes together.
+    many steps, both in the first process. learner: what else learns, and has state_dict and load_state_dict.
+    batch_size: of all processes together.
     """
 
     def __init__(
@@ -121,8 +121,10 @@ class Run:
         """Train until the schedule ends. Raises FloatingPointError for a loss that is not finite; the last
         checkpoint is from before.
         """
-        self.loop.model.train()
         self._start = time.monotonic()
+        if self.loop.step:
+            self._call_saved(self.loop.step)  # which a killed process may not have reached
+        self.loop.model.train()
         pace = Pace(self.loop.step)
         done = self.schedule.share(self.loop.step, self.seconds) >= 1
         while not done:
@@ -176,9 +178,11 @@ class Run:
         }
         networks = {rate: average.module for rate, average in self.averages.items()}
         self.checkpoints.save(step, self.loop.model, networks, rest)
-        for call in self.on_save:
+        self._call_saved(step)
+
+    def _call_saved(self, step):
+        for call in self.on_save if self.is_first else ():
             call(step)
-        self.loop.model.train()
 
     def _call_due(self, step):
         for interval, call in self.every:

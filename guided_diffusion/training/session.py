@@ -1,7 +1,10 @@
 """What every training script sets up: processes, device, data, optimizer, compilation, folder."""
 
 import platform
+import shlex
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ from guided_diffusion.files.atomic import write_json
 from guided_diffusion.files.figures import has_matplotlib
 from guided_diffusion.files.labelled import LabelledImages, read_labelled
 from guided_diffusion.runs.launchers import find_place
-from guided_diffusion.training.checkpoints import Checkpoints
+from guided_diffusion.training.checkpoints import Checkpoints, step_of
 from guided_diffusion.training.data import EpochBatches
 from guided_diffusion.training.loop import Loop, Precision
 from guided_diffusion.training.randomness import StepGenerator
@@ -50,7 +53,6 @@ class Session:
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             logger.configure(self.folder)
-            self._record_flags()
         for flag in config.without_effect():
             self.say(f"note: --{flag} has no effect here")
 
@@ -102,17 +104,34 @@ class Session:
         intervals = Intervals(self.config.log_interval, self.config.save_interval)
         checkpoints = Checkpoints(self.folder, self.config.keep)
         run = Run(loop, batch_of, schedule, intervals, checkpoints, batch_size=self.whole_batch, **more)
+        if self.rank == 0 and not (self.folder / "training.json").exists():
+            self._record(run, 0)
+        run.on_save.append(partial(self._record, run))
         if has_matplotlib():
             run.on_save.append(lambda step: run.record.draw(self.folder / "loss.png"))
         else:
             self.say("note: no loss.png, as matplotlib is not installed")
         return run
 
+    def begin(self, run: Run) -> None:
+        """Let the run begin at --resume_checkpoint, else at the latest checkpoint in its folder, if there is
+        one. Raises ValueError where the folder has later ones than the flag names.
+        """
+        path, steps = self.config.resume_checkpoint, run.checkpoints.steps()
+        if path and steps and steps[-1] > step_of(path):
+            raise ValueError(
+                f"--resume_checkpoint {path} is followed by the checkpoint of step {steps[-1]} in "
+                f"{self.folder}: choose another --out, or remove what is later"
+            )
+        run.begin(path or run.checkpoints.latest())
+
     def describe(self) -> str:
         """The device, the number of processes and what the network computes in."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         return f"{name}, {self.processes} process(es), {str(self.precision.dtype).removeprefix('torch.')}"
 
-    def _record_flags(self):
-        about = {"device": self.describe(), "torch": torch.__version__}
-        write_json(self.folder / "training.json", {**about, "flags": self.config.record()})
+    def _record(self, run, step):
+        """training.json: the command, where it runs, how far it is and how long that took."""
+        about = {"command": shlex.join(sys.argv), "device": self.describe(), "torch": torch.__version__}
+        about |= {"step": step, "seconds": round(run.seconds, 1), "flags": self.config.record()}
+        write_json(self.folder / "training.json", about)

@@ -79,8 +79,9 @@ def test_image_train_writes_upstreams_names_and_what_the_samplers_read(data, tmp
     torch.testing.assert_close(
         weights, load_state_dict(tmp_path / "ema_0.5_000004.pt"), check_dtype=False, rtol=1e-3, atol=1e-6
     )
-    flags = json.loads((tmp_path / "training.json").read_text())["flags"]
-    assert (flags["image_size"], flags["ema_rate"]) == (8, "0.5,0.9")
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert (record["flags"]["image_size"], record["step"]) == (8, 4) and record["seconds"] > 0
+    assert f"--out {tmp_path}" in record["command"]
     assert "left" in done.err and "steps/s" in done.err
 
 
@@ -192,6 +193,20 @@ def test_a_checkpoint_of_another_shape(data, tmp_path):
     assert train(images_main, data, tmp_path, IMAGES, **DISCRETE, samples=0).code == 0
     done = train(images_main, data, tmp_path, IMAGES, **DISCRETE, samples=0, num_channels=64)
     assert done.code == 1 and "model000004.pt does not fit the architecture flags" in done.err
+
+
+def test_a_resumed_training_ends_where_a_checkpoint_is_named_or_is_refused(data, tmp_path):
+    flags = {**IMAGES, **DISCRETE, "samples": 0}
+    assert train(images_main, data, tmp_path / "a", flags).code == 0
+    earlier = tmp_path / "a/model000002.pt"
+    done = train(images_main, data, tmp_path / "a", flags, resume_checkpoint=earlier)
+    assert done.code == 1 and "is followed by the checkpoint of step 4" in done.err
+    assert train(images_main, data, tmp_path / "b", flags, resume_checkpoint=earlier).code == 0
+    for name in ("model000004.pt", "ema_0.9_000004.pt"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    (tmp_path / "a/network_0.5.safetensors").unlink()  # as if it was killed before it wrote the file
+    assert train(images_main, data, tmp_path / "a", flags).code == 0
+    assert (tmp_path / "a/network_0.5.safetensors").exists()
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
