@@ -19,6 +19,7 @@ from guided_diffusion.files.figures import plain_style, plain_text, require_matp
 from guided_diffusion.flags.parser import Parser, run_main
 
 LOGARITHMIC = {"evaluations", "fd_digits"}
+MARKERS = "os^Dv<>P"  # one for every ten curves: there are ten colours
 
 
 def main():
@@ -60,43 +61,53 @@ def draw(panels, x, columns):
     """A figure: a row of panels for each of `panels`, a column for each of `columns`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * len(columns), 3.4 * len(panels) + 0.6), layout="constrained")
+    height = max(2.9, *(0.25 * len(lines) + 0.5 for lines in panels.values()))  # a legend's place too
+    figure = Figure(figsize=(3.8 * len(columns) + 2.4, height * len(panels)), layout="constrained")
     grid = figure.subplots(len(panels), len(columns), squeeze=False)
-    colours = {
-        name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(c for p in panels.values() for c in p))
+    names = dict.fromkeys(name for lines in panels.values() for name in lines)
+    styles = {
+        name: {"color": f"C{i % 10}", "marker": MARKERS[i // 10 % len(MARKERS)]}
+        for i, name in enumerate(names)
     }
-    handles = {}
     for axes_of_row, (panel, lines) in zip(grid, panels.items(), strict=True):
         for axes, y in zip(axes_of_row, columns, strict=True):
-            for name, cells in lines.items():
-                handles[name] = curve(axes, cells, x, y, colours[name])
+            handles = [curve(axes, cells, x, y, styles[name]) for name, cells in lines.items()]
             axes.set(title=plain_text(panel), xlabel=NUMBERS[x][0], ylabel=NUMBERS[y][0])
-            axes.set_xscale("log" if x in LOGARITHMIC else "linear")
-            axes.set_yscale("log" if y in LOGARITHMIC else "linear")
             axes.grid(alpha=0.3)
-            if x == "evaluations":
-                ticks = sorted({round(cell[x]["mean"]) for cells in lines.values() for cell in cells})
-                axes.set_xticks(spaced(ticks), [str(tick) for tick in spaced(ticks)])
-                axes.minorticks_off()
-    labels = [plain_text(name) for name in handles]
-    figure.legend(handles.values(), labels, loc="outside lower center", ncols=4, frameon=False)
+            for side, key in (("x", x), ("y", y)):
+                if key in LOGARITHMIC:
+                    logarithmic(axes, side, [cell[key]["mean"] for cells in lines.values() for cell in cells])
+        labels = [plain_text(name) for name in lines]
+        axes_of_row[-1].legend(handles, labels, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
     return figure
 
 
-def curve(axes, cells, x, y, colour):
+def logarithmic(axes, side, places):
+    """A logarithmic axis whose ticks are plain numbers: those of the points, where they are few and whole."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    getattr(axes, f"set_{side}scale")("log")
+    axis = getattr(axes, f"{side}axis")
+    if all(place == round(place) for place in places):
+        axes.set_xticks(spaced(sorted(set(places))))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def curve(axes, cells, x, y, style):
     """One curve with its error bars; cells of one place are a point."""
     places, heights = ([cell[key]["mean"] for cell in cells] for key in (x, y))
     bars = [[cell[key]["std"] or 0 for cell in cells] for key in (x, y)]
-    return axes.errorbar(
-        places, heights, bars[1], bars[0], marker="o", markersize=4, linewidth=1.2, capsize=2, color=colour
-    )
+    return axes.errorbar(places, heights, bars[1], bars[0], markersize=4, linewidth=1.2, capsize=2, **style)
 
 
 def spaced(ticks):
     """Those of the ticks that have room for their numbers on a logarithmic axis."""
-    kept = ticks[:1]
+    kept, room = ticks[:1], max(1.15, (ticks[-1] / ticks[0]) ** (1 / 18))
     for tick in ticks[1:]:
-        if tick >= 1.15 * kept[-1]:
+        if tick >= room * kept[-1]:
             kept.append(tick)
     return kept
 
