@@ -24,7 +24,7 @@ from guided_diffusion.training.objectives import DiscreteObjective, EDMObjective
 from guided_diffusion.training.run import Schedule
 from guided_diffusion.training.session import Session
 
-STEPS = 25  # of DDIM, for that picture
+STEPS = 25  # of the process, for the picture of samples
 
 
 def train_images(config: ImageTrainFlags) -> Path:

@@ -51,9 +51,15 @@ class DiscreteObjective:
         return {**weighted, POSITION: t / self.diffusion.num_timesteps}
 
     def sample(self, network: nn.Module, noise: Tensor, labels: Tensor) -> Tensor:
-        """Images from noise by DDIM."""
+        """Images from noise by the ancestral process, with the same new noise at every call."""
         condition = {"y": labels} if self.class_cond else {}
-        return self.few_steps.ddim_sample_loop(network, noise.shape, noise, model_kwargs=condition)
+        generator = torch.Generator(noise.device).manual_seed(0)
+
+        def randn_like(x):
+            return torch.randn(x.shape, device=x.device, generator=generator)
+
+        few = self.few_steps
+        return few.p_sample_loop(network, noise.shape, noise, model_kwargs=condition, randn_like=randn_like)
 
 
 class EDMObjective:
