@@ -73,6 +73,12 @@ def test_the_benchmark_of_dit_prints_a_line_for_each_decoder(monkeypatch):
     monkeypatch.setattr(script, "DIT_MODELS", {"DiT-XL/2": tiny})
     monkeypatch.setattr(script, "AUTOENCODER", script.AUTOENCODER | {"block_out_channels": (32, 32, 32, 32)})
     monkeypatch.setattr(script, "WAYS", ("vae with checkpointing", "linear"))
+    small = {
+        **script.DIT_PRESETS["imagenet256-dit-resnet101"],
+        "image_size": 64,
+        "classifier_type": "resnet18",
+    }
+    monkeypatch.setitem(script.DIT_PRESETS, "imagenet256-dit-resnet101", small)
     monkeypatch.setattr(script, "in_own_process", script.timed_step)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         script.measure("imagenet256-dit-resnet101", 1, "cpu")
@@ -110,7 +116,7 @@ def evaluation_benchmark(monkeypatch):
     """The script with sizes that take seconds; its child processes find this checkout."""
     script = load_script("benchmark_evaluation")
     sizes = {"DIMENSION": 64, "FEW": 20, "REFERENCE": 300, "SAMPLES": 200, "PICTURES": 2, "FURTHER": 100}
-    for name, size in {**sizes, "REAL_BATCHES": 5, "REPEATS": 1}.items():
+    for name, size in {**sizes, "REAL_BATCHES": 50, "REPEATS": 1}.items():
         monkeypatch.setattr(script, name, size)
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
