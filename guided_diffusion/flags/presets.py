@@ -195,8 +195,8 @@ DIT_PRESETS = {
         **_FEW_STEPS,
         "sampler": "dpmpp_2m_sde",  # for a small network that predicts eps, as above
         "steps": 10,
-        "cfg_scale": 1.5,
-        "classifier_scale": 0.5,
+        "cfg_scale": 1.25,
+        "classifier_scale": 1.0,
         "softplus_beta": 5.0,
         "margin_temperature_discount": 0.0,
     },
