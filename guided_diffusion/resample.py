@@ -4,6 +4,7 @@ A sampler draws t with a probability p(t) and gives the weight 1 / (T p(t)), so 
 mean over all timesteps as its expectation. "loss-second-moment" is Nichol and Dhariwal, 2021, section 3.3.
 """
 
+import math
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -91,6 +92,8 @@ class LossSecondMomentResampler(LossAwareSampler):
 
     def update_with_all_losses(self, ts, losses):
         for step, loss in zip(ts.tolist(), losses.tolist(), strict=True):
+            if not math.isfinite(loss):  # it would spoil the table: the training ends with its own error
+                continue
             self._losses[step, self._counts[step] % self.history_per_term] = loss
             self._counts[step] += 1
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from evaluation.features import FeatureNetwork
-from evaluation.networks.cifar import CIFAR_WEIGHTS, CIFARFeatures
+from evaluation.networks.cifar import CIFAR_NETWORK, CIFAR_WEIGHTS, CIFARFeatures
 from evaluation.networks.digits import DIGITS_WEIGHTS, DigitsFeatures
 from evaluation.networks.inception import PROTOCOLS, InceptionFeatures, find_inception_weights
 from evaluation.networks.weights import read_weights
@@ -21,7 +21,8 @@ class NetworkOptions:
     features: str = field(
         default="inception",
         metadata={
-            "help": "inception, digits, cifar10, or FILE.safetensors with weights of one of the last two"
+            "help": "inception, digits, cifar10 (train it first: docs/training.md), or FILE.safetensors "
+            "with weights of one of the last two"
         },
     )
     protocol: str | None = field(
@@ -71,6 +72,12 @@ def feature_network(
     if features == "digits":
         return DigitsFeatures(DIGITS_WEIGHTS, device)
     if features == "cifar10":
+        if not CIFAR_WEIGHTS.is_file():
+            raise FileNotFoundError(
+                f"no weights at {CIFAR_WEIGHTS}, as they do not ship: train them with scripts/"
+                f"classifier_train.py --classifier_type {CIFAR_NETWORK} (docs/training.md says how), and "
+                "give its classifier.safetensors as --features"
+            )
         return CIFARFeatures(CIFAR_WEIGHTS, device)
     if features.endswith(".safetensors"):
         return _of_file(features, device)

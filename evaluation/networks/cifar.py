@@ -7,6 +7,7 @@ than the residual networks that guide. Its distance is FD(cifar10), never FID. T
 from evaluation.networks.digits import DigitsFeatures, DigitsNetwork
 from guided_diffusion.files.pretrained import PRETRAINED_DIR
 
+CIFAR_NETWORK = "evaluation/networks/cifar.py:cifar_network"
 CIFAR_WEIGHTS = PRETRAINED_DIR / "cifar10" / "judge.safetensors"
 
 

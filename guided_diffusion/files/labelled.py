@@ -38,12 +38,28 @@ class LabelledImages:
     labels: NDArray[np.int64] | None
     classes: Sequence[str] = ()
 
-    def require_labels(self, source: str | Path, num_classes: int) -> NDArray[np.int64]:
-        """The labels. Raises ValueError where there are none, or one is not in [0, num_classes)."""
+    def numbered_as(self, classes: Sequence[str], source: str, other: str) -> "LabelledImages":
+        """The same images, their classes numbered as in another set, by name; as they are where one of the
+        two has no names. source, other: where the sets come from. Raises ValueError for a class that the
+        other lacks.
+        """
+        if not classes or not self.classes or self.labels is None or list(classes) == list(self.classes):
+            return self
+        if lacking := sorted(set(self.classes) - set(classes)):
+            raise ValueError(
+                f"{source} has the class {lacking[0]!r}, which {other} has not ({len(lacking)} such): rename "
+                "or remove it"
+            )
+        numbers = np.array([list(classes).index(name) for name in self.classes], dtype=np.int64)
+        return LabelledImages(self.images, numbers[self.labels], tuple(classes))
+
+    def require_labels(self, source: str | Path, num_classes: int, otherwise: str = "") -> NDArray[np.int64]:
+        """The labels. Raises ValueError where there are none, or one is not in [0, num_classes). otherwise:
+        what a user without labels may do.
+        """
         if self.labels is None:
             raise ValueError(
-                f"{source} has no labels: sort the pictures into a folder for each class, or train without "
-                "--class_cond"
+                f"{source} has no labels: sort the pictures into a folder for each class{otherwise}"
             )
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= num_classes))
         if len(wrong):

@@ -23,7 +23,7 @@ class UNetFlags(Flags):
     channel_mult: str = flag("", "factor of --num_channels per level; empty: the published ones of this size")
     dropout: float = flag(0.0, "in training", check=finite, needs=TRAINING)
     class_cond: bool = flag(False, "the network takes labels")
-    use_checkpoint: bool = flag(False, "gradient checkpointing in training", needs=TRAINING)
+    use_checkpoint: bool = flag(False, "gradient checkpointing in training", needs=TRAINING, compared=False)
     use_scale_shift_norm: bool = flag(True, "the embedding scales and shifts; else it is added")
     resblock_updown: bool = flag(False, "residual blocks resample; else convolutions do")
     use_fp16: bool = flag(False, "float16 blocks (bfloat16 on a CPU)")

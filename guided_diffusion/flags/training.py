@@ -16,6 +16,8 @@ EDM_MODELS = ("DhariwalUNet", "SongUNet")
 # Of the U-Net's flags, those that EDM's networks have too.
 EDM_HAS = {"image_size", "num_channels", "num_res_blocks", "channel_mult", "attention_resolutions"}
 EDM_HAS |= {"dropout", "class_cond", "use_fp16"}
+# Of the process's flags, those that mean nothing to a classifier of noisy images.
+NO_CLASSIFIER_HAS = {"learn_sigma", "use_kl", "predict_xstart", "rescale_timesteps", "rescale_learned_sigmas"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,32 +27,40 @@ class TrainingFlags(Flags):
     trains: ClassVar[bool] = True
 
     data_dir: str = flag("", "a folder, zip or npz of images, or torchvision's CIFAR10 folder")
-    out: str = flag("", "output folder; by default $OPENAI_LOGDIR, else results/training")
+    out: str = flag("", "output folder; by default $OPENAI_LOGDIR, else results/training", compared=False)
     num_classes: int = flag(NUM_CLASSES, "of the labels", check=at_least(1))
-    lr: float = flag(1e-4, "the rate of the optimizer", check=above(0))
-    warmup: int = flag(0, "steps over which the rate rises to --lr", check=at_least(0))
+    lr: float = flag(1e-4, "the rate of the optimizer", check=above(0), compared=False)
+    warmup: int = flag(0, "steps over which the rate rises to --lr", check=at_least(0), compared=False)
     weight_decay: float = flag(0.0, "of the optimizer", check=finite_from(0))
     max_seconds: float = flag(
         0.0,
         "end after so long at the latest, the rate at 0 if it is annealed; 0: no limit",
         check=finite_from(0),
+        compared=False,
     )
     batch_size: int = flag(1, "images of a step, in each process", check=at_least(1))
-    microbatch: int = flag(-1, "images that go through the network at once; -1: the whole batch")
+    microbatch: int = flag(
+        -1, "images that go through the network at once; -1: the whole batch", compared=False
+    )
     seed: int = flag(0, "of weights, data order, noise and dropout", check=between(0, 2**63 - 1))
-    log_interval: int = flag(10, "steps between rows of progress.csv", check=at_least(1))
-    save_interval: int = flag(10000, "steps between checkpoints", check=at_least(1))
-    keep: int = flag(3, "how many of the latest checkpoints stay; 0: all", check=at_least(0))
-    resume_checkpoint: str = flag("", "modelS.pt to go on from; by default the latest in --out, if any")
+    log_interval: int = flag(10, "steps between rows of progress.csv", check=at_least(1), compared=False)
+    save_interval: int = flag(10000, "steps between checkpoints", check=at_least(1), compared=False)
+    keep: int = flag(3, "how many of the latest checkpoints stay; 0: all", check=at_least(0), compared=False)
+    resume_checkpoint: str = flag(
+        "", "modelS.pt to go on from; by default the latest in --out, if any", compared=False
+    )
     use_bf16: bool = flag(False, "compute in bfloat16; weights and optimizer stay in float32")
     fp16_scale_growth: float = flag(
         1e-3,
         "growth of log2 of the loss's scale in a step, in float16",
-        check=finite_from(0),
+        check=above(0),
         needs=Need(lambda config: config.half_precision),
+        compared=False,
     )
-    compile: bool = flag(False, "torch.compile the network: a minute at the start, faster steps")
-    device: str = flag("", "cpu, cuda, cuda:1; by default the accelerator if there is one")
+    compile: bool = flag(
+        False, "torch.compile the network: a minute at the start, faster steps", compared=False
+    )
+    device: str = flag("", "cpu, cuda, cuda:1; by default the accelerator if there is one", compared=False)
 
     @property
     def folder(self) -> Path:
@@ -69,6 +79,11 @@ class TrainingFlags(Flags):
         if self.use_bf16 or (self.half_precision and device.type == "cpu"):
             return torch.bfloat16
         return torch.float16 if self.half_precision else torch.float32
+
+    def _with(self, idle, names):
+        """The idle fields, and those of these names."""
+        more = sorted(names - {each.name for each in idle})
+        return [*idle, *(self.__dataclass_fields__[name] for name in more)]
 
     def check(self) -> None:
         super().check()
@@ -105,10 +120,14 @@ class ImageTrainFlags(TrainingFlags, DiffusionFlags, UNetFlags):
         choices=("uniform", "loss-second-moment"),
         needs=Need(lambda config: config.loss == "ddpm"),
     )
-    lr_anneal_steps: int = flag(0, "steps over which the rate falls to 0; 0: no end", check=at_least(0))
+    lr_anneal_steps: int = flag(
+        0, "steps over which the rate falls to 0; 0: no end", check=at_least(0), compared=False
+    )
     ema_rate: str = flag("0.9999", "rates of the averages of the weights, commas between them")
     flip: bool = flag(True, "mirror half of the images")
-    samples: int = flag(64, "images in the picture that is drawn beside each checkpoint", check=at_least(0))
+    samples: int = flag(
+        64, "images in the picture that is drawn beside each checkpoint", check=at_least(0), compared=False
+    )
 
     @property
     def rates(self) -> tuple[str, ...]:
@@ -129,11 +148,7 @@ class ImageTrainFlags(TrainingFlags, DiffusionFlags, UNetFlags):
 
     def _idle_fields(self):
         ours = set(UNetFlags.defaults()) | set(DiffusionFlags.defaults())
-        lacking = ours - EDM_HAS if self.loss == "edm" else set()
-        idle = super()._idle_fields()
-        named = {each.name for each in idle}
-        fields = self.__dataclass_fields__
-        return [*idle, *(fields[name] for name in sorted(lacking - named))]
+        return self._with(super()._idle_fields(), ours - EDM_HAS if self.loss == "edm" else set())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,14 +162,15 @@ class ClassifierTrainFlags(TrainingFlags, DiffusionFlags, NoisyClassifierFlags):
         "empty: guided-diffusion's of noisy images",
     )
     noised: bool = flag(True, "train on noisy images; of --classifier_type, on clean ones: False")
-    val_data_dir: str = flag("", "images to measure the accuracy on, none of --data_dir's")
-    iterations: int = flag(150000, "steps of the optimizer", check=at_least(1))
-    anneal_lr: bool = flag(False, "let the rate fall to 0 over --iterations")
+    val_data_dir: str = flag("", "images to measure the accuracy on, none of --data_dir's", compared=False)
+    iterations: int = flag(150000, "steps of the optimizer", check=at_least(1), compared=False)
+    anneal_lr: bool = flag(False, "let the rate fall to 0 over --iterations", compared=False)
     eval_interval: int = flag(
         5,
         "steps between two measurements of the accuracy",
         check=at_least(1),
         needs=Need(lambda config: bool(config.val_data_dir)),
+        compared=False,
     )
     schedule_sampler: str = flag(
         "uniform",
@@ -167,7 +183,7 @@ class ClassifierTrainFlags(TrainingFlags, DiffusionFlags, NoisyClassifierFlags):
         0, "pixels by which an image is shifted at most, grey coming in", check=at_least(0)
     )
     flip: bool = flag(True, "mirror half of the images")
-    lr: float = flag(3e-4, "the rate of the optimizer", check=above(0))
+    lr: float = flag(3e-4, "the rate of the optimizer", check=above(0), compared=False)
     batch_size: int = flag(4, "images of a step, in each process", check=at_least(1))
 
     @property
@@ -190,3 +206,7 @@ class ClassifierTrainFlags(TrainingFlags, DiffusionFlags, NoisyClassifierFlags):
             raise ValueError(
                 f"--classifier_type {self.classifier_type} sees no noise level: add --noised False"
             )
+
+    def _idle_fields(self):
+        lacking = NO_CLASSIFIER_HAS if self.noised else set(DiffusionFlags.defaults())
+        return self._with(super()._idle_fields(), lacking)

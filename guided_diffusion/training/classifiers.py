@@ -40,7 +40,7 @@ class CleanObjective:
 
 
 class NoisyObjective:
-    """guided-diffusion's: cross-entropy of logits = model(x_t, t), t uniform."""
+    """guided-diffusion's: cross-entropy of logits = model(x_t, t), t from the sampler."""
 
     def __init__(self, model: nn.Module, diffusion: Any, sampler: Any):
         self.model, self.diffusion, self.sampler = model, diffusion, sampler
@@ -56,8 +56,19 @@ class NoisyObjective:
         return {**figures_of(logits, labels), POSITION: t / self.diffusion.num_timesteps}
 
 
-def noisy_objective(config: Any, model: nn.Module) -> NoisyObjective:
-    """Over the process of the flags; without noise, --noised False, t is 0 throughout."""
+class UnnoisedObjective(CleanObjective):
+    """guided-diffusion's with --noised False: cross-entropy of logits = model(images, 0)."""
+
+    def losses(self, images: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
+        """loss, and acc@1 and acc@5, (N,) each."""
+        t = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        return figures_of(self.model(images, t), labels)
+
+
+def noisy_objective(config: Any, model: nn.Module) -> NoisyObjective | UnnoisedObjective:
+    """Over the process of the flags; with --noised False of clean images at t = 0."""
+    if not config.noised:
+        return UnnoisedObjective(model)
     diffusion = create_gaussian_diffusion(
         steps=config.diffusion_steps,
         noise_schedule=config.noise_schedule,
@@ -84,7 +95,12 @@ def train_classifier(
     """Train as the flags say; return the folder. network: what is written. called: what answers logits, the
     network or something around it. objective_of: makes the objective of it, compiled or not.
     """
-    session = Session(config)
+    with Session(config) as session:
+        _train(config, session, network, objective_of, called)
+    return session.folder
+
+
+def _train(config, session, network, objective_of, called):
     called.to(session.device).to(memory_format=memory_format(session.device))
     objective = objective_of(session.compiled(called))
     batches = session.batches(labelled=True)
@@ -100,7 +116,6 @@ def train_classifier(
     if config.val_data_dir and session.rank == 0:
         _Validation(config, session, objective_of(called), network).join(run)
     run.run()
-    return session.folder
 
 
 def draw_batch(
@@ -132,6 +147,7 @@ class _Validation:
     def __init__(self, config, session, objective, network):
         self.config, self.session, self.objective, self.network = config, session, objective, network
         found = read_labelled(config.val_data_dir, config.image_size)
+        found = found.numbered_as(session.classes, config.val_data_dir, config.data_dir)
         images, labels = session.placed(found, True, config.val_data_dir)
         self.batches = EpochBatches(images, labels, min(config.batch_size, len(images)), config.seed)
         self.record = Record(session.folder / "validation.csv")

@@ -29,7 +29,12 @@ STEPS = 25  # of the process, for the picture of samples
 
 def train_images(config: ImageTrainFlags) -> Path:
     """Train as the flags say; return the folder with the checkpoints."""
-    session = Session(config)
+    with Session(config) as session:
+        _train(config, session)
+    return session.folder
+
+
+def _train(config, session):
     network, arguments = build_network(config)
     network.to(session.device).to(memory_format=memory_format(session.device))
     objective = build_objective(config, session.compiled(network))
@@ -53,7 +58,6 @@ def train_images(config: ImageTrainFlags) -> Path:
     run.on_save.append(partial(export, session.folder, averages, arguments))
     session.begin(run)
     run.run()
-    return session.folder
 
 
 def _anneals(config):
@@ -75,14 +79,20 @@ def build_network(config: ImageTrainFlags) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def edm_arguments(config: ImageTrainFlags) -> dict[str, Any]:
-    """The constructor's arguments of EDM's preconditioned network, from the U-Net's flags."""
+    """The constructor's arguments of EDM's preconditioned network, from the U-Net's flags. Raises ValueError
+    for channel multipliers that are not whole.
+    """
+    multipliers = channel_multipliers(config.image_size, config.channel_mult)
+    if any(m != int(m) for m in multipliers):
+        given = ",".join(map(str, multipliers))
+        raise ValueError(f"--loss edm takes whole numbers as --channel_mult, such as 1,2,2; got {given}")
     return {
         "img_resolution": config.image_size,
         "img_channels": 3,
         "label_dim": config.num_classes if config.class_cond else 0,
         "model_type": config.edm_model,
         "model_channels": config.num_channels,
-        "channel_mult": [int(m) for m in channel_multipliers(config.image_size, config.channel_mult)],
+        "channel_mult": [int(m) for m in multipliers],
         "num_blocks": config.num_res_blocks,
         "attn_resolutions": [int(size) for size in config.attention_resolutions.split(",")],
         "dropout": config.dropout,

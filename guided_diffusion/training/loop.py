@@ -20,6 +20,7 @@ from guided_diffusion.training.ema import Average
 LAST = 200  # iterations over which the recorded loss is a mean: a single batch's is noise
 QUARTERS = 4
 POSITION = "position"
+WATCHED = ("training loss", "gradient")
 
 LossesOf = Callable[..., Mapping[str, Tensor]]
 
@@ -82,7 +83,8 @@ class Loop:
         self.scaler = self.precision.scaler(self.device)
         self.processes = dist.get_world_size() if dist.is_initialized() else 1
         self.step = 0
-        self._first_bad = torch.full((), -1, device=self.device)  # the first step whose loss was not finite
+        # The first step at which each of them was not finite.
+        self._first_bad = {what: torch.full((), -1, device=self.device) for what in WATCHED}
 
     def advance(self, batch: tuple[Any, ...]) -> dict[str, Tensor]:
         """Take one step on a batch, a tuple of (N, ...) tensors. Returns (sum, count), (2,) float64 on the
@@ -96,10 +98,12 @@ class Loop:
             loss = losses["loss"].float().mean()
             self.scaler.scale(loss * (len(part[0]) / len(batch[0]))).backward()
             add_figures(figures, _figures(losses))
-            self._note_nonfinite(loss.detach())
+            self._note_nonfinite("training loss", loss.detach())
         self._share_gradients()
         self.scaler.unscale_(self.optimizer)
         figures["grad_norm"] = self._gradient_norm()
+        if not self.scaler.is_enabled():  # which leaves such a step out
+            self._note_nonfinite("gradient", figures["grad_norm"][0])
         self.scaler.step(self.optimizer)
         self.scaler.update()
         for average in self.averages:
@@ -108,22 +112,25 @@ class Loop:
         return figures
 
     def require_finite(self) -> None:
-        """Raise NonFiniteError with the step where a loss was not finite, in every process where it happened
-        in one. Waits for the device.
+        """Raise NonFiniteError with the step where the loss or its gradient was first not finite, in every
+        process where it happened in one. Waits for the device.
         """
+        first = torch.stack([self._first_bad[what] for what in WATCHED])
         if self.processes > 1:
-            dist.all_reduce(self._first_bad, dist.ReduceOp.MAX)
-        if (step := int(self._first_bad)) >= 0:
-            raise NonFiniteError("training loss", [], step)
+            dist.all_reduce(first, dist.ReduceOp.MAX)
+        bad = [(step, i) for i, step in enumerate(first.tolist()) if step >= 0]
+        if bad:
+            step, i = min(bad)
+            raise NonFiniteError(WATCHED[i], [], step)
 
     def _parts(self, batch):
         size = self.microbatch or len(batch[0])
         for start in range(0, len(batch[0]), size):
             yield tuple(each[start : start + size] for each in batch)
 
-    def _note_nonfinite(self, loss):
-        new = torch.where(loss.isfinite(), -1, self.step)
-        self._first_bad = torch.where(self._first_bad < 0, new, self._first_bad)
+    def _note_nonfinite(self, what, value):
+        first = self._first_bad[what]
+        self._first_bad[what] = torch.where((first < 0) & ~value.isfinite(), self.step, first)
 
     def _gradients(self):
         return [p.grad for p in self.parameters if p.grad is not None]

@@ -16,6 +16,7 @@ from guided_diffusion.training.checkpoints import Checkpoints, load_checkpoint, 
 from guided_diffusion.training.ema import Average
 from guided_diffusion.training.loop import Loop, add_figures
 from guided_diffusion.training.record import Pace, Record, duration, means_of
+from guided_diffusion.training.resume import load_optimizer
 
 
 @dataclass(frozen=True)
@@ -92,23 +93,24 @@ class Run:
             networks = {rate: average.module for rate, average in self.averages.items()}
             rest = load_checkpoint(path, self.loop.model, networks)
             self.loop.step = step_of(path)
-            if rest is None:
-                self._say(f"{path} has no optimizer's state beside it: the optimizer starts anew")
-            else:
-                self._take(rest)
+            self._take(rest if isinstance(rest, Mapping) else {}, path)
             self._say(f"resumed from {path}, {self.loop.step} steps")
         if self.is_first:
             self.checkpoints.remove_unfinished()
             self.record.resume_at(self.loop.step)
 
-    def _take(self, rest):
-        self.loop.optimizer.load_state_dict(rest["optimizer"])
-        self.loop.scaler.load_state_dict(rest["scaler"])
-        if self.learner is not None:
+    def _take(self, rest, path):
+        """What is missing starts anew; guided-diffusion's file is the optimizer's state alone."""
+        if not load_optimizer(self.loop.optimizer, rest.get("optimizer", rest)):
+            self._say(f"{path} has no fitting optimizer's state beside it: the optimizer starts anew")
+        if rest.get("scaler") and self.loop.scaler.is_enabled():
+            self.loop.scaler.load_state_dict(rest["scaler"])
+        if rest.get("learner") and self.learner is not None:
             self.learner.load_state_dict(rest["learner"])
         if self.is_first:  # the sums of all processes: they must count once
-            self._totals = {name: pair.to(self.loop.device) for name, pair in rest["totals"].items()}
-        self._seconds_before = rest["seconds"]
+            totals = rest.get("totals", {})
+            self._totals = {name: pair.to(self.loop.device) for name, pair in totals.items()}
+        self._seconds_before = rest.get("seconds", 0.0)
 
     # To its end
 
@@ -118,8 +120,8 @@ class Run:
         return self._seconds_before + time.monotonic() - self._start
 
     def run(self) -> None:
-        """Train until the schedule ends. Raises FloatingPointError for a loss that is not finite; the last
-        checkpoint is from before.
+        """Train until the schedule ends. Raises FloatingPointError for a loss or a gradient that is not
+        finite; the last checkpoint is from before.
         """
         self._start = time.monotonic()
         if self.loop.step:

@@ -8,7 +8,7 @@ from pictures_util import write_zip
 from PIL import Image
 
 from guided_diffusion.files.cifar_batches import read_batch
-from guided_diffusion.files.labelled import centre_crop, classes_of, read_labelled
+from guided_diffusion.files.labelled import LabelledImages, centre_crop, classes_of, read_labelled
 from guided_diffusion.image_datasets import load_data
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (4, 8, 8, 3), dtype=np.uint8)
@@ -174,3 +174,19 @@ def test_load_data_refuses_at_once(tmp_path, more, message):
     folder = write(tmp_path, *(f"{i}.png" for i in range(4)))
     with pytest.raises(ValueError, match=message):
         load_data(**{"data_dir": str(folder), "batch_size": 2, "image_size": 8, **more})
+
+
+def test_a_held_out_set_is_numbered_by_the_names_of_the_other(tmp_path):
+    held_out = read_labelled(write(tmp_path / "held", "dog/0.png", "eel/1.png", "dog/2.png"), 8)
+    classes = ["cat", "dog", "eel"]
+    renumbered = held_out.numbered_as(classes, "held", "photos")
+    assert renumbered.labels.tolist() == [1, 1, 2] and renumbered.images is held_out.images
+    assert held_out.numbered_as([], "held", "numbers.npz") is held_out
+    with pytest.raises(ValueError, match=r"^held has the class 'eel', which photos has not \(1 such\)"):
+        held_out.numbered_as(["cat", "dog"], "held", "photos")
+
+
+def test_what_to_do_without_labels():
+    for otherwise in ("", ", or train without --class_cond"):
+        with pytest.raises(ValueError, match=f"a folder for each class{otherwise}$"):
+            LabelledImages(PIXELS, None).require_labels("a.npz", 2, otherwise)

@@ -12,6 +12,7 @@ from helpers import ROOT, call, environment, flags_of, load_script
 from classifiers import load_classifier
 from guided_diffusion.edm import load_edm_network
 from guided_diffusion.files.checkpoints import load_state_dict
+from guided_diffusion.runs.lock import locked
 from guided_diffusion.training.loop import Loop
 
 IMAGES = {
@@ -173,6 +174,11 @@ def test_a_noisy_classifier(data, tmp_path):
         ({"labels_dropout": 2}, "--labels_dropout must be from 0 to 1, got 2.0"),
         ({"resume_checkpoint": "model000100.pt"}, "model000100.pt"),
         ({"lr": "nan"}, "--lr must be a number, got nan"),
+        ({"fp16_scale_growth": 0}, "--fp16_scale_growth must be above 0 and finite, got 0.0"),
+        (
+            {"loss": "edm", "learn_sigma": False, "channel_mult": "0.5,1"},
+            "--loss edm takes whole numbers as --channel_mult, such as 1,2,2; got 0.5,1",
+        ),
     ],
 )
 def test_wrong_flags(data, tmp_path, flags, message):
@@ -191,8 +197,19 @@ def test_a_classifier_of_clean_images_cannot_be_noised(data, tmp_path):
 
 def test_a_checkpoint_of_another_shape(data, tmp_path):
     assert train(images_main, data, tmp_path, IMAGES, **DISCRETE, samples=0).code == 0
-    done = train(images_main, data, tmp_path, IMAGES, **DISCRETE, samples=0, num_channels=64)
+    flags = {**IMAGES, **DISCRETE, "samples": 0, "num_channels": 64}
+    done = train(images_main, data, tmp_path, flags)
+    assert done.code == 1 and "another value of --num_channels: 32, now 64; choose another --out" in done.err
+    more = {"resume_checkpoint": tmp_path / "model000004.pt"}
+    done = train(images_main, data, tmp_path / "other", flags, **more)
     assert done.code == 1 and "model000004.pt does not fit the architecture flags" in done.err
+
+
+def test_a_folder_that_another_training_writes_into(data, tmp_path):
+    with locked(tmp_path):
+        done = train(images_main, data, tmp_path, IMAGES, **DISCRETE)
+    assert done.code == 1 and f"error: another run is writing into {tmp_path}" in done.err
+    assert names(tmp_path) == set()
 
 
 def test_a_resumed_training_ends_where_a_checkpoint_is_named_or_is_refused(data, tmp_path):
@@ -204,6 +221,10 @@ def test_a_resumed_training_ends_where_a_checkpoint_is_named_or_is_refused(data,
     assert train(images_main, data, tmp_path / "b", flags, resume_checkpoint=earlier).code == 0
     for name in ("model000004.pt", "ema_0.9_000004.pt"):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    (tmp_path / "b/network_0.5.safetensors").unlink()
+    done = train(images_main, data, tmp_path / "b", flags, resume_checkpoint=earlier, lr_anneal_steps=5)
+    assert done.code == 0 and f"resumed from {tmp_path / 'b/model000004.pt'}, 4 steps" in done.err, done.err
+    assert {"model000005.pt", "network_0.5.safetensors"} <= names(tmp_path / "b")
     (tmp_path / "a/network_0.5.safetensors").unlink()  # as if it was killed before it wrote the file
     assert train(images_main, data, tmp_path / "a", flags).code == 0
     assert (tmp_path / "a/network_0.5.safetensors").exists()

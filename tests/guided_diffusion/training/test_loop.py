@@ -84,6 +84,15 @@ def test_the_step_of_the_first_loss_that_is_not_finite_is_named():
         loop.require_finite()
 
 
+def test_a_gradient_that_is_not_finite_is_named_though_the_loss_is():
+    net = torch.nn.Linear(1, 1)
+    loop = Loop(net, lambda x: {"loss": (net(x) * 0)[:, 0].abs().sqrt()}, torch.optim.SGD(net.parameters()))
+    for _ in range(2):  # sqrt'(0) is infinite; the weights, and the next loss, are NaN
+        loop.advance((X,))
+    with pytest.raises(NonFiniteError, match=r"^non-finite gradient at step 0$"):
+        loop.require_finite()
+
+
 @pytest.mark.parametrize(
     ("schedule", "step", "seconds", "rate"),
     [

@@ -103,6 +103,7 @@ def test_loss_second_moment_equals_an_example_by_hand():
     rms = np.array([5**0.5, 2, 5])
     expected = 0.9 * rms / rms.sum() + 0.1 / 3
     np.testing.assert_allclose(sampler.weights(), expected, rtol=1e-12)
+    sampler.update_with_local_losses(torch.arange(2), torch.tensor([math.nan, math.inf]))  # are left out
     torch.manual_seed(0)
     t, weights = sampler.sample(30_000, "cpu")
     np.testing.assert_allclose(np.bincount(t) / 30_000, expected, atol=0.01)
