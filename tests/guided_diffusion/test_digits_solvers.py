@@ -47,9 +47,8 @@ def share_of_wanted(sampler, steps, guided=True):
 
 def test_guidance_raises_the_share_of_wanted_digits_as_under_ddim():
     assert share_of_wanted("euler", 10, guided=False) < 0.25
-    for steps in (10, 18):
-        under_ddim = share_of_wanted("ddim", steps)
-        for solver in ("euler", "heun"):
-            guided = share_of_wanted(solver, steps)
-            assert guided > 0.5, solver
-            assert guided > under_ddim - 0.15, solver
+    under_ddim = share_of_wanted("ddim", 10)
+    for solver in ("euler", "heun"):
+        guided = share_of_wanted(solver, 10)
+        assert guided > 0.5, solver
+        assert guided > under_ddim - 0.15, solver

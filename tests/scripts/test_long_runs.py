@@ -141,13 +141,13 @@ def test_a_killed_writer_leaves_a_lock_that_the_next_run_takes_over(tmp_path):
 
 
 def test_torchrun_restarts_the_others_after_one_was_killed(tmp_path):
-    size = ["--num_samples", "60", "--timestep_respacing", "25"]
+    size = ["--num_samples", "40", "--timestep_respacing", "15"]
     with start(several(2, "--max_restarts", "1"), *FLAGS, *size, "--out", tmp_path) as process:
         wait_for_a_shard(process, tmp_path)
         worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
         os.kill(int(worker), signal.SIGKILL)
         finish(process)
-    assert (tmp_path / "samples_60x16x16x3.npz").exists()
+    assert (tmp_path / "samples_40x16x16x3.npz").exists()
 
 
 def test_two_runs_on_one_folder(tmp_path):

@@ -49,7 +49,7 @@ def attempt(turn, words):
 moments = 0
 print(json.dumps([attempt(*each) for each in json.loads(sys.stdin.read())]), file=sys.stderr)
 """
-TURNS = (3, 7, 9, 14, 18)
+TURNS = (3, 9, 14)
 IMAGES = {
     "script": "scripts/image_train.py",
     "image_size": 8,
@@ -112,7 +112,7 @@ def words_of(flags, data, out):
 
 @pytest.mark.parametrize(
     ("flags", "turns"),
-    [(IMAGES, (*TURNS, 2, 5, 11, 16, 20)), (EDM, TURNS), (CLASSIFIER, TURNS)],
+    [(IMAGES, (2, 3, 5, 7, 9, 11, 14, 16, 18, 20)), (EDM, TURNS), (CLASSIFIER, TURNS)],
     ids=["images", "edm", "classifier"],
 )
 def test_killed_again_and_again_ends_as_the_undisturbed(flags, turns, data, tmp_path):
