@@ -163,11 +163,11 @@ def test_two_runs_on_one_folder(tmp_path):
 
 
 def test_chaos_in_short(tmp_path):
-    flags = ["--kills", "2", "--longest", "4", "--num_samples", "40", "--processes", "1-2", "--seed", "3"]
+    flags = ["--kills", "2", "--longest", "2", "--num_samples", "20", "--processes", "1-2", "--seed", "3"]
     command = [*ONE, ROOT / "scripts/chaos.py", *flags, "--out", tmp_path]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "2 kills, 40 samples: the same bytes as those of an undisturbed run\n"
+    assert done.stdout == "2 kills, 20 samples: the same bytes as those of an undisturbed run\n"
 
 
 # Squeezed

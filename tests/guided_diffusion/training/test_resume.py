@@ -68,14 +68,6 @@ IMAGES = {
     "schedule_sampler": "loss-second-moment",
     "lr_anneal_steps": 11,
 }
-EDM = {
-    **{
-        key: value
-        for key, value in IMAGES.items()
-        if key not in ("learn_sigma", "schedule_sampler", "diffusion_steps")
-    },
-    "loss": "edm",
-}
 CLASSIFIER = {
     "script": "scripts/classifier_train.py",
     "image_size": 32,
@@ -112,8 +104,8 @@ def words_of(flags, data, out):
 
 @pytest.mark.parametrize(
     ("flags", "turns"),
-    [(IMAGES, (2, 3, 5, 7, 9, 11, 14, 16, 18, 20)), (EDM, TURNS), (CLASSIFIER, TURNS)],
-    ids=["images", "edm", "classifier"],
+    [(IMAGES, (2, 3, 5, 7, 9, 11, 14, 16, 18, 20)), (CLASSIFIER, TURNS)],
+    ids=["images", "classifier"],
 )
 def test_killed_again_and_again_ends_as_the_undisturbed(flags, turns, data, tmp_path):
     whole, killed = (words_of(flags, data, tmp_path / name) for name in ("whole", "killed"))
