@@ -2,7 +2,7 @@
 by both.
 
 An npz may hold statistics beside or instead of images. Then FID and sFID come from them, everything else from
-the images. Whose statistics they are is told by the array `protocol`, which scripts/make_reference.py writes.
+the images, or from the features of some images (`pool3`) where the file holds those instead. Whose statistics they are is told by the array `protocol`, which scripts/make_reference.py writes.
 Published files have none: those in guided-diffusion's layout, with images or spatial statistics, are of the
 protocol adm; a plain mu and sigma is believed to be of the protocol that is asked for.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 from evaluation.features import FeatureNetwork, Features, extract
 from evaluation.moments import Gaussian, moments_of
-from evaluation.statistics_files import NEEDED, load_statistics, other_container
+from evaluation.statistics_files import NEEDED, load_features, load_statistics, other_container
 from guided_diffusion.files.image_sets import archive_kind, open_images
 from guided_diffusion.files.images import Images
 from guided_diffusion.files.pretrained import sha256
@@ -38,18 +38,22 @@ class Statistics:
 
 @dataclass(frozen=True)
 class OpenedSet:
-    """A set of which no feature is extracted yet: images, statistics or both."""
+    """A set of which no feature is extracted yet: images, statistics or both. features: what a file without
+    images brings beside its statistics.
+    """
 
     path: Path
     name: str
     images: Images | None
     statistics: Statistics | None
     notes: list[str]
+    features: Features | None = None
 
     @property
     def resolution(self) -> tuple[int, int] | None:
-        """(height, width), None where there are no images."""
-        return self.images.resolution if self.images else None
+        """(height, width), None where there are neither images nor features."""
+        of = self.images or self.features
+        return of.resolution if of else None
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,18 @@ def open_set(
     pool, spatial = load_statistics(path)
     count = arrays.get("count")
     statistics = Statistics(pool, spatial, count if isinstance(count, int) else None)
-    return OpenedSet(path, name, images, statistics, notes)
+    features = _features_in(path, pool) if images is None and "pool3" in arrays else None
+    return OpenedSet(path, name, images, statistics, notes, features)
+
+
+def _features_in(path, pool):
+    """The features that a file brings, which must be of its statistics' dimension."""
+    pool3, resolution = load_features(path)
+    if pool3.shape[1] != pool.mu.size:
+        raise ValueError(f"{path}: pool3 has {pool3.shape[1]} features, its statistics {pool.mu.size}")
+    require_enough(path, len(pool3))
+    about = {"count": len(pool3), "resolution": list(resolution), "dtype": "float32", "notes": []}
+    return Features(pool3, None, None, resolution, about)
 
 
 def _arrays_of(path):
@@ -236,7 +251,7 @@ def measure(
     progress: bool = True,
 ) -> MeasuredSet:
     """Extract the features of a set, if it has images; for the options and errors see `extract`."""
-    features = None
+    features = opened.features
     if opened.images:
         features = extract(opened.images, network, batch_size=batch_size, cache=cache, progress=progress)
         require_enough(opened.path, features.count)

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evaluation.moments import Gaussian
 from guided_diffusion.files.pickle_data import Record, Window, printable, read_pickle
@@ -43,6 +44,30 @@ def load_statistics(path: str | Path) -> tuple[Gaussian, Gaussian | None]:
         if "mu_s" not in archive and "sigma_s" not in archive:
             return _read_gaussian(path, archive, "mu", "sigma"), None
         return _read_gaussian(path, archive, "mu", "sigma"), _read_gaussian(path, archive, "mu_s", "sigma_s")
+
+
+def load_features(path: str | Path) -> tuple[NDArray[np.float32], tuple[int, int]]:
+    """Read the pooled features of some images, `pool3` (N, D), from an npz with statistics, and those images'
+    (height, width), `resolution`.
+
+    Raises ValueError for arrays that are absent or damaged, of other shapes, or not finite.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            pool3, resolution = archive["pool3"].astype(np.float32), archive["resolution"]
+    except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path}: pool3 or resolution is absent, damaged, or holds Python objects"
+        ) from error
+    if pool3.ndim != 2 or resolution.shape != (2,) or resolution.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path}: pool3 {pool3.shape} and resolution {resolution.shape} of {resolution.dtype}; needed are "
+            "(N, D) and two integers"
+        )
+    if not np.isfinite(pool3).all():
+        raise ValueError(f"{path}: pool3 holds NaN or infinity")
+    height, width = resolution.tolist()
+    return pool3, (height, width)
 
 
 def _read_gaussian(path, archive, mu, sigma):

@@ -4,7 +4,8 @@
 
 The npz holds the mean and covariance of the features of all images (mu, sigma; mu_s, sigma_s of spatial
 features, which Inception has); a random subset of the images in their order (arr_0), from which precision and
-recall are computed; and of what the statistics are (protocol, features, weights_sha256, count).
+recall are computed; and of what the statistics are (protocol, features, weights_sha256, count). Where images
+must not be passed on, --features_only keeps the features of the subset (pool3, float16) in their place.
 """
 
 from pathlib import Path
@@ -15,6 +16,7 @@ from network_flags import add_network_flags, network_of
 
 from evaluation.features import extract
 from evaluation.moments import moments_of
+from evaluation.reference import some_rows
 from evaluation.sets import DENSITY_NEIGHBOURS, require_enough
 from guided_diffusion.files.atomic import renamed_when_complete
 from guided_diffusion.files.console import print_result
@@ -29,6 +31,7 @@ def main():
     add_network_flags(parser)
     parser.add_argument("--num_images", type=int, default=10_000, help="size of the subset, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the subset")
+    parser.add_switch("--features_only", help="keep the features of the subset, not its images")
     parser.add_switch("--skip_unreadable", help="skip and count damaged pictures")
     parser.add_switch("--overwrite", help="replace OUT.npz")
     args = parser.parse_args()
@@ -41,7 +44,7 @@ def main():
         print_result(f"note: {note}", to_stderr=True)
     arrays = {
         **statistics_of(features),
-        "arr_0": pick_images(images, args.num_images, args.seed),
+        **(features_of_subset if args.features_only else images_of_subset)(images, features, args),
         "protocol": np.array(network.protocol),
         "features": np.array(network.name),
         "weights_sha256": np.array(network.sha256),
@@ -61,6 +64,15 @@ def statistics_of(features):
         spatial = features.spatial.gaussian()
         statistics |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma}
     return statistics
+
+
+def images_of_subset(images, features, args):
+    return {"arr_0": pick_images(images, args.num_images, args.seed)}
+
+
+def features_of_subset(images, features, args):
+    subset = some_rows(features.pool3, min(args.num_images, features.count), args.seed)
+    return {"pool3": subset.astype(np.float16), "resolution": np.array(images.resolution)}
 
 
 def check_flags(args):

@@ -10,6 +10,7 @@ from helpers import call, load_script
 from pictures_util import TestNetwork, digits_weights, write_pictures, write_zip
 from safetensors.torch import save_file
 
+from evaluation.metrics import metric_key
 from evaluation.networks.digits import DigitsFeatures
 
 make_reference = load_script("make_reference")
@@ -143,3 +144,39 @@ def test_bad_input_ends_in_one_line(tmp_path, weights):
         result = call(make_reference.main, [tmp_path / "images.npz", tmp_path / out, "--features", weights])
         assert result.code == 1 and message in result.err
     assert call(make_reference.main, [tmp_path / "images.npz"]).code == 2
+
+
+def test_features_in_place_of_images_give_the_same_metrics(tmp_path, weights):
+    """To within float16; the distance, of the statistics, to the bit."""
+    np.savez(tmp_path / "samples.npz", arr_0=255 - IMAGES[:80] // 2)
+    results = {}
+    for kind, flags in {"images": (), "features": ("--features_only",)}.items():
+        assert make(tmp_path, weights, "--num_images", 300, "--overwrite", *flags).code == 0
+        reference, report = tmp_path / "ref.npz", tmp_path / f"{kind}.json"
+        words = [reference, tmp_path / "samples.npz", "--features", weights, "--json", report]
+        assert call(evaluate.main, words).code == 0
+        results[kind] = json.loads(report.read_text())["results"][0]
+    assert ABOUT - {"arr_0"} < set(arrays_of(tmp_path / "ref.npz"))
+    assert "arr_0" not in arrays_of(tmp_path / "ref.npz")
+    distance = metric_key("fid", "digits")
+    assert results["features"][distance] == results["images"][distance]
+    for metric in ("precision", "recall", "density", "coverage"):
+        assert results["features"][metric] == pytest.approx(results["images"][metric], abs=0.02), metric
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.ones((20, 5), np.float16), "pool3 has 5 features, its statistics 64"),
+        (np.ones(64, np.float16), r"pool3 (64,)"),
+        (np.full((20, 64), np.nan, np.float16), "pool3 holds NaN or infinity"),
+        (np.ones((3, 64), np.float16), "3 images"),
+        (np.array([None]), "pool3 or resolution is absent"),
+    ],
+)
+def test_features_that_cannot_be_are_refused(tmp_path, weights, array, said):
+    make(tmp_path, weights, "--features_only")
+    np.savez(tmp_path / "bad.npz", **{**arrays_of(tmp_path / "ref.npz"), "pool3": array})
+    words = [tmp_path / "bad.npz", tmp_path / "images.npz", "--features", weights]
+    result = call(evaluate.main, words)
+    assert result.code == 1 and said in result.err
