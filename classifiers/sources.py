@@ -107,12 +107,13 @@ def _digits(name, build):
     return ClassifierSpec(name, build, {"digits": file}, 16, None, licence)
 
 
-def _cifar(depth, file):
+def _cifar(depth, file, **shipped):
+    """The network with its published weights, and with those that ship, by their name."""
     url = f"https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/{file}"
     return ClassifierSpec(
         name=f"cifar_resnet{depth}",
         build=partial(CIFARResNet, (depth - 2) // 6),
-        weights_files={"CIFAR10": url},
+        weights_files={"CIFAR10": url, **shipped},
         image_size=32,
         trained_on=InputTransform(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         licence="BSD-2-Clause (akamaster/pytorch_resnet_cifar10); trained on CIFAR-10",
@@ -126,6 +127,11 @@ DIGITS = {
 }
 OWN = {
     **DIGITS,
-    "cifar_resnet20": _cifar(20, "resnet20-12fca82f.th"),
-    "cifar_resnet56": _cifar(56, "resnet56-4bfd9763.th"),
+    "cifar_resnet20": _cifar(
+        20,
+        "resnet20-12fca82f.th",
+        CIFAR10_20K="cifar10/resnet20.safetensors",
+        DIGITS="digits/resnet20.safetensors",
+    ),
+    "cifar_resnet56": _cifar(56, "resnet56-4bfd9763.th", CIFAR10_20K="cifar10/resnet56.safetensors"),
 }

@@ -17,22 +17,16 @@ from pathlib import Path
 
 import _beside  # noqa: F401
 from comparison import (
-    FEATURES,
-    SMALLEST,
-    DigitsQuality,
     cells,
     distinct_numbers,
-    hold_out,
     judge,
     require_one_process,
-    require_other_judge,
     summaries,
     with_error,
 )
+from problems import PROBLEMS, SMALLEST, Quality, hold_out, require_other_judge
 
 import classifiers
-from classifiers import load_classifier
-from evaluation.metrics import metric_key, metric_label
 from guided_diffusion.files.atomic import write_json
 from guided_diffusion.files.console import print_result
 from guided_diffusion.files.figures import plain_style, save_figure
@@ -51,10 +45,11 @@ FORMS = {
     "score": {"use_classifier": True, "guidance_form": "score"},
 }
 KEY = ("network", "guidance", "steps")
-DISTANCE = metric_key("fid", FEATURES)
+DIGITS = PROBLEMS["digits"]
+DISTANCE = DIGITS.distance
 CURVES = {
     "hit": "wanted class",
-    DISTANCE: metric_label("fid", FEATURES),
+    DISTANCE: DIGITS.distance_label,
     "precision": "precision",
     "recall": "recall",
 }
@@ -71,7 +66,7 @@ def main():
     if args.num_samples < SMALLEST:
         raise ValueError(f"--num_samples must be at least {SMALLEST}, got {args.num_samples}")
     require_other_judge(args.judge, given, EDM_PRESETS[args.preset])
-    classifier = load_classifier(args.judge, num_classes=10)
+    classifier = DIGITS.load_judge(args.judge)
     folder = args.out or Path("results", args.preset)
     keys = [(seed, *key) for seed in seeds for key in product(NETWORKS, FORMS, steps)]
     runs = {}
@@ -131,11 +126,11 @@ def fixed(args, folder, seed, network, form, steps):
 
 def measured(runs, folder, seeds, args, classifier):
     """The rows of the table, the held-out digits last."""
-    quality = DigitsQuality()
+    quality = Quality(DIGITS)
     rows = summaries(runs, KEY, lambda out: judge(out, classifier) | quality(out))
     for row in rows:
         row["evaluations"] = row["steps"] if args.solver == "euler" else 2 * row["steps"] - 1
-    real = [hold_out(folder / f"seed{seed}", args.num_samples, seed) for seed in seeds]
+    real = [hold_out(DIGITS, folder / f"seed{seed}", args.num_samples, seed) for seed in seeds]
     return [*rows, *summaries({("real", "", None): real}, KEY, quality)]
 
 

@@ -16,18 +16,14 @@ from pathlib import Path
 import _beside  # noqa: F401
 import comparison
 from comparison import (
-    FEATURES,
-    METRICS,
-    DigitsQuality,
     cells,
     distinct_numbers,
     draw_rows,
-    hold_out,
     require_one_process,
-    require_other_judge,
     summaries,
     with_error,
 )
+from problems import METRICS, PROBLEMS, SMALLEST, Quality, hold_out, require_other_judge
 
 import classifiers
 from classifiers import load_classifier
@@ -42,6 +38,7 @@ from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.runs import adm
 from guided_diffusion.runs.job import run
 
+DIGITS = PROBLEMS["digits"]
 NETWORKS = {"class-conditional": False, "unconditional": True}
 GUIDANCE = {"unguided": {"classifier_scale": 0.0}, "guided": {}}
 
@@ -114,14 +111,14 @@ def measure_all(runs, seeds):
     """
     outs = runs["unconditional", "unguided"]
     count = len(read_samples(outs[0])[1])
-    if count < comparison.SMALLEST:
+    if count < SMALLEST:
         print(
-            f"no table of {metric_label('fid', FEATURES)}: {count} images, it takes {comparison.SMALLEST}",
+            f"no table of {DIGITS.distance_label}: {count} images, it takes {SMALLEST}",
             file=sys.stderr,
         )
         return []
-    real = [hold_out(out.parent, count, seed) for out, seed in zip(outs, seeds, strict=True)]
-    return summaries({**runs, ("real", ""): real}, ("network", "guidance"), DigitsQuality())
+    real = [hold_out(DIGITS, out.parent, count, seed) for out, seed in zip(outs, seeds, strict=True)]
+    return summaries({**runs, ("real", ""): real}, ("network", "guidance"), Quality(DIGITS))
 
 
 def judgement(rows):
@@ -139,11 +136,11 @@ def judgement(rows):
 
 def quality(rows):
     """The lines of the second table."""
-    labels = [metric_label(metric, FEATURES) for metric in METRICS]
+    labels = [metric_label(metric, DIGITS.name) for metric in METRICS]
     head = " ".join(f"{label:>15}" for label in labels)
     lines = [f"{'network':<18} {'guidance':<9} {'images':>6} {head}"]
     for row in rows:
-        distance, *others = (row[metric_key(metric, FEATURES)] for metric in METRICS)
+        distance, *others = (row[metric_key(metric, DIGITS.name)] for metric in METRICS)
         # Of one run, the spread of its resamples stands in for that of the seeds.
         std = row["resampled_std"]["mean"] if distance["std"] is None else distance["std"]
         cells = [with_error({**distance, "std": std}, ".2f"), *(with_error(cell, ".3f") for cell in others)]

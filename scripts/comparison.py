@@ -9,26 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classifiers.registry import find_classifier
-from evaluation.evaluator import evaluate
-from evaluation.metrics import metric_key
-from evaluation.networks import feature_network
-from evaluation.reference import Reference
-from evaluation.resampling import Options
-from evaluation.sets import DENSITY_NEIGHBOURS, measure, open_set
-from guided_diffusion.files.atomic import renamed_when_complete
+from guided_diffusion import dist_util
 from guided_diffusion.files.grid import save_grid
-from guided_diffusion.files.pretrained import PRETRAINED_DIR
 from guided_diffusion.files.run_folder import read_run, read_samples
 from guided_diffusion.flags.fields import configure
 from guided_diffusion.flags.parser import parse_numbers
 from guided_diffusion.runs.launchers import find_place
 from guided_diffusion.runs.tally import CLASSIFIER, NETWORK
-
-METRICS = ("fid", "precision", "recall", "density", "coverage")
-FEATURES, RESAMPLES = "digits", 200
-SMALLEST = DENSITY_NEIGHBOURS + 1  # images, for all of METRICS
-REFERENCE, HELD_OUT = PRETRAINED_DIR / "digits/reference.npz", PRETRAINED_DIR / "digits/held_out.npz"
 
 Runs = Mapping[tuple, Sequence[Path]]
 
@@ -51,15 +38,6 @@ def cells(
             raise ValueError(f"--{name} is this script's own to give to each row: drop it")
         raise ValueError(f"--{name} means nothing in any row of this table: drop it")
     return configs
-
-
-def require_other_judge(judge: str, given: Mapping[str, Any], preset: Mapping[str, Any]) -> None:
-    """Raise ValueError for a judge that is the guide, or no classifier."""
-    if judge == given.get("classifier_type", preset.get("classifier_type")):
-        raise ValueError(
-            f"--judge {judge} is the guide itself; choose another classifier, of another architecture"
-        )
-    find_classifier(judge)
 
 
 def require_one_process() -> None:
@@ -117,7 +95,7 @@ def judge(folder: Path, classifier: Callable[[Tensor], Tensor]) -> dict[str, flo
     hit: the share of the samples that it assigns to the class that was asked for; log_prob: that class's mean
     log-probability in nats.
     """
-    images, labels = (torch.from_numpy(array) for array in read_samples(folder))
+    images, labels = (torch.from_numpy(array).to(dist_util.dev()) for array in read_samples(folder))
     x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         log_probs = F.log_softmax(torch.cat([classifier(part) for part in x.split(100)]).float(), dim=1)
@@ -132,39 +110,6 @@ def cost(folder: Path) -> dict[str, float]:
     totals, images = read_run(folder)["totals"], len(read_samples(folder)[1])
     taken = {"evaluations": NETWORK, "classifier_passes": CLASSIFIER, "seconds_per_image": "seconds"}
     return {name: totals.get(key, 0) / images for name, key in taken.items()}
-
-
-class DigitsQuality:
-    """The metrics of a set by the digits features, against the digits that the networks were trained on."""
-
-    def __init__(self):
-        self._network = feature_network(FEATURES)
-        self._reference = Reference(
-            measure(open_set(REFERENCE, self._network), self._network, progress=False)
-        )
-
-    def __call__(self, images: Path) -> dict[str, Any]:
-        """The metrics of one set, and the standard deviation of the distance over resamples of its images."""
-        result = evaluate(
-            self._reference,
-            measure(open_set(images, self._network), self._network, progress=False),
-            Options(bootstrap=RESAMPLES),
-        )
-        numbers = {metric_key(metric, FEATURES): result.metrics[metric] for metric in METRICS}
-        assert result.fid_error is not None  # it was asked for
-        return {**numbers, "resampled_std": result.fid_error.std, "images": result.count}
-
-
-def hold_out(folder: Path, count: int, seed: int) -> Path:
-    """Write `count` of the held-out digits, or all of them if they are fewer, to a file in `folder`; return
-    its path.
-    """
-    with np.load(HELD_OUT, allow_pickle=False) as held_out:
-        unseen = held_out["arr_0"]
-    path = folder / "held_out.npz"
-    with renamed_when_complete(path) as file:
-        np.savez(file, arr_0=unseen[np.random.RandomState(seed).permutation(len(unseen))[:count]])
-    return path
 
 
 def draw_rows(path: Path, folders: Mapping[str, Path], columns: int = 20) -> None:

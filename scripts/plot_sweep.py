@@ -12,13 +12,15 @@ import json
 from pathlib import Path
 
 import _beside  # noqa: F401
-from sweep import NUMBERS
+from problems import PROBLEMS
+from sweep import numbers_of
 
 from guided_diffusion.files.console import print_result
 from guided_diffusion.files.figures import plain_style, plain_text, require_matplotlib, save_figure
 from guided_diffusion.flags.parser import Parser, run_main
 
-LOGARITHMIC = {"evaluations", "fd_digits"}
+NUMBERS = {key: number for problem in PROBLEMS.values() for key, number in numbers_of(problem).items()}
+LOGARITHMIC = {"evaluations", *(problem.distance for problem in PROBLEMS.values())}
 MARKERS = "os^Dv<>P"  # one for every ten curves: there are ten colours
 
 
@@ -26,15 +28,14 @@ def main():
     parser = Parser(description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of scripts/sweep.py")
     parser.add_argument("--x", choices=tuple(NUMBERS), default="evaluations", help="the horizontal axis")
-    parser.add_argument("--y", default="fd_digits,precision,recall", help="the vertical axes, a panel each")
+    parser.add_argument(
+        "--y", help="the vertical axes, a panel each; by default the distance, precision and recall"
+    )
     parser.add_argument("--out", type=Path, help="the picture; by default sweep.png in the first folder")
     args = parser.parse_args()
     require_matplotlib("the plot needs")
-    columns = args.y.split(",")
-    for key in columns:
-        if key not in NUMBERS:
-            raise ValueError(f"--y {args.y}: {key!r} is not a number of a sweep; choose {', '.join(NUMBERS)}")
     rows = [row for folder in args.folders for row in finished(folder)]
+    columns = columns_of(args.y, rows)
     out = args.out or args.folders[0] / "sweep.png"
     with plain_style():
         save_figure(draw(curves(rows), args.x, columns), out, dpi=110)
@@ -46,6 +47,17 @@ def finished(folder):
     if not (folder / "table.json").is_file():
         raise FileNotFoundError(f"{folder} has no table.json: give the --out of a finished scripts/sweep.py")
     return json.loads((folder / "table.json").read_text())
+
+
+def columns_of(text, rows):
+    """The keys of the panels. Raises ValueError for one that the rows do not have."""
+    known = [key for key in NUMBERS if all(key in row for row in rows)]
+    if text is None:
+        return [key for key in known if key.startswith("fd_")] + ["precision", "recall"]
+    for key in (keys := text.split(",")):
+        if key not in known:
+            raise ValueError(f"--y {text}: {key!r} is not a number of this sweep; choose {', '.join(known)}")
+    return keys
 
 
 def curves(rows):

@@ -3,66 +3,36 @@
     python scripts/sweep.py docs/few-steps/solvers.txt --seeds 0-2 --num_samples 1000 --out results/solvers
 
 A line of the file is NAME: PRESET [FLAGS...], preset and flags as ./guided_sample.sh takes them. {a,b} makes
-one cell with a and one with b, in every combination, and a column of the table; # begins a comment.
+one cell with a and one with b, in every combination, and a column of the table; # begins a comment. All
+presets are of one problem, the digits or CIFAR-10; judge, features and reference are those of that problem.
 
 Writes rows.json, a row for each cell and seed, and their means and standard deviations: table.md, table.csv
 and table.json. What rows.json holds is not drawn again: a sweep that was stopped resumes, and a cell that is
-added is drawn alone. Judge, features and reference are those of the digits, as in the other comparisons.
+added is drawn alone. A run that fails is named at the end, and the others are drawn all the same.
 """
 
 import csv
-import hashlib
 import io
 import json
-import re
-import shlex
 import sys
-from contextlib import redirect_stderr
-from dataclasses import dataclass, field
-from itertools import product
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 
 import _beside  # noqa: F401
-from comparison import (
-    FEATURES,
-    SMALLEST,
-    DigitsQuality,
-    cost,
-    distinct_numbers,
-    judge,
-    require_one_process,
-    require_other_judge,
-    spread,
-    with_error,
-)
+from comparison import cost, distinct_numbers, judge, require_one_process, spread, with_error
+from problems import SMALLEST, Quality, problem_of
+from sweep_cells import plan, problem_of_all, read_cells, refuse_twins
 
-import classifiers
-from classifiers import load_classifier
-from evaluation.metrics import metric_key, metric_label
 from guided_diffusion import dist_util
 from guided_diffusion.files.atomic import renamed_when_complete, write_json
 from guided_diffusion.files.console import print_result
-from guided_diffusion.flags.fields import configure, defaults_of, given_flags
 from guided_diffusion.flags.parser import Parser, run_main
 from guided_diffusion.runs import machine
 from guided_diffusion.runs.job import run
 from guided_diffusion.runs.lock import locked
-from guided_diffusion.runs.systems import system_of
-
-JUDGE = "digits_judge"
-DISTANCE = metric_key("fid", FEATURES)
-# Of a row: its key, the column's title, and how the number is written.
-NUMBERS = {
-    "evaluations": ("evaluations", ".0f"),
-    "classifier_passes": ("classifier passes", ".0f"),
-    "seconds_per_image": ("s per image", ".4f"),
-    DISTANCE: (metric_label("fid", FEATURES), ".2f"),
-    "precision": ("precision", ".3f"),
-    "recall": ("recall", ".3f"),
-    "density": ("density", ".3f"),
-    "coverage": ("coverage", ".3f"),
-    "hit": ("wanted class", ".1%"),
-}
 
 
 def main():
@@ -70,43 +40,21 @@ def main():
     require_one_process()
     if args.num_samples < SMALLEST:
         raise ValueError(f"--num_samples must be at least {SMALLEST}, got {args.num_samples}")
+    if args.processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {args.processes}")
     out, seeds = args.out or Path("results", args.cells.stem), distinct_numbers(args.seeds, "--seeds")
     cells = read_cells(args.cells)
     planned = [plan(cell, seed, args, out) for seed in seeds for cell in cells]
     refuse_twins(planned)
+    numbers = numbers_of(problem_of_all(cells))
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        rows = measured(planned, args.judge, out / "rows.json")
-        summaries = summed([{**rows[each.id], **each.about()} for each in planned])
-        write_json(out / "table.json", summaries)
-        lines = table(summaries)
-        for name, text in (
-            ("table.md", "\n".join(markdown(lines)) + "\n"),
-            ("table.csv", comma_separated(lines)),
-        ):
-            with renamed_when_complete(out / name) as file:
-                file.write(text.encode())
+        rows, failures = measured(planned, args, out)
+        done = [{**rows[each.id], **each.about()} for each in planned if each.id in rows]
+        lines = write_tables(out, summed(done, numbers), numbers)
     print_result("\n".join(markdown(lines)))
-
-
-def measured(planned, judge_name, path):
-    """{id: numbers} of all planned runs and of what `path` has besides; draws and measures what it lacks."""
-    rows = {row["id"]: row for row in read_rows(path)}
-    missing = [each for each in planned if each.id not in rows]
-    classifier, quality = load_classifier(judge_name, num_classes=10), DigitsQuality()
-    for number, each in enumerate(missing, 1):
-        print(f"{number}/{len(missing)}: {each.cell}, seed {each.seed}", file=sys.stderr)
-        run(each.job)
-        folder = each.job.folder
-        numbers = cost(folder) | judge(folder, classifier) | quality(folder)
-        rows[each.id] = {
-            "id": each.id,
-            **each.about(),
-            **numbers,
-            "machine": machine.describe(dist_util.dev()),
-        }
-        write_json(path, list(rows.values()))
-    return rows
+    if failures:
+        raise ValueError(f"{len(failures)} of {len(planned)} runs failed: {'; '.join(failures)}")
 
 
 def create_argparser():
@@ -114,151 +62,129 @@ def create_argparser():
     parser.add_argument("cells", type=Path, metavar="FILE", help="the cells, a line each")
     parser.add_argument("--seeds", default="0", help="0-2 draws every cell three times, from other noise")
     parser.add_argument("--num_samples", type=int, default=1000, help="images of each cell and seed")
-    parser.add_argument("--judge", default=JUDGE, help="the classifier that counts hits")
+    parser.add_argument("--judge", help="the classifier that counts hits; by default the problem's own")
+    parser.add_argument("--processes", type=int, default=1, help="runs that are drawn side by side")
     parser.add_argument("--out", type=Path, help="output folder, by default results/ and the file's name")
     return parser
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One cell: its line's name, the preset, further flags as words, and what it chose in each {}."""
-
-    name: str
-    preset: str
-    words: tuple[str, ...]
-    chosen: dict[str, str] = field(hash=False)
-
-    def __str__(self):
-        return f"{self.name}: {shlex.join([self.preset, *self.words])}"
-
-
-def read_cells(path):
-    """The cells of a file. Raises ValueError with the line for one that is not understood."""
-    cells = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if text := line.partition("#")[0].strip():
-            try:
-                cells.extend(expanded(text))
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {text!r} is not understood ({error})") from error
-    if not cells:
-        raise ValueError(f"{path} has no cells: write lines such as unguided: digits --classifier_scale 0")
-    return cells
-
-
-def expanded(line):
-    """The cells of one line."""
-    name, colon, text = line.partition(":")
-    words = shlex.split(text)
-    if not colon or not words:
-        raise ValueError("write NAME: PRESET [FLAGS...]")
-    choices = [re.fullmatch(r"\{(.*)\}", word) for word in words]
-    if odd := [
-        word for word, match in zip(words, choices, strict=True) if not match and re.search("[{}]", word)
-    ]:
-        raise ValueError(f"braces stand for a whole word, not for a part of {odd[0]}")
-    options = [match[1].split(",") if match else [word] for match, word in zip(choices, words, strict=True)]
-    names = [words[i - 1].lstrip("-") if i else "preset" for i, match in enumerate(choices) if match]
-    for picked in product(*options):
-        chosen = [word for match, word in zip(choices, picked, strict=True) if match]
-        yield Cell(name.strip(), picked[0], picked[1:], dict(zip(names, chosen, strict=True)))
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A cell and a seed: the run, and the id of its row, which says all that decides about its images and how
-    they are judged.
-    """
-
-    cell: Cell
-    seed: int
-    job: object
-    id: str
-
-    def about(self):
-        """What a row says beside its numbers."""
-        cell = self.cell
-        command = shlex.join([cell.preset, *cell.words])
-        return {"name": cell.name, "chosen": cell.chosen, "seed": self.seed, "command": command}
-
-
-def plan(cell, seed, args, out):
-    """Check a cell and make its job. Raises ValueError that names it for flags that cannot be."""
-    try:
-        return planned_run(cell, seed, args, out)
-    except ValueError as error:
-        raise ValueError(f"{cell}: {error}") from error
-
-
-def planned_run(cell, seed, args, out):
-    if not cell.preset.startswith(FEATURES):
-        raise ValueError(
-            f"judge and metrics are those of the digits, and {cell.preset} is none of their presets"
-        )
-    system, count = system_of(cell.preset), args.num_samples
-    given = flags_of(system, cell)
-    names = defaults_of(system.config)
-    own = {"seeds": f"{seed * count}-{(seed + 1) * count - 1}"} if "seeds" in names else {"seed": seed}
-    own |= {"num_samples": count} if "num_samples" in names else {}
-    own |= {"format": "npz"} if "format" in names else {}
-    if taken := sorted({*own, "out", "dry_run"} & given.keys()):
-        raise ValueError(f"--{taken[0]} is this script's own to give to each cell: drop it")
-    require_other_judge(args.judge, given, system.presets[cell.preset])
-    job = system.make_job(configure(system.config, system.presets, {**given, **own}), classifiers)
-    # Without what is at its default, a flag that a later version adds leaves the id as it is.
-    decisive = {
-        key: value for key, value in job.settings().items() if str(value) != str(job.defaults.get(key))
+def numbers_of(problem):
+    """Of a row: its key, the column's title, and how the number is written."""
+    return {
+        "evaluations": ("evaluations", ".0f"),
+        "classifier_passes": ("classifier passes", ".0f"),
+        "seconds_per_image": ("s per image", ".4f"),
+        problem.distance: (problem.distance_label, ".2f"),
+        "precision": ("precision", ".3f"),
+        "recall": ("recall", ".3f"),
+        "density": ("density", ".3f"),
+        "coverage": ("coverage", ".3f"),
+        "hit": ("wanted class", ".1%"),
     }
-    decisive |= {} if args.judge == JUDGE else {"judge": args.judge}
-    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
-    config = configure(system.config, system.presets, {**given, **own, "out": str(out / "runs" / digest)})
-    return Planned(cell, seed, system.make_job(config, classifiers), digest)
 
 
-def flags_of(system, cell):
-    """The flags that a cell gives. Raises ValueError for what is none."""
-    said = io.StringIO()
+# Runs, and rows of numbers
+
+
+def measured(planned, args, out):
+    """({id: numbers} of all planned runs and of what rows.json has besides, what is said of those that
+    failed); draws and measures what it lacks.
+    """
+    path = out / "rows.json"
+    rows, failures = {row["id"]: row for row in read_rows(path)}, []
+    missing = [each for each in planned if each.id not in rows]
+    for each, numbers in drawn(missing, args, out):
+        if isinstance(numbers, str):
+            failures.append(f"{each.cell}, seed {each.seed}: {numbers}")
+            continue
+        rows[each.id] = {"id": each.id, **each.about(), **numbers}
+        write_json(path, list(rows.values()))
+    return rows, failures
+
+
+def drawn(missing, args, out) -> Iterator[tuple]:
+    """Each run with its numbers, or with what it failed by, as they are done."""
+    if args.processes == 1:
+        for number, each in enumerate(missing, 1):
+            print(f"{number}/{len(missing)}: {each.cell}, seed {each.seed}", file=sys.stderr)
+            yield each, attempt(each, args.judge)
+        return
+    with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
+        begun = {pool.submit(plan_and_attempt, each.cell, each.seed, args, out): each for each in missing}
+        for number, future in enumerate(as_completed(begun), 1):
+            each = begun[future]
+            print(f"{number}/{len(missing)} done: {each.cell}, seed {each.seed}", file=sys.stderr)
+            try:
+                yield each, future.result()
+            except BrokenExecutor:
+                raise ValueError(
+                    f"a process of the sweep died, perhaps for want of memory: fewer --processes than {args.processes}"
+                ) from None
+
+
+def plan_and_attempt(cell, seed, args, out):
+    """In a process of its own, to which no job can be sent."""
+    return attempt(plan(cell, seed, args, out), args.judge)
+
+
+def attempt(each, judge_name):
+    """The numbers of a planned run; what is said of it where it fails."""
     try:
-        with redirect_stderr(said):
-            given = given_flags(system.config, None, system.presets, [*cell.words, "--preset", cell.preset])
-    except SystemExit:
-        raise ValueError(said.getvalue().strip().partition("error: ")[2]) from None
-    if "--preset" in cell.words:
-        raise ValueError("the preset stands first, without --preset")
-    return given
+        run(each.job)
+        classifier, quality = judges_of(each.cell.preset.partition("-")[0], judge_name)
+        folder = each.job.folder
+        numbers = cost(folder) | judge(folder, classifier) | quality(folder)
+        return {**numbers, "machine": machine.describe(dist_util.dev())}
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def refuse_twins(planned):
-    """Raise ValueError where two cells are one run."""
-    first = {}
-    for each in planned:
-        if (other := first.setdefault(each.id, each)) is not each:
-            raise ValueError(f"two cells are the same run, '{other.cell}' and '{each.cell}': drop one")
+@lru_cache
+def judges_of(preset, judge_name):
+    """The judge and the metrics of a problem: loaded once."""
+    problem = problem_of(preset)
+    return problem.load_judge(judge_name or problem.judge), Quality(problem)
+
+
+# Tables
+
+
+def write_tables(out, summaries, numbers):
+    """Write table.json, table.md and table.csv; return the lines of the table."""
+    write_json(out / "table.json", summaries)
+    lines = table(summaries, numbers)
+    for name, text in (
+        ("table.md", "\n".join(markdown(lines)) + "\n"),
+        ("table.csv", comma_separated(lines)),
+    ):
+        with renamed_when_complete(out / name) as file:
+            file.write(text.encode())
+    return lines
 
 
 def read_rows(path):
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def summed(rows):
+def summed(rows, numbers):
     """One row per cell: its name, what it chose, and the spread of each number over the seeds."""
     cells = {}
     for row in rows:
         cells.setdefault((row["name"], row["command"]), []).append(row)
     return [
         {"name": name, "chosen": same[0]["chosen"]}
-        | {key: spread([row[key] for row in same]) for key in NUMBERS}
+        | {key: spread([row[key] for row in same]) for key in numbers}
         for (name, _), same in cells.items()
     ]
 
 
-def table(rows):
+def table(rows, numbers):
     """The cells of the table as text, its titles first; a column for each flag that some line leaves open."""
     flags = list(dict.fromkeys(flag for row in rows for flag in row["chosen"]))
-    lines = [["", *flags, *(title for title, _ in NUMBERS.values())]]
+    lines = [["", *flags, *(title for title, _ in numbers.values())]]
     for row in rows:
-        numbers = [with_error(without_zero(row[key]), form) for key, (_, form) in NUMBERS.items()]
-        lines.append([row["name"], *(row["chosen"].get(flag, "") for flag in flags), *numbers])
+        written = [with_error(without_zero(row[key]), form) for key, (_, form) in numbers.items()]
+        lines.append([row["name"], *(row["chosen"].get(flag, "") for flag in flags), *written])
     return lines
 
 

@@ -57,7 +57,8 @@ class MixedFlags(Flags):
     )
     guide_model: str = flag(
         "",
-        "autoguidance: a worse checkpoint of the same architecture, such as an earlier one",
+        "autoguidance: a worse checkpoint of the same architecture, such as an earlier one, or a network "
+        "that ships",
         needs=MIXABLE,
     )
     guide_scale: float = flag(2.0, "weight of autoguidance: 1 is none", check=finite, needs=GUIDE_MODEL)

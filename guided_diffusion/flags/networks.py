@@ -73,6 +73,7 @@ CHANNEL_MULT = {
     128: (1, 1, 2, 3, 4),
     64: (1, 2, 3, 4),
     32: (1, 2, 2, 2),
+    16: (1, 2, 2),  # ours: guided-diffusion has none
 }
 
 

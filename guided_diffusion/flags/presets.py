@@ -14,13 +14,14 @@ _ADM_128 = {
     "model_path": str(PRETRAINED_DIR / "128x128_diffusion.pt"),
 }
 
+# Its temperatures and sine term, under the ancestral sampler.
+_RECIPE = {"margin_temperature_discount": 0.5, "gamma_factor": 0.3}
 # The released recipe for off-the-shelf guidance on ImageNet 128x128.
 _ELUCD = {
+    **_RECIPE,
     "classifier_scale": 1.0,
     "softplus_beta": 3.0,
     "joint_temperature": 1.0,
-    "margin_temperature_discount": 0.5,
-    "gamma_factor": 0.3,
     "classifier_use_fp16": True,
 }
 
@@ -32,17 +33,47 @@ _DIGITS = {
     "model_path": str(PRETRAINED_DIR / "digits/unet.safetensors"),
     "classifier_type": "digits_guide",
 }
+_CIFAR10 = {
+    **NETWORKS["cifar10/unet.safetensors"],
+    "num_samples": 100,
+    "batch_size": 50,
+    "labels": "balanced",
+    "model_path": str(PRETRAINED_DIR / "cifar10/unet.safetensors"),
+    "classifier_type": "cifar_resnet20",
+    "classifier_path": "CIFAR10_20K",
+}
 # Few steps, ours: the posterior's strength under a solver. On ImageNet the scale is not measured here.
 _FEW_STEPS = {"sampler": "dpmpp_2m", "levels": "karras", "guidance_strength": "posterior"}
+
+
+# What the paper's table sets beside its method, in 25 steps of the same network.
+def _baselines(problem, base):
+    file = str(PRETRAINED_DIR / problem)
+    base = {**base, "timestep_respacing": "25"}
+    own = {**base, "classifier_scale": 0.0}  # guided by networks that denoise
+    noisy = {
+        **base,
+        **NETWORKS[f"{problem}/noisy.safetensors"],
+        "classifier_type": "",
+        "classifier_path": f"{file}/noisy.safetensors",
+    }
+    solver = {"sampler": "dpmpp_2m_sde", "levels": "karras"}
+    return {
+        f"{problem}-unguided": own,
+        f"{problem}-noisy": {**noisy, "classifier_scale": 1.0},
+        f"{problem}-noisy-ddim": {**noisy, "sampler": "ddim", "classifier_scale": 1.0},
+        f"{problem}-cfg": {**own, **solver, "cfg_scale": 1.5},
+        f"{problem}-autoguidance": {**own, **solver, "guide_model": f"{file}/small.safetensors"},
+    }
+
 
 PRESETS = {
     "digits": {
         **_DIGITS,
+        **_RECIPE,
         "timestep_respacing": "25",
         "classifier_scale": 2.0,
         "softplus_beta": 3.0,
-        "margin_temperature_discount": 0.5,
-        "gamma_factor": 0.3,
     },
     "digits-fewstep": {
         **_DIGITS,
@@ -56,6 +87,23 @@ PRESETS = {
         "softplus_beta": 5.0,
         "margin_temperature_discount": 0.0,
     },
+    "cifar10": {
+        **_CIFAR10,
+        **_RECIPE,
+        "timestep_respacing": "25",
+        "classifier_scale": 2.0,
+        "softplus_beta": 10.0,
+    },
+    "cifar10-fewstep": {
+        **_CIFAR10,
+        **_FEW_STEPS,
+        "sampler": "dpmpp_2m_sde",
+        "timestep_respacing": "10",
+        "classifier_scale": 2.0,
+        "softplus_beta": 10.0,
+        "margin_temperature_discount": 0.0,
+    },
+    **_baselines("cifar10", _CIFAR10),
     "imagenet128-unguided": _ADM_128,
     "imagenet128-finetuned": {
         **_ADM_128,

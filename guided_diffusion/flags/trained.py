@@ -29,6 +29,18 @@ _CLASSIFIER = {
     "classifier_resblock_updown": True,
     "classifier_use_scale_shift_norm": True,
 }
+_CIFAR10 = {
+    "image_size": 32,
+    "num_channels": 64,
+    "num_res_blocks": 2,
+    "channel_mult": "1,2,2",
+    "attention_resolutions": "16",
+    "num_head_channels": 64,
+    "class_cond": True,
+    "learn_sigma": True,
+    "num_classes": 10,
+    "null_class": True,
+}
 NETWORKS: Mapping[str, Mapping[str, Any]] = {
     "64x64_diffusion.pt": {
         **_ADM,
@@ -63,6 +75,15 @@ NETWORKS: Mapping[str, Mapping[str, Any]] = {
         "use_scale_shift_norm": True,
         "num_classes": 10,
         "null_class": True,
+    },
+    "cifar10/unet.safetensors": _CIFAR10,
+    "cifar10/small.safetensors": {**_CIFAR10, "num_channels": 32, "num_head_channels": 32},
+    "cifar10/noisy.safetensors": {
+        "image_size": 32,
+        "num_classes": 10,
+        "classifier_attention_resolutions": "16,8",
+        "classifier_depth": 2,
+        "classifier_width": 32,
     },
 }
 

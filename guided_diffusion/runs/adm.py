@@ -1,6 +1,7 @@
 """Runs of ADM's networks: from the flags of scripts/classifier_sample.py to a Job."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from guided_diffusion.flags.labels import labels_file
 from guided_diffusion.flags.networks import NoisyClassifierFlags
 from guided_diffusion.flags.rules import RuleFlags
 from guided_diffusion.flags.solvers import solver_files
-from guided_diffusion.flags.trained import unlike_training
+from guided_diffusion.flags.trained import NETWORKS, known_name, unlike_training
 from guided_diffusion.guidance import noisy_classifier_gradient
 from guided_diffusion.layers import memory_format
 from guided_diffusion.runs.discrete import Drawn, Network, drawn_labels, load_off_the_shelf, sampler_of
@@ -93,25 +94,32 @@ def load_denoiser(
     config: ADMFlags, network: Network, diffusion: Any, device: torch.device, tally: Tally
 ) -> Callable[[Tensor, Sequence[float]], Callable[..., Tensor]]:
     """The function (labels, levels) -> denoiser that the flags describe; loads the --guide_model if any."""
-    guide = load_network(config, device, tally, config.guide_model)[0] if config.guide_model else None
+    guide = load_guide_model(config, device, tally) if config.guide_model else None
     clip_parts = config.clip_denoised and not config.mixes
 
-    def part(network, y):
+    def part(network, diffusion, y):
         return DiscreteDenoiser(network, diffusion, {"y": y}, clip_denoised=clip_parts)
 
     def denoiser_of(y, sigmas):
-        null = part(network, torch.full_like(y, config.num_classes)) if config.uses_cfg else None
-        worse = part(guide, y) if guide else None
-        return config.mixed(part(network, y), null, worse, sigmas, clip_denoised=config.clip_denoised)
+        itself = part(network, diffusion, y)
+        no_class = torch.full_like(y, config.num_classes)
+        null = part(network, diffusion, no_class) if config.uses_cfg else None
+        worse = part(*guide, y) if guide else None
+        return config.mixed(itself, null, worse, sigmas, clip_denoised=config.clip_denoised)
 
     return denoiser_of
 
 
-def load_network(config: ADMFlags, device: torch.device, tally: Tally, path: str = "") -> tuple[Network, Any]:
-    """The network as a function (x, t, y) -> output, and its process. path: another checkpoint of the same
-    architecture.
-    """
-    path = path or config.model_path
+def load_guide_model(config: ADMFlags, device: torch.device, tally: Tally) -> tuple[Network, Any]:
+    """The --guide_model and its process: of the architecture that it is known for, else of the network's."""
+    known = known_name(config.guide_model)
+    flags = {"model_path": config.guide_model, **(NETWORKS[known] if known else {})}
+    return load_network(replace(config, **flags), device, tally)
+
+
+def load_network(config: ADMFlags, device: torch.device, tally: Tally) -> tuple[Network, Any]:
+    """The network as a function (x, t, y) -> output, and its process."""
+    path = config.model_path
     with torch.device("meta"):
         model, diffusion = create_from_flags(config.record())
     weights = load_state_dict(path, config.checkpoint_key or None)

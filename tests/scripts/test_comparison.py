@@ -6,23 +6,16 @@ import math
 import statistics
 from pathlib import Path
 
-import comparison
 import numpy as np
 import pytest
 import torch
-from comparison import (
-    HELD_OUT,
-    REFERENCE,
-    DigitsQuality,
-    hold_out,
-    judge,
-    spread,
-    summaries,
-    with_error,
-)
+from comparison import judge, spread, summaries, with_error
+from problems import PROBLEMS, Problem, Quality, hold_out
 
 from evaluation.frechet import frechet_distance
 from evaluation.networks import feature_network
+
+DIGITS = PROBLEMS["digits"]
 
 
 def test_spread_is_the_mean_the_sample_deviation_and_the_values():
@@ -113,10 +106,10 @@ def numbered(tmp_path, monkeypatch):
     """In the place of the held-out digits, 20 images that are their own number all over."""
     images = np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None, None], (20, 16, 16, 3))
     np.savez(tmp_path / "numbered.npz", arr_0=images)
-    monkeypatch.setattr(comparison, "HELD_OUT", tmp_path / "numbered.npz")
+    monkeypatch.setattr(Problem, "held_out", tmp_path / "numbered.npz")
 
     def numbers(count, seed):
-        path = hold_out(tmp_path, count, seed)
+        path = hold_out(DIGITS, tmp_path, count, seed)
         assert path == tmp_path / "held_out.npz"
         with np.load(path, allow_pickle=False) as file:
             assert file.files == ["arr_0"]
@@ -144,10 +137,10 @@ def test_all_of_them_where_more_are_asked_for(numbered):
 def test_the_quality_is_the_distance_and_its_neighbours_to_the_digits_that_the_networks_learned_from(
     tmp_path,
 ):
-    path = hold_out(tmp_path, 40, 2)
-    numbers = DigitsQuality()(path)
+    path = hold_out(DIGITS, tmp_path, 40, 2)
+    numbers = Quality(DIGITS)(path)
     network, gaussians = feature_network("digits"), []
-    for file in (REFERENCE, path):
+    for file in (DIGITS.reference, path):
         with np.load(file, allow_pickle=False) as archive:
             pool = network(archive["arr_0"])["pool3"].astype(np.float64)
         gaussians += [pool.mean(axis=0), np.cov(pool, rowvar=False)]
@@ -165,11 +158,11 @@ def test_the_quality_is_the_distance_and_its_neighbours_to_the_digits_that_the_n
 
 
 def test_the_digits_learned_from_are_next_to_themselves_and_no_held_out_one_is_among_them():
-    numbers = DigitsQuality()(REFERENCE)
+    numbers = Quality(DIGITS)(DIGITS.reference)
     assert abs(numbers["fd_digits"]) < 1e-3
     assert (numbers["precision"], numbers["recall"], numbers["coverage"]) == (1, 1, 1)
     digits = []
-    for path in (REFERENCE, HELD_OUT):
+    for path in (DIGITS.reference, DIGITS.held_out):
         with np.load(path, allow_pickle=False) as file:
             digits.append({image.tobytes() for image in file["arr_0"]})
     assert not digits[0] & digits[1]

@@ -6,13 +6,12 @@ import csv
 import json
 import shutil
 
-import comparison
 import numpy as np
 import pytest
 from helpers import call, load_script
 from PIL import Image
 
-SWEEP, PLOT = load_script("sweep"), load_script("plot_sweep")
+SWEEP, CELLS, PLOT = load_script("sweep"), load_script("sweep_cells"), load_script("plot_sweep")
 LINES = """# two lines, three cells
 unguided: digits --use_ddim 1 --steps 2 --classifier_scale 0
 EDM / ours: digits-edm --guidance_form score --sampler heun --steps {1,2} --guidance_every 2  # of two
@@ -50,13 +49,13 @@ def finished(tmp_path_factory):
 
 
 def test_braces_make_a_cell_for_every_combination():
-    cells = list(SWEEP.expanded("a / b: digits --steps {5,10} --labels 1,2 --sampler {euler,heun}"))
+    cells = list(CELLS.expanded("a / b: digits --steps {5,10} --labels 1,2 --sampler {euler,heun}"))
     chosen = [tuple(cell.chosen.items()) for cell in cells]
     grid = [("5", "euler"), ("5", "heun"), ("10", "euler"), ("10", "heun")]
     assert chosen == [(("steps", steps), ("sampler", name)) for steps, name in grid]
     assert {(cell.name, cell.preset) for cell in cells} == {("a / b", "digits")}
     assert cells[2].words == ("--steps", "10", "--labels", "1,2", "--sampler", "euler")
-    presets = [cell.chosen for cell in SWEEP.expanded("a: {digits,digits-edm} --steps 1")]
+    presets = [cell.chosen for cell in CELLS.expanded("a: {digits,digits-edm} --steps 1")]
     assert presets == [{"preset": "digits"}, {"preset": "digits-edm"}]
 
 
@@ -144,9 +143,13 @@ def test_a_sweep_that_is_stopped_resumes_with_the_rows_that_it_has(file, tmp_pat
         ("a: digits --sampler euler --gamma_factor 2 --guidance_strength ddim", "a: digits --sampler euler"),
         (
             "a: nothing --steps 2",
-            "a: nothing --steps 2: judge and metrics are those of the digits, and nothing",
+            "a: nothing --steps 2: judge and metrics are those of digits and cifar10, and nothing",
         ),
         ("a: imagenet128-unguided", "imagenet128-unguided is none of their presets"),
+        (
+            "a: digits --steps 2\nb: cifar10 --steps 2",
+            "one table compares images of one problem, and these cells are of digits and cifar10",
+        ),
         ("a: digits --num_samples 9", "a: digits --num_samples 9: --num_samples is this script's own"),
         ("a: digits-edm --seeds 9", "a: digits-edm --seeds 9: --seeds is this script's own"),
         ("a: digits --out x", "a: digits --out x: --out is this script's own"),
@@ -165,6 +168,25 @@ def test_what_cannot_be_a_cell_is_refused_before_anything_is_drawn(file, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_that_fails_is_named_and_the_others_are_drawn(finished, file, tmp_path, monkeypatch):
+    judge = SWEEP.judge
+
+    def fail_once(folder, classifier):
+        if not list(tmp_path.glob("out/rows.json")):
+            return judge(folder, classifier)
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr(SWEEP, "judge", fail_once)
+    result = call(SWEEP.main, flags(file, tmp_path / "out"))
+    assert result.code == 1 and "error: 2 of 3 runs failed: EDM / ours: digits-edm" in result.err
+    assert result.err.count("seed 0: no such luck") == 2 and "| unguided |" in result.out
+    monkeypatch.undo()
+    assert call(SWEEP.main, flags(file, tmp_path / "out")).code == 0
+    assert [row["fd_digits"] for row in rows_of(tmp_path / "out")] == [
+        row["fd_digits"] for row in rows_of(finished[0])[:3]
+    ]
+
+
 def test_another_judge_judges_anew(finished, file, tmp_path):
     shutil.copy(finished[0] / "rows.json", tmp_path)
     file.write_text(LINES.splitlines()[1].replace("digits ", "digits --classifier_type digits_judge ", 1))
@@ -181,7 +203,7 @@ def test_it_is_for_one_process(file, tmp_path, monkeypatch):
 
 
 def test_the_reference_is_not_measured_for_a_refused_number(file, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison, "DigitsQuality", None)
+    monkeypatch.setattr(SWEEP, "Quality", None)
     result = call(SWEEP.main, [file, "--num_samples", 5, "--out", tmp_path / "out"])
     assert result.code == 1 and "--num_samples must be at least 6, got 5" in result.err
 
@@ -207,12 +229,13 @@ def test_the_picture_of_a_sweep(finished):
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("folder", "more", "message"),
     [
-        (["--y", "precision,fid"], "--y precision,fid: 'fid' is not a number of a sweep"),
-        ([], "has no table.json"),
+        ("out", ["--y", "precision,fid"], "--y precision,fid: 'fid' is not a number of this sweep"),
+        ("out", ["--y", "fd_cifar10"], "choose evaluations, classifier_passes, seconds_per_image, fd_digits"),
+        ("nothing", [], "has no table.json"),
     ],
 )
-def test_what_cannot_be_drawn(tmp_path, more, message):
-    result = call(PLOT.main, [tmp_path, *more])
+def test_what_cannot_be_drawn(finished, folder, more, message):
+    result = call(PLOT.main, [finished[0].with_name(folder), *more])
     assert result.code == 1 and message in result.err

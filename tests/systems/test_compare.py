@@ -14,13 +14,15 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from comparison import HELD_OUT, DigitsQuality, judge
+from comparison import judge
 from helpers import call, contents, load_samples, load_script
 from PIL import Image
+from problems import PROBLEMS, Quality
 from samplers import DDPM, RELEASED, manifest
 
 from classifiers import load_classifier
 
+DIGITS = PROBLEMS["digits"]
 GUIDANCE, EDM = load_script("compare_guidance"), load_script("compare_edm")
 FEW_STEPS = load_script("compare_fewstep")
 NETWORKS = ("class-conditional", "unconditional")
@@ -147,7 +149,7 @@ def test_each_seed_is_a_set_of_images_of_its_own_and_flags_go_where_they_mean_so
 
 def test_the_table_of_edm(sweep):
     folder, _, result = sweep
-    rows, quality = table_of(folder), DigitsQuality()
+    rows, quality = table_of(folder), Quality(DIGITS)
     assert [(row["network"], row["guidance"], row["steps"]) for row in rows] == [
         *EDM_ROWS,
         ("real", "", None),
@@ -162,7 +164,7 @@ def test_the_table_of_edm(sweep):
             hits.append(np.mean(classifier(x).argmax(dim=1).numpy() == labels))
         assert row["hit"]["runs"] == pytest.approx(hits)
         assert row["fd_digits"]["runs"] == [quality(out)["fd_digits"] for out in outs]
-    with np.load(HELD_OUT, allow_pickle=False) as file:
+    with np.load(DIGITS.held_out, allow_pickle=False) as file:
         held_out = {image.tobytes() for image in file["arr_0"]}
     real = []
     for seed in (0, 1):

@@ -1,0 +1,130 @@
+"""The small problems that ship: by which network their images are judged, by which features and against which
+images they are measured. Not a script of its own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import _beside
+import numpy as np
+
+from classifiers import load_classifier
+from classifiers.registry import Classifier, find_classifier
+from evaluation.evaluator import evaluate
+from evaluation.metrics import metric_key, metric_label
+from evaluation.networks import feature_network
+from evaluation.networks.cifar import CIFAR_NETWORK, CIFAR_WEIGHTS
+from evaluation.reference import Reference
+from evaluation.resampling import Options
+from evaluation.sets import DENSITY_NEIGHBOURS, measure, open_set
+from guided_diffusion import dist_util
+from guided_diffusion.files.atomic import renamed_when_complete
+from guided_diffusion.files.pretrained import PRETRAINED_DIR
+
+METRICS = ("fid", "precision", "recall", "density", "coverage")
+RESAMPLES = 200
+SMALLEST = DENSITY_NEIGHBOURS + 1  # images, for all of METRICS
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Images of ten classes, and who says how good samples of them are.
+
+    name: of its presets' beginning, of its features and of its folder in pretrained_models/. judge: a
+    classifier of another architecture than the guides; judge_weights: its file, None for its default.
+    """
+
+    name: str
+    judge: str
+    judge_weights: Path | None = None
+
+    @property
+    def reference(self) -> Path:
+        """Of the images that its networks were trained on: an npz that `open_set` reads."""
+        return PRETRAINED_DIR / self.name / "reference.npz"
+
+    @property
+    def held_out(self) -> Path:
+        """An npz of images that no network has seen; where they may not be passed on, it does not ship."""
+        return PRETRAINED_DIR / self.name / "held_out.npz"
+
+    @property
+    def distance(self) -> str:
+        """The key of its Frechet distance."""
+        return metric_key("fid", self.name)
+
+    @property
+    def distance_label(self) -> str:
+        """That distance's name."""
+        return metric_label("fid", self.name)
+
+    def load_judge(self, name: str) -> Classifier:
+        """The classifier of that name, `judge` or another."""
+        weights = self.judge_weights if name == self.judge else None
+        return load_classifier(name, weights, num_classes=10).to(dist_util.dev())
+
+
+PROBLEMS = {
+    "digits": Problem("digits", "digits_judge"),
+    "cifar10": Problem("cifar10", str(_beside.ROOT / CIFAR_NETWORK), CIFAR_WEIGHTS),
+}
+
+
+def problem_of(preset: str) -> Problem:
+    """The problem that a preset samples. Raises ValueError for one without."""
+    problem = PROBLEMS.get(preset.partition("-")[0])
+    if problem is None:
+        raise ValueError(
+            f"judge and metrics are those of {' and '.join(PROBLEMS)}, and {preset} is none of their presets"
+        )
+    return problem
+
+
+def require_other_judge(judge: str, given: Mapping[str, Any], preset: Mapping[str, Any]) -> None:
+    """Raise ValueError for a judge that is the guide, or no classifier."""
+    if judge == given.get("classifier_type", preset.get("classifier_type")):
+        raise ValueError(
+            f"--judge {judge} is the guide itself; choose another classifier, of another architecture"
+        )
+    find_classifier(judge)
+
+
+@dataclass
+class Quality:
+    """Called on a set of images, it returns the metrics by its problem's features, against the images that
+    the problem's networks were trained on, and the standard deviation of the distance over resamples.
+    """
+
+    problem: Problem
+
+    @cached_property
+    def _network(self):
+        return feature_network(self.problem.name, device=dist_util.dev())
+
+    @cached_property
+    def _reference(self):
+        return Reference(self._measured(self.problem.reference))
+
+    def _measured(self, images):
+        return measure(open_set(images, self._network), self._network, progress=False)
+
+    def __call__(self, images: Path) -> dict[str, Any]:
+        result = evaluate(self._reference, self._measured(images), Options(bootstrap=RESAMPLES))
+        numbers = {metric_key(metric, self.problem.name): result.metrics[metric] for metric in METRICS}
+        assert result.fid_error is not None  # it was asked for
+        return {**numbers, "resampled_std": result.fid_error.std, "images": result.count}
+
+
+def hold_out(problem: Problem, folder: Path, count: int, seed: int) -> Path:
+    """Write `count` of a problem's held-out images, or all of them if they are fewer, to a file in `folder`;
+    return its path.
+    """
+    with np.load(problem.held_out, allow_pickle=False) as held_out:
+        unseen = held_out["arr_0"]
+    path = folder / "held_out.npz"
+    with renamed_when_complete(path) as file:
+        np.savez(file, arr_0=unseen[np.random.RandomState(seed).permutation(len(unseen))[:count]])
+    return path
