@@ -1,4 +1,5 @@
-"""The table of scripts/calibrate.py, and which beta and temperature it recommends. It is no script of its own.
+"""The table of scripts/calibrate.py, and which beta and temperature it recommends. It is no script of its
+own.
 
 The rule: of the settings shown the predicted x0 (of a noisy classifier: x_t) those count whose mean ECE over
 t is not told apart from the least; the least negative log-likelihood, which needs no bins, decides among
@@ -51,9 +52,7 @@ def recommendation(cells):
     chosen = min(equal, key=lambda cell: cell.mean("nll"))
     reasons = [_by_error(least, equal, candidates), _by_likelihood(chosen, candidates)]
     reasons += _by_input(chosen, cells)
-    tried = sorted({cell.tau for cell in candidates})
-    if len(tried) > 1 and chosen.tau in (tried[0], tried[-1]):
-        reasons.append(f"tau1 {chosen.tau:g} is at the end of those that were tried: try further ones.")
+    reasons += _at_an_end(chosen, candidates)
     return Choice(chosen, reasons)
 
 
@@ -89,6 +88,15 @@ def _by_input(chosen, cells):
             f"shown {SHOWN[other.shown]}, the same setting has ECE {other.mean('ece'):.4f}, {verdict}, "
             f"and accuracy {other.mean('accuracy'):.1%}."
         )
+
+
+def _at_an_end(chosen, candidates):
+    """Whether further values may be better; of beta, which ends with ReLU, lower ones."""
+    for name, value, places in (("tau1", "tau", (0, -1)), ("beta", "beta", (0,))):
+        tried = sorted({getattr(cell, value) for cell in candidates})
+        if len(tried) > 1 and getattr(chosen, value) in [tried[place] for place in places]:
+            at = f"{name} {getattr(chosen, value):g}"
+            yield f"{at} is at the end of those that were tried: try further ones."
 
 
 def name_of(cell):

@@ -23,7 +23,7 @@ def draw(cells, choice, levels):
     grid = figure.subplots(1 + len(inputs), 3, squeeze=False)
     for axes, (number, title) in zip(grid[0], PANELS.items(), strict=True):
         curves(axes, [cell for cell in cells if cell.tau == choice.cell.tau], choice, number)
-        axes.set(title=title, xlabel="timestep")
+        axes.set(title=f"{title}, tau1 {choice.cell.tau:g}", xlabel="timestep")
         if number == "nll":
             axes.set_yscale("log")
     figure.legend(*grid[0, 1].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)

@@ -48,8 +48,8 @@ FIXED: Mapping[type, Mapping[str, Any]] = {
 class Subject:
     """A denoiser, and what a classifier sees of it.
 
-    denoiser_of: labels (n,) -> denoiser. sigmas: the noise levels of the timesteps 0, 1, .., rising. ends: the
-    levels that a sampler may ask for. told: whether the network is given the labels. encode: images in
+    denoiser_of: labels (n,) -> denoiser. sigmas: the noise levels of the timesteps 0, 1, .., rising. ends:
+    the levels that a sampler may ask for. told: whether the network is given the labels. encode: images in
     [-1, 1] -> clean samples, which noise is added to. show: samples -> images.
     """
 

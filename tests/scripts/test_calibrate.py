@@ -194,6 +194,9 @@ def test_a_disagreement_of_the_scores_and_the_end_of_a_grid_are_said():
     lines = choice.lines_of(cells, choice.recommendation(cells))
     assert any("but beta 3, tau1 2 has 0.5000" in line for line in lines)
     assert lines[-1] == "- tau1 1 is at the end of those that were tried: try further ones."
+    cells = [setting(beta=5), setting(beta=float("inf"), nll=2)]
+    lines = choice.lines_of(cells, choice.recommendation(cells))
+    assert lines[-1] == "- beta 5 is at the end of those that were tried: try further ones."
 
 
 @pytest.mark.parametrize(
