@@ -67,9 +67,9 @@ def build(
     torch.manual_seed(config.seed)  # for --classifier_path random; the samples' noise has streams of its own
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
-    net = _load(config, config.ckpt, device, tally)
+    net = load_network(config, config.ckpt, device, tally)
     autoencoder = classifiers.load_decoder("vae", config.autoencoder).to(device)
-    _refuse_for_networks(config, net, autoencoder)
+    refuse_for_networks(config, net, autoencoder)
     network = _network(config, net)
     diffusion = create_gaussian_diffusion(learn_sigma=net.learn_sigma, timestep_respacing=str(config.steps))
     drawn = Drawn(
@@ -88,13 +88,14 @@ def build(
     return sampler_of(config, drawn, config.image_size, _notes(config))
 
 
-def _load(config, path, device, tally):
+def load_network(config: DiTFlags, path: str, device: torch.device, tally: Tally) -> DiT:
+    """The network in a file or folder."""
     net = load_dit(path, config.checkpoint_key or None).to(device)
     tally.count(NETWORK, net)
     return net
 
 
-def _refuse_for_networks(config, net, autoencoder):
+def refuse_for_networks(config: DiTFlags, net: DiT, autoencoder: Any) -> None:
     """Raise ValueError where flags and networks contradict each other."""
     if config.model:
         with torch.device("meta"):
@@ -140,7 +141,7 @@ def _network(config: DiTFlags, net: DiT) -> Network:
 
 def _denoisers(config, net, network, diffusion, device, tally):
     """The function (labels, levels) -> denoiser that the flags describe; loads the --guide_model if any."""
-    guide = _load(config, config.guide_model, device, tally) if config.guide_model else None
+    guide = load_network(config, config.guide_model, device, tally) if config.guide_model else None
     for name in ("input_size", "in_channels", "num_classes", "learn_sigma") if guide else ():
         if getattr(guide, name) != getattr(net, name):
             raise ValueError(
@@ -164,6 +165,16 @@ def _guides(config, classifiers, net, device, tally) -> Mapping[str, Callable]:
     if not config.guided_off_the_shelf:
         return {}
     classifier = load_off_the_shelf(config, classifiers, config.num_classes, config.image_size)
+    decoder = load_guide_decoder(config, classifiers, net)
+    guide = classifiers.DecodedClassifier(classifier, decoder).to(device)
+    tally.count(CLASSIFIER, guide)
+    return {"guidance": tally.timed(config.build_guidance(guide, tally.observe))}
+
+
+def load_guide_decoder(config: DiTFlags, classifiers: Any, net: DiT) -> torch.nn.Module:
+    """What shows latents to the classifier, on the CPU. Raises ValueError for one that the network's do not
+    fit.
+    """
     path = config.autoencoder if config.latent_decoder == "vae" else config.decoder_path
     decoder = classifiers.load_decoder(
         config.latent_decoder, path, size=config.image_size, checkpointing=config.decode_checkpointing
@@ -172,10 +183,8 @@ def _guides(config, classifiers, net, device, tally) -> Mapping[str, Callable]:
     if config.latent_decoder != "linear":
         if (size := net.input_size * decoder.factor) != config.image_size:
             raise ValueError(f"{path} makes images of {size}, and the run's are of {config.image_size}")
-        decoder = decoder.to(getattr(torch, config.decode_dtype))
-    guide = classifiers.DecodedClassifier(classifier, decoder).to(device)
-    tally.count(CLASSIFIER, guide)
-    return {"guidance": tally.timed(config.build_guidance(guide, tally.observe))}
+        return decoder.to(getattr(torch, config.decode_dtype))
+    return decoder
 
 
 def _decoded(autoencoder: Any, latents: Tensor) -> Tensor:

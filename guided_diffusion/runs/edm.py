@@ -61,7 +61,7 @@ def png_name(config: EDMFlags, index: int) -> str:
 def build(config: EDMFlags, classifiers: Any, device: torch.device, tally: Tally) -> Sampler:
     """Load the networks; returns the Sampler. Raises ValueError for flags that the network contradicts."""
     torch.manual_seed(0)  # for --classifier_path random; the samples' noise has generators of its own
-    net = _load(config, config.network, device, tally)
+    net = load_network(config, config.network, device, tally)
     _refuse_for_network(config, net)
     guide = _load_guide_model(config, net, device, tally)
     num_classes = net.label_dim or config.num_classes
@@ -138,7 +138,8 @@ def _sampler_options(config, net):
     }, levels
 
 
-def _load(config, path, device, tally):
+def load_network(config: EDMFlags, path: str, device: torch.device, tally: Tally) -> Any:
+    """The network in a file, an EDM preconditioning."""
     net = load_edm_network(path).to(device, memory_format=memory_format(device)).requires_grad_(False)
     net.reuse_activations()
     if config.use_fp16 is not None:
@@ -151,7 +152,7 @@ def _load_guide_model(config, net, device, tally):
     """The network of --guide_model, None where there is none. Raises ValueError for one of another kind."""
     if not config.guide_model:
         return None
-    guide = _load(config, config.guide_model, device, tally)
+    guide = load_network(config, config.guide_model, device, tally)
     for name in ("img_resolution", "img_channels", "label_dim"):
         theirs, ours = getattr(guide, name), getattr(net, name)
         if theirs != ours:
