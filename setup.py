@@ -17,6 +17,7 @@ setup(
         *find_packages(include=["guided_diffusion*", "classifiers*", "evaluation*"]),
         # Data only, beside the packages as in a checkout: the table of files and the small networks.
         "pretrained_models",
+        "pretrained_models.cifar10",
         "pretrained_models.digits",
         "pretrained_models.digits_dit",
         "pretrained_models.digits_dit.vae",
@@ -24,7 +25,9 @@ setup(
     ],
     package_data={
         "pretrained_models": ["files.json", "README.md"],
-        "pretrained_models.digits": ["*.safetensors", "*.npz", "*.json"],
+        **dict.fromkeys(
+            ("pretrained_models.digits", "pretrained_models.cifar10"), ["*.safetensors", "*.npz", "*.json"]
+        ),
         **{
             f"pretrained_models.digits_dit{part}": ["*.safetensors", "*.json"]
             for part in ("", ".vae", ".tiny")

@@ -15,6 +15,7 @@ COMPARED = {
     "digits-fewstep": "compare_fewstep.py",
     "digits-edm": "compare_edm.py",
     "digits-dit": "compare_dit.py",
+    "cifar10": "compare_cifar10.py",
 }
 
 

@@ -46,8 +46,8 @@ _CIFAR10 = {
 _FEW_STEPS = {"sampler": "dpmpp_2m", "levels": "karras", "guidance_strength": "posterior"}
 
 
-# What the paper's table sets beside its method, in 25 steps of the same network.
-def _baselines(problem, base):
+def _baselines(problem, base, scales):
+    """What the paper's table sets beside its method, at about 25 evaluations: 12 steps of two networks."""
     file = str(PRETRAINED_DIR / problem)
     base = {**base, "timestep_respacing": "25"}
     own = {**base, "classifier_scale": 0.0}  # guided by networks that denoise
@@ -60,10 +60,16 @@ def _baselines(problem, base):
     solver = {"sampler": "dpmpp_2m_sde", "levels": "karras"}
     return {
         f"{problem}-unguided": own,
-        f"{problem}-noisy": {**noisy, "classifier_scale": 1.0},
-        f"{problem}-noisy-ddim": {**noisy, "sampler": "ddim", "classifier_scale": 1.0},
-        f"{problem}-cfg": {**own, **solver, "cfg_scale": 1.5},
-        f"{problem}-autoguidance": {**own, **solver, "guide_model": f"{file}/small.safetensors"},
+        f"{problem}-noisy": {**noisy, "classifier_scale": scales["noisy"]},
+        f"{problem}-noisy-ddim": {**noisy, "sampler": "ddim", "classifier_scale": scales["noisy-ddim"]},
+        f"{problem}-cfg": {**own, **solver, "timestep_respacing": "12", "cfg_scale": scales["cfg"]},
+        f"{problem}-autoguidance": {
+            **own,
+            **solver,
+            "timestep_respacing": "12",
+            "guide_model": f"{file}/small.safetensors",
+            "guide_scale": scales["autoguidance"],
+        },
     }
 
 
@@ -91,19 +97,20 @@ PRESETS = {
         **_CIFAR10,
         **_RECIPE,
         "timestep_respacing": "25",
-        "classifier_scale": 2.0,
-        "softplus_beta": 10.0,
+        "classifier_scale": 0.5,
+        "softplus_beta": 10.0,  # below, these networks lose their accuracy (docs/cifar10.md)
     },
     "cifar10-fewstep": {
         **_CIFAR10,
         **_FEW_STEPS,
         "sampler": "dpmpp_2m_sde",
+        "sigma_max": 20.0,
         "timestep_respacing": "10",
-        "classifier_scale": 2.0,
+        "classifier_scale": 0.5,
         "softplus_beta": 10.0,
         "margin_temperature_discount": 0.0,
     },
-    **_baselines("cifar10", _CIFAR10),
+    **_baselines("cifar10", _CIFAR10, {"noisy": 8.0, "noisy-ddim": 4.0, "cfg": 2.0, "autoguidance": 2.0}),
     "imagenet128-unguided": _ADM_128,
     "imagenet128-finetuned": {
         **_ADM_128,
