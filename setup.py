@@ -25,9 +25,8 @@ setup(
     ],
     package_data={
         "pretrained_models": ["files.json", "README.md"],
-        **dict.fromkeys(
-            ("pretrained_models.digits", "pretrained_models.cifar10"), ["*.safetensors", "*.npz", "*.json"]
-        ),
+        "pretrained_models.digits": ["*.safetensors", "*.npz", "*.json"],
+        "pretrained_models.cifar10": ["*.safetensors", "*.npz", "*.json"],
         **{
             f"pretrained_models.digits_dit{part}": ["*.safetensors", "*.json"]
             for part in ("", ".vae", ".tiny")
