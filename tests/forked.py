@@ -44,7 +44,8 @@ class Forked:
     def returncode(self):
         return self._process.exitcode
 
-    poll = returncode.fget
+    def poll(self):
+        return self.returncode
 
     def wait(self, timeout=None):
         self._process.join(timeout)
