@@ -85,6 +85,7 @@ def _run(words, variables, folder, streams):
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)
+    multiprocessing.set_start_method(None, force=True)  # as in any other process
     if words[:2] != ["-m", "torch.distributed.run"]:
         return _run_script(*words)
     launcher = torch.distributed.run

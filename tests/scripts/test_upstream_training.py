@@ -2,12 +2,12 @@
 plain python, unmodified.
 """
 
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from helpers import environment
 from PIL import Image
 
@@ -108,11 +108,11 @@ def photos(tmp_path_factory):
 
 
 def script(text, *words, folder):
-    command = [sys.executable, "-c", text, *map(str, words)]
-    variables = {**environment(), "OPENAI_LOGDIR": str(folder)}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    (source := folder / "their_train.py").write_text(text)
+    with Forked([sys.executable, source, *words], {**environment(), "OPENAI_LOGDIR": str(folder)}) as process:
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return err
 
 
 def test_image_training_of_20_steps_resumes(photos, tmp_path):
