@@ -53,7 +53,7 @@ class Forked:
             raise subprocess.TimeoutExpired(self.args, timeout)
         return self.returncode
 
-    def communicate(self, timeout=None):
+    def communicate(self, _=None, timeout=None):
         self.wait(timeout)
         return tuple(file.read() for file in self._streams)
 

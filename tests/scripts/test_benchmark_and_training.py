@@ -4,11 +4,13 @@ import contextlib
 import io
 import json
 import re
+import subprocess
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from helpers import call, environment, load_script
 
 from classifiers import load_classifier, load_decoder
@@ -120,6 +122,7 @@ def evaluation_benchmark(monkeypatch):
         monkeypatch.setattr(script, name, size)
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(subprocess, "Popen", Forked)
     return script
 
 
