@@ -18,7 +18,14 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 # The server leaves out what is not installed. An optimizer imports torch._dynamo at its first step.
 _SCRIPTS = ["classifier_sample", "edm_sample", "dit_sample", "image_train", "classifier_train"]
 _CONTEXT.set_forkserver_preload(
-    ["forked", *_SCRIPTS, "torch._dynamo", "matplotlib.backends.backend_agg", "diffusers.models"]
+    [
+        "forked",
+        *_SCRIPTS,
+        "torch._dynamo",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
+        "diffusers.models",
+    ]
 )
 
 
