@@ -30,17 +30,19 @@ _CONTEXT.set_forkserver_preload(
 
 
 class Forked:
-    """As subprocess.Popen of [python, SCRIPT, FLAGS...], or of torchrun, [python, -m, torch.distributed.run,
-    ...], whose processes are forks then too. What they write is kept for `communicate`. The end of a `with`
-    kills what still runs.
+    """As subprocess.Popen of [python, SCRIPT, FLAGS...], of [python, -c, CODE, WORDS...], or of torchrun, [python,
+    -m, torch.distributed.run, ...], whose processes are forks then too. What they write is kept for
+    `communicate`. The end of a `with` kills what still runs.
     """
 
-    def __init__(self, command, env=None, **_):
+    def __init__(self, command, env=None, cwd=None, **_):
         self.args = [*map(str, command)]
         self._streams = [tempfile.NamedTemporaryFile("r") for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in self._streams]
         variables = dict(os.environ) if env is None else env
-        self._process = _CONTEXT.Process(target=_run, args=(self.args[1:], variables, os.getcwd(), names))
+        self._process = _CONTEXT.Process(
+            target=_run, args=(self.args[1:], variables, cwd or os.getcwd(), names)
+        )
         with pytest.MonkeyPatch.context() as patch:  # for the server, where this is the first
             for name, value in {**environment(), "PYTHONPATH": os.pathsep.join(sys.path)}.items():
                 patch.setenv(name, value)
@@ -78,12 +80,12 @@ class Forked:
         self.wait()
 
 
-def run(command, env=None):
-    """What a finished process wrote to its standard output; it must end well."""
-    with Forked(command, env or environment()) as process:
-        out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
+def run(command, cwd=None, **variables):
+    """(stdout, stderr) of a process that must end well."""
+    with Forked(command, {**environment(), **variables}, cwd) as process:
+        said = process.communicate(timeout=300)
+    assert process.returncode == 0, said[1]
+    return said
 
 
 def _run(words, variables, folder, streams):
@@ -94,22 +96,25 @@ def _run(words, variables, folder, streams):
     os.chdir(folder)
     multiprocessing.set_start_method(None, force=True)  # as in any other process
     if words[:2] != ["-m", "torch.distributed.run"]:
-        return _run_script(*words)
+        return _run_code(*words)
     launcher = torch.distributed.run
     launch = launcher.elastic_launch
 
     def launch_forks(config, entrypoint):
         config.start_method = "fork"
-        return launch(config, _run_script)
+        return launch(config, _run_code)
 
     launcher.elastic_launch = launch_forks
     launcher.main(words[2:])
 
 
-def _run_script(*words):
+def _run_code(*words):
     """In a process that torchrun forks the signals have torchrun's handlers, and the words begin with -u."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.modules.pop("_beside", None)  # what it does belongs to the start of a script
     sys.argv = [word for word in words if word != "-u"]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if sys.argv[0] == "-c":
+        exec(sys.argv.pop(1), {"__name__": "__main__"})
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")

@@ -41,12 +41,11 @@ print(parameters[0].tolist())
 
 def test_parameters_are_those_of_rank_0_on_all_processes(tmp_path):
     group = []
-    (source := tmp_path / "sync.py").write_text(SYNC)
     for rank in "012":
         ranks = {"RANK": rank, "SIZE": "3", "LOCAL_RANK": rank, "LOCAL_SIZE": "3"}
         variables = {f"OMPI_COMM_WORLD_{name}": value for name, value in ranks.items()}
         environment = {**os.environ, "TMPDIR": str(tmp_path), **variables}
-        group.append(Forked([sys.executable, source], environment))
+        group.append(Forked([sys.executable, "-c", SYNC], environment))
     assert [process.communicate(timeout=120) for process in group] == [("[5.0, 5.0]\n", "")] * 3
 
 

@@ -7,8 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from forked import Forked
-from helpers import environment
+from forked import run
 from PIL import Image
 
 from guided_diffusion import logger
@@ -108,11 +107,7 @@ def photos(tmp_path_factory):
 
 
 def script(text, *words, folder):
-    (source := folder / "their_train.py").write_text(text)
-    with Forked([sys.executable, source, *words], {**environment(), "OPENAI_LOGDIR": str(folder)}) as process:
-        _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return err
+    return run([sys.executable, "-c", text, *words], OPENAI_LOGDIR=str(folder))[1]
 
 
 def test_image_training_of_20_steps_resumes(photos, tmp_path):

@@ -153,9 +153,8 @@ def command(sampler, folder, *flags):
 
 
 def test_a_killed_run_resumes_and_ends_with_the_same_bytes(sampler, finished, tmp_path):
-    (source := tmp_path / "killed.py").write_text(KILLED)
     words = command(sampler, folder := tmp_path / "run", "--log_guidance", True)
-    with Forked([sys.executable, source, *words], environment()) as process:
+    with Forked([sys.executable, "-c", KILLED, *words], environment()) as process:
         _, err = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, err
     assert len(list(folder.glob("shards/[0-9]*.npz"))) == 1 and len(list(folder.glob("shards/.*"))) == 1
@@ -180,7 +179,7 @@ def test_two_processes_write_the_bytes_and_the_lines_of_one(finished, tmp_path):
     (source := tmp_path / "together.py").write_text(TOGETHER)
     lines = [command(sampler, tmp_path / sampler.name, "--log_guidance", True) for sampler in SAMPLERS]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    said = run([*launcher, source, json.dumps(lines, default=str)]).split()
+    said = run([*launcher, source, json.dumps(lines, default=str)])[0].split()
     assert said == [str(samples_file(tmp_path / sampler.name)) for sampler in SAMPLERS]  # rank 0 alone
     for sampler in SAMPLERS:
         assert_same_files(tmp_path / sampler.name, finished(sampler))

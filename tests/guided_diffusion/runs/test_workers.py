@@ -82,7 +82,6 @@ with workers.Workers(store, "list", rank, 3) as member:
 def trio(tmp_path):
     """Three processes, each of which does what it is told; yields the function that starts them."""
     started = []
-    (source := tmp_path / "member.py").write_text(CHILD)
 
     def start(*what):
         with socket.socket() as probe:
@@ -90,7 +89,7 @@ def trio(tmp_path):
             port = probe.getsockname()[1]
         for rank in range(3):
             here = tmp_path / f"{rank} is in"
-            started.append(Forked([sys.executable, source, port, rank, what[rank], here]))
+            started.append(Forked([sys.executable, "-c", CHILD, port, rank, what[rank], here]))
         while len(list(tmp_path.glob("* is in"))) < 3:
             assert {process.poll() for process in started} == {None}
             time.sleep(0.01)

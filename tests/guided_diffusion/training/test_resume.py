@@ -91,11 +91,10 @@ def words_of(flags, data, out):
     ids=["images", "classifier"],
 )
 def test_killed_again_and_again_ends_as_the_undisturbed(flags, turns, data, tmp_path):
-    (mortal := tmp_path / "mortal.py").write_text(MORTAL)
     attempts, codes = [(0, "whole"), *((turn, "killed") for turn in (*turns, 0))], []
     for turn, name in attempts:
         words = words_of(flags, data, tmp_path / name)
-        with Forked([sys.executable, mortal, turn, *words], environment()) as process:
+        with Forked([sys.executable, "-c", MORTAL, turn, *words], environment()) as process:
             _, err = process.communicate(timeout=300)
         codes.append(process.returncode)
     assert codes[0] == codes[-1] == 0 and set(codes) == {0, -signal.SIGKILL}, err
