@@ -1,5 +1,5 @@
-"""Processes that start at once: each is a fork of one that has imported all that our scripts import, which takes
-seconds. For tests of what a script does in a process of its own, not of how it starts.
+"""Processes that start at once: each is a fork of one that has imported all that our scripts import, which
+takes seconds. For tests of what a script does in a process of its own, not of how it starts.
 """
 
 import multiprocessing
@@ -30,8 +30,8 @@ _CONTEXT.set_forkserver_preload(
 
 
 class Forked:
-    """As subprocess.Popen of [python, SCRIPT, FLAGS...], of [python, -c, CODE, WORDS...], or of torchrun, [python,
-    -m, torch.distributed.run, ...], whose processes are forks then too. What they write is kept for
+    """As subprocess.Popen of [python, SCRIPT, FLAGS...], of [python, -c, CODE, WORDS...], or of torchrun,
+    [python, -m, torch.distributed.run, ...], whose processes are forks then too. What they write is kept for
     `communicate`. The end of a `with` kills what still runs.
     """
 
@@ -78,6 +78,8 @@ class Forked:
     def __exit__(self, *_):
         self.kill()
         self.wait()
+        for file in self._streams:
+            file.close()
 
 
 def run(command, cwd=None, **variables):

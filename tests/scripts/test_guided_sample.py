@@ -36,8 +36,8 @@ def copy(tmp_path):
 
 
 def install(path, copy, runs_presets=False):
-    """An interpreter that writes what it was asked to run. It runs the copy's presets.py, or knows the answers,
-    since a start takes seconds.
+    """An interpreter that writes what it was asked to run. It runs the copy's presets.py, or knows the
+    answers, since a start takes seconds.
     """
     known = "".join(ASKED.format(copy=copy, preset=name, script=SCRIPT_OF[name]) for name in SCRIPT_OF)
     answers = RUN.format(copy=copy) if runs_presets else known

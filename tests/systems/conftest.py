@@ -16,8 +16,8 @@ def sampler(request):
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
-    """once(name, run): the folder of that name, after the first of pytest-xdist's processes that asks for it has
-    called run(folder).
+    """once(name, run): the folder of that name, after the first of pytest-xdist's processes that asks for it
+    has called run(folder).
     """
     place = tmp_path_factory.getbasetemp()
     place = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "once"

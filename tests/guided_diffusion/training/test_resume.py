@@ -11,8 +11,8 @@ import torch
 from forked import Forked
 from helpers import ROOT, environment
 
-# Runs a script that kills itself with signal 9 before the step, or before the file, whose turn it is; 0 lets it
-# live.
+# Runs a script that kills itself with signal 9 before the step, or before the file, whose turn it is; 0 lets
+# it live.
 MORTAL = """
 import os, runpy, signal, sys
 import torch
