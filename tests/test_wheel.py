@@ -10,7 +10,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("guided_diffusion", "classifiers", "evaluation", "pretrained_models")
-LOAD = "from classifiers import load_classifier; load_classifier({name!r}, num_classes={classes})"
+LOAD = """
+import classifiers
+print(classifiers.__file__)
+classifiers.load_classifier("digits_guide", num_classes=10)
+print("loaded")
+classifiers.load_classifier("resnet50")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +37,14 @@ def installed(tmp_path_factory):
     return folder / "site"
 
 
-def run(code, site, cwd):
-    """A process that has the installed packages in the place of this checkout's."""
-    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
-
-
-def test_small_networks_load_from_another_folder(installed, tmp_path):
-    where = "; import classifiers; print(classifiers.__file__)"
-    done = run(LOAD.format(name="digits_guide", classes=10) + where, installed, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(installed))
-
-
-def test_what_is_not_there_is_named_with_its_place(installed, tmp_path):
-    done = run(LOAD.format(name="resnet50", classes=1000), installed, tmp_path)
+def test_small_networks_load_from_another_folder_and_what_is_not_there_is_named_with_its_place(
+    installed, tmp_path
+):
+    variables = {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command, environment = [sys.executable, "-c", LOAD], {**os.environ, **variables}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    place, loaded = done.stdout.splitlines()
+    assert place.startswith(str(installed)) and loaded == "loaded"
     message = done.stderr.splitlines()[-1]
     assert message.startswith("FileNotFoundError: ")
     assert str(installed / "pretrained_models" / "resnet50-11ad3fa6.pth") in message

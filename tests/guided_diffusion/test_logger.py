@@ -1,5 +1,6 @@
 """Where log lines go, and that none is lost."""
 
+import io
 import logging
 import os
 import subprocess
@@ -62,24 +63,33 @@ def test_a_line_before_configure_goes_to_stderr():
 
 
 LINE = "run \u00b1 \u4e2d \udcff"  # the last is a byte of a file's name that is no text
+IN_THE_FILE = "run \u00b1 \u4e2d \\udcff\nend\n".encode()
 WRITE = f"from guided_diffusion import logger; logger.configure('.'); logger.log({LINE!a}); logger.log('end')"
 
 
 @pytest.mark.parametrize(
-    ("encoding", "redirect", "err"),
-    [
-        ("ascii", "", b"run \\xb1 \\u4e2d \\udcff\nend\n"),
-        ("latin2", "", b"run \\xb1 \\u4e2d \\udcff\nend\n"),
-        ("ascii:strict", "", b"run \\xb1 \\u4e2d \\udcff\nend\n"),
-        ("utf-8", "", "run \u00b1 \u4e2d \\udcff\nend\n".encode()),
-        ("ascii", "2>&-", b""),
-        ("ascii", "2>&- >&-", b""),
-    ],
+    ("redirect", "err"),
+    [("", b"run \\xb1 \\u4e2d \\udcff\nend\n"), ("2>&-", b""), ("2>&- >&-", b"")],
 )
-def test_no_line_is_lost_whatever_the_locale_shows_and_the_file_is_utf_8(tmp_path, encoding, redirect, err):
+def test_no_line_is_lost_whatever_the_locale_shows_and_the_file_is_utf_8(tmp_path, redirect, err):
     code = f"import os; os.chdir({str(tmp_path)!r}); {WRITE}"
     done = python(
-        code, redirect, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING=encoding
+        code, redirect, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii:strict"
     )
     assert (done.returncode, done.stderr) == (0, err)
-    assert (tmp_path / "log.txt").read_bytes() == "run \u00b1 \u4e2d \\udcff\nend\n".encode()
+    assert (tmp_path / "log.txt").read_bytes() == IN_THE_FILE
+
+
+@pytest.mark.parametrize(
+    ("encoding", "err"),
+    [
+        *((name, b"run \\xb1 \\u4e2d \\udcff\nend\n") for name in ("ascii", "latin2")),
+        ("utf-8", IN_THE_FILE),
+    ],
+)
+def test_what_the_stream_does_not_know_is_escaped(tmp_path, monkeypatch, encoding, err):
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(shown := io.BytesIO(), encoding, errors="strict"))
+    logger.configure(tmp_path)
+    logger.log(LINE)
+    logger.log("end")
+    assert (shown.getvalue(), (tmp_path / "log.txt").read_bytes()) == (err, IN_THE_FILE)

@@ -1,9 +1,11 @@
 """The benchmark of the engine prints its figures, and they agree with each other."""
 
 import re
+import subprocess
 
 import pytest
 import torch.distributed as dist
+from forked import Forked
 from helpers import call, environment, load_script
 
 SMALL = {"SIZE": 8, "SHARD": 3, "IMAGES": 10, "BATCH": 2, "STEPS": 3, "BATCHES": 2, "STEP_SECONDS": 0.02}
@@ -18,6 +20,7 @@ def engine_benchmark(monkeypatch):
         monkeypatch.setattr(script, name, size)
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(subprocess, "Popen", Forked)
     return script
 
 

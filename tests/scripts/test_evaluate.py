@@ -166,7 +166,6 @@ def test_sets_of_one_name_are_told_apart(tmp_path, run):
 OUTPUTS = ["bars.png", "grid1-fake-_-.npz.png", "precision_recall.png", "report.json", "report.md"]
 LOCALES = {
     "ascii": (["+-"], {"PYTHONIOENCODING": "ascii"}),
-    "iso-8859-2": (["+-"], {"PYTHONIOENCODING": "iso-8859-2"}),
     "utf-8": (["±"], {"PYTHONIOENCODING": "utf-8"}),
 }
 

@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from helpers import ROOT, call, environment, load_script, samples_bytes
 
 from guided_diffusion.runs.store import SampleStore
 
 script = load_script("classifier_sample")
-FLAGS = ["--preset", "digits", "--timestep_respacing", "5", "--num_samples", "20", "--batch_size", "2"]
+FLAGS = ["--preset", "digits", "--timestep_respacing", "3", "--num_samples", "12", "--batch_size", "2"]
+LONGER = [*FLAGS, "--timestep_respacing", "5", "--num_samples", "20"]  # to be killed on the way
 ONE = [sys.executable]
 
 
@@ -27,14 +29,16 @@ def several(processes, *more):
     return [*ONE, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *more]
 
 
-def start(launcher, *flags, **variables):
+def start(launcher, *flags, popen=Forked, **variables):
+    """popen: subprocess.Popen where the start of the process is a part of what is tested."""
     command = [*launcher, str(ROOT / "scripts/classifier_sample.py"), *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env={**environment(), **variables}, **pipes)
+    return popen(command, env={**environment(), **variables}, **pipes)
 
 
 def finish(process):
-    out, err = process.communicate(timeout=300)
+    with process:
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return out
 
@@ -78,23 +82,23 @@ def alone(tmp_path_factory):
 
 
 def test_three_processes_of_torchrun_write_the_bytes_of_one_process(tmp_path, alone):
-    finish(start(several(3), *FLAGS, "--out", tmp_path))
+    finish(start(several(3), *FLAGS, "--out", tmp_path, popen=subprocess.Popen))
     assert samples_bytes(tmp_path) == alone
 
 
-@pytest.mark.parametrize("launcher", [open_mpi, srun])
+@pytest.mark.parametrize(("launcher", "popen"), [(open_mpi, subprocess.Popen), (srun, Forked)])
 def test_processes_of_mpiexec_and_srun_are_one_run_and_write_the_bytes_of_one_process(
-    tmp_path, alone, launcher
+    tmp_path, alone, launcher, popen
 ):
-    variables = {"TMPDIR": str(tmp_path)}
+    variables = {"TMPDIR": str(tmp_path), "popen": popen}
     group = [start(ONE, *FLAGS, "--out", tmp_path, **launcher(rank, 2), **variables) for rank in (1, 0)]
     assert [bool(finish(process)) for process in group] == [False, True]
     assert samples_bytes(tmp_path) == alone
 
 
 def test_mpiexec_on_several_nodes_is_one_line_that_names_torchrun(tmp_path):
-    process = start(ONE, *FLAGS, "--out", tmp_path, **{**hydra(1, 8), "MPI_LOCALNRANKS": "4"})
-    _, err = process.communicate(timeout=60)
+    with start(ONE, *FLAGS, "--out", tmp_path, **{**hydra(1, 8), "MPI_LOCALNRANKS": "4"}) as process:
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err.count("\n") == 1
     assert err.startswith("error: ") and "several nodes: start torchrun there instead" in err
 
@@ -102,10 +106,12 @@ def test_mpiexec_on_several_nodes_is_one_line_that_names_torchrun(tmp_path):
 # Stopped and killed
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_batch_and_keeps_it(tmp_path, signum, code):
-    size = ["--num_samples", "300", "--batch_size", "10", "--timestep_respacing", "25"]
-    with start(ONE, *FLAGS, *size, "--out", tmp_path) as process:
+@pytest.mark.parametrize(
+    ("signum", "code", "popen"), [(signal.SIGTERM, 143, subprocess.Popen), (signal.SIGINT, 130, Forked)]
+)
+def test_a_signal_finishes_the_batch_and_keeps_it(tmp_path, signum, code, popen):
+    size = ["--num_samples", "300", "--batch_size", "4"]
+    with start(ONE, *FLAGS, *size, "--out", tmp_path, popen=popen) as process:
         wait_for_a_shard(process, tmp_path)
         process.send_signal(signum)
         _, err = process.communicate(timeout=60)
@@ -116,8 +122,7 @@ def test_a_signal_finishes_the_batch_and_keeps_it(tmp_path, signum, code):
 
 
 def test_a_run_by_several_processes_stops_as_a_whole(tmp_path):
-    size = ["--num_samples", "2000", "--timestep_respacing", "25"]
-    with start(several(2), *FLAGS, *size, "--out", tmp_path) as process:
+    with start(several(2), *FLAGS, "--num_samples", "2000", "--out", tmp_path) as process:
         wait_for_a_shard(process, tmp_path)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
@@ -126,7 +131,7 @@ def test_a_run_by_several_processes_stops_as_a_whole(tmp_path):
 
 
 def test_a_killed_writer_leaves_a_lock_that_the_next_run_takes_over(tmp_path):
-    flags = [*FLAGS, "--num_samples", "40", "--timestep_respacing", "10", "--out", tmp_path]
+    flags = [*LONGER, "--out", tmp_path]
     with start(ONE, *flags) as process:
         wait_for_a_shard(process, tmp_path)
         process.kill()
@@ -137,17 +142,16 @@ def test_a_killed_writer_leaves_a_lock_that_the_next_run_takes_over(tmp_path):
     result = call(script.main, flags)
     assert result.code == 0 and f"after process {process.pid} on " in result.err
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["grid.png", "log.txt", "run.json", "samples_40x16x16x3.npz"]
+    assert left == ["grid.png", "log.txt", "run.json", "samples_20x16x16x3.npz"]
 
 
 def test_torchrun_restarts_the_others_after_one_was_killed(tmp_path):
-    size = ["--num_samples", "40", "--timestep_respacing", "15"]
-    with start(several(2, "--max_restarts", "1"), *FLAGS, *size, "--out", tmp_path) as process:
+    with start(several(2, "--max_restarts", "1"), *LONGER, "--out", tmp_path) as process:
         wait_for_a_shard(process, tmp_path)
         worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
         os.kill(int(worker), signal.SIGKILL)
         finish(process)
-    assert (tmp_path / "samples_40x16x16x3.npz").exists()
+    assert (tmp_path / "samples_20x16x16x3.npz").exists()
 
 
 def test_two_runs_on_one_folder(tmp_path):
@@ -162,12 +166,13 @@ def test_two_runs_on_one_folder(tmp_path):
     assert result.err.startswith(f"error: another run is writing into {tmp_path}: {owner}")
 
 
-def test_chaos_in_short(tmp_path):
-    flags = ["--kills", "2", "--longest", "2", "--num_samples", "20", "--processes", "1-2", "--seed", "3"]
-    command = [*ONE, ROOT / "scripts/chaos.py", *flags, "--out", tmp_path]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "2 kills, 20 samples: the same bytes as those of an undisturbed run\n"
+def test_chaos_in_short(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", Forked)
+    size = ["--num_samples", "100", "--batch_size", "4", "--timestep_respacing", "5"]
+    flags = ["--kills", "2", "--longest", "1", "--processes", "1-2", "--seed", "3"]
+    done = call(load_script("chaos").main, [*flags, *size, "--out", tmp_path])
+    assert done.code == 0, done.err
+    assert done.out == "2 kills, 100 samples: the same bytes as those of an undisturbed run\n"
 
 
 # Squeezed
@@ -176,7 +181,7 @@ def test_chaos_in_short(tmp_path):
 def test_too_little_space_is_noticed_before_the_first_image(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     result = call(script.main, [*FLAGS, "--out", tmp_path])
-    needed = 2 * 20 * (16 * 16 * 3 + 8)
+    needed = 2 * 12 * (16 * 16 * 3 + 8)
     assert result.code == 1
     assert f"error: {tmp_path} needs {needed:,} bytes more, and 1,000 are free: make room" in result.err
 

@@ -1,13 +1,13 @@
 """scripts/image_train.py, classifier_train.py and make_dataset.py from the command line."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, call, environment, flags_of, load_script
+from forked import run
+from helpers import ROOT, call, flags_of, load_script
 
 from classifiers import load_classifier
 from guided_diffusion.edm import load_edm_network
@@ -116,11 +116,9 @@ def test_a_number_of_seconds_ends_the_training_too(data, tmp_path):
 def test_two_processes_agree_with_one_at_the_same_whole_batch(data, tmp_path):
     flags = {**IMAGES, **DISCRETE, "samples": 0}
     assert train(images_main, data, tmp_path / "1", flags, batch_size=4).code == 0
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     more = {"batch_size": 2, "out": tmp_path / "2", "data_dir": data / "8.npz"}
-    command = [sys.executable, *torchrun, "scripts/image_train.py", *flags_of({**flags, **more})]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run([*torchrun, ROOT / "scripts/image_train.py", *flags_of({**flags, **more})])
     for name in ("model000004.pt", "ema_0.5_000004.pt"):
         one, two = (load_state_dict(tmp_path / run / name) for run in "12")
         torch.testing.assert_close(two, one, rtol=0, atol=2e-6)

@@ -2,16 +2,15 @@
 python, unmodified.
 """
 
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from forked import run
 from helpers import (
     TINY_64,
     TINY_NOISY,
-    environment,
     flags_of,
     make_noisy_classifier,
     make_unet,
@@ -128,9 +127,7 @@ def test_a_script_written_for_guided_diffusion_runs(folder, name, flags):
     files = {"model_path": "unet.pt", "classifier_path": "classifier.pt", "classifier_scale": 2.0}
     networks = {**TINY_64, **TINY_NOISY, "class_cond": True, "learn_sigma": True}
     command = [sys.executable, "their_sample.py", *flags_of({**files, **networks, **flags})]
-    environ = {**environment(), "OPENAI_LOGDIR": str(folder / name)}
-    result = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run(command, folder, OPENAI_LOGDIR=str(folder / name))
     log = (folder / name / "log.txt").read_text().splitlines()
     assert log[:3] == ["building the networks ...", "made 2 images", "made 4 images"]
     assert log[3:] == [f"saving to {folder / name / 'result.npz'}", "done"]

@@ -2,13 +2,12 @@
 plain python, unmodified.
 """
 
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import environment
+from forked import run
 from PIL import Image
 
 from guided_diffusion import logger
@@ -108,11 +107,7 @@ def photos(tmp_path_factory):
 
 
 def script(text, *words, folder):
-    command = [sys.executable, "-c", text, *map(str, words)]
-    variables = {**environment(), "OPENAI_LOGDIR": str(folder)}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    return run([sys.executable, "-c", text, *words], OPENAI_LOGDIR=str(folder))[1]
 
 
 def test_image_training_of_20_steps_resumes(photos, tmp_path):

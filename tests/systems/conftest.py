@@ -1,5 +1,8 @@
+import os
+
 import pytest
 from bad_files import write_bad_files
+from filelock import FileLock
 from helpers import call, contents
 from samplers import DIGITS, SAMPLERS, SCRIPTS
 from table import ADM, BASES
@@ -12,31 +15,38 @@ def sampler(request):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """finished(row): the folder of a run of its flags with --log_guidance; it must stay as it is."""
-    folders = {}
+def once(tmp_path_factory):
+    """once(name, run): the folder of that name, after the first of pytest-xdist's processes that asks for it
+    has called run(folder).
+    """
+    place = tmp_path_factory.getbasetemp()
+    place = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "once"
+    place.mkdir(exist_ok=True)
 
-    def run(sampler):
-        if sampler.name not in folders:
-            folders[sampler.name] = tmp_path_factory.mktemp(f"finished-{sampler.name}")
-            sampler.run(folders[sampler.name], "--log_guidance", True)
-        return folders[sampler.name]
+    def folder_of(name, run):
+        with FileLock(place / f"{name}.lock"):
+            if not (done := place / f"{name}.done").exists():
+                run(place / name)
+                done.touch()
+        return place / name
 
-    return run
+    return folder_of
 
 
 @pytest.fixture(scope="session")
-def unguided(tmp_path_factory):
+def finished(once):
+    """finished(row): the folder of a run of its flags with --log_guidance; it must stay as it is."""
+    return lambda sampler: once(
+        f"finished-{sampler.name}", lambda folder: sampler.run(folder, "--log_guidance", True)
+    )
+
+
+@pytest.fixture(scope="session")
+def unguided(once):
     """unguided(row): the same without any classifier."""
-    folders = {}
-
-    def run(sampler):
-        if sampler.name not in folders:
-            folders[sampler.name] = tmp_path_factory.mktemp(f"unguided-{sampler.name}")
-            sampler.run(folders[sampler.name], base=sampler.unguided)
-        return folders[sampler.name]
-
-    return run
+    return lambda sampler: once(
+        f"unguided-{sampler.name}", lambda folder: sampler.run(folder, base=sampler.unguided)
+    )
 
 
 # Bad input

@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
+import signal
 import sys
 
 import numpy as np
 import pytest
+from forked import Forked, run
 from helpers import ROOT, contents, environment, load_samples, samples_bytes, samples_file
 from samplers import DDPM, IMAGES, PLAIN_EDM, RELEASED, SAMPLERS, SCORE, levels_apart
 
@@ -126,13 +127,11 @@ def assert_same_files(folder, other):
     assert [path for path in files if path.name not in WRITTEN_ONCE and files[path] != others[path]] == []
 
 
-# One process that loads everything, and for each line a child that is killed in its second shard.
+# Runs a script that is killed in its second shard.
 KILLED = """
-import io, json, os, runpy, signal, sys
+import io, os, runpy, signal, sys
 import numpy as np
-lines, savez, calls = json.loads(sys.argv[1]), np.savez, []
-for script in {line[0] for line in lines}:
-    runpy.run_path(script)
+savez, calls = np.savez, []
 
 def half(file, **arrays):
     calls.append(file)
@@ -143,26 +142,9 @@ def half(file, **arrays):
     file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 
-np.savez = half
-for line in lines:
-    if not (child := os.fork()):
-        sys.argv = line
-        runpy.run_path(line[0], run_name="__main__")
-        os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (line, status)
-    print(child)
+np.savez, sys.argv = half, sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-def python(source, lines, *launcher):
-    """Run the source, told these command lines."""
-    words = json.dumps([list(map(str, line)) for line in lines])
-    path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"}
-    call = [sys.executable, *launcher, source, words]
-    done = subprocess.run(call, env=environment() | path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
 
 
 def command(sampler, folder, *flags):
@@ -170,21 +152,14 @@ def command(sampler, folder, *flags):
     return [script, *sampler.flags, *sampler.images(IMAGES), "--batch_size", 2, *flags, "--out", folder]
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """What every sampler left behind when it was killed with signal 9, and the killed process."""
-    folder = tmp_path_factory.mktemp("killed")
-    (source := folder / "killed.py").write_text(KILLED)
-    lines = [command(sampler, folder / sampler.name, "--log_guidance", True) for sampler in SAMPLERS]
-    processes = python(source, lines)
-    return {row.name: (folder / row.name, number) for row, number in zip(SAMPLERS, processes, strict=True)}
-
-
-def test_a_killed_run_resumes_and_ends_with_the_same_bytes(sampler, killed, finished):
-    folder, process = killed[sampler.name]
+def test_a_killed_run_resumes_and_ends_with_the_same_bytes(sampler, finished, tmp_path):
+    words = command(sampler, folder := tmp_path / "run", "--log_guidance", True)
+    with Forked([sys.executable, "-c", KILLED, *words], environment()) as process:
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, err
     assert len(list(folder.glob("shards/[0-9]*.npz"))) == 1 and len(list(folder.glob("shards/.*"))) == 1
     result = sampler.run(folder, "--log_guidance", True)
-    assert f"resumes after process {process} on " in result.err
+    assert f"resumes after process {process.pid} on " in result.err
     assert_same_files(folder, finished(sampler))
 
 
@@ -193,7 +168,8 @@ TOGETHER = """
 import json, runpy, sys
 import torch.distributed as dist
 leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None
-for sys.argv in json.loads(sys.argv[1]):
+for words in json.loads(sys.argv[1]):
+    sys.argv = list(map(str, words))
     runpy.run_path(sys.argv[0], run_name="__main__")
 leave()
 """
@@ -202,8 +178,8 @@ leave()
 def test_two_processes_write_the_bytes_and_the_lines_of_one(finished, tmp_path):
     (source := tmp_path / "together.py").write_text(TOGETHER)
     lines = [command(sampler, tmp_path / sampler.name, "--log_guidance", True) for sampler in SAMPLERS]
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    said = python(source, lines, *launcher)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    said = run([*launcher, source, json.dumps(lines, default=str)])[0].split()
     assert said == [str(samples_file(tmp_path / sampler.name)) for sampler in SAMPLERS]  # rank 0 alone
     for sampler in SAMPLERS:
         assert_same_files(tmp_path / sampler.name, finished(sampler))

@@ -1,23 +1,20 @@
-"""What processes tell each other: several workers share one store in this process, or real processes share
-one over TCP.
+"""What processes tell each other: several workers share one store in this process, or processes of their own
+share one over TCP.
 """
 
-import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from forked import Forked
 
 from guided_diffusion.runs.workers import Workers
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_every_position_is_claimed_once_by_somebody():
@@ -66,13 +63,14 @@ def test_one_that_asks_to_stop_stops_those_that_wait_too():
 CHILD = """
 import sys, time
 from datetime import timedelta
+from pathlib import Path
 import torch.distributed as dist
 from guided_diffusion.runs import workers
 workers.BEAT_SECONDS, workers.SILENCE_SECONDS, workers.PROGRESS_SECONDS = 0.2, 4.0, 0.05
 port, rank, what = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 store = dist.TCPStore("127.0.0.1", port, 3, is_master=rank == 0, timeout=timedelta(seconds=60))
 with workers.Workers(store, "list", rank, 3) as member:
-    print("in", flush=True)
+    Path(sys.argv[4]).touch()
     time.sleep(1)
     if what == "fail":
         raise ValueError("the disk is on fire")
@@ -81,25 +79,26 @@ with workers.Workers(store, "list", rank, 3) as member:
 
 
 @pytest.fixture
-def trio():
+def trio(tmp_path):
     """Three processes, each of which does what it is told; yields the function that starts them."""
-    started, environment = [], {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    started = []
 
     def start(*what):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+            port = probe.getsockname()[1]
         for rank in range(3):
-            command = [sys.executable, "-c", CHILD, port, str(rank), what[rank]]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            started.append(subprocess.Popen(command, env=environment, text=True, **pipes))
-        assert [process.stdout.readline() for process in started] == ["in\n"] * 3
+            here = tmp_path / f"{rank} is in"
+            started.append(Forked([sys.executable, "-c", CHILD, port, rank, what[rank], here]))
+        while len(list(tmp_path.glob("* is in"))) < 3:
+            assert {process.poll() for process in started} == {None}
+            time.sleep(0.01)
         return started
 
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def ends_of(processes):

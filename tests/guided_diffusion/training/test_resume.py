@@ -2,30 +2,24 @@
 log, bit for bit.
 """
 
-import json
-import os
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import Forked
+from helpers import ROOT, environment
 
-ROOT = Path(__file__).resolve().parents[3]
-# Every attempt is a child of a process that has imported everything: it kills itself with signal 9 before the
-# step, or before the file, whose turn it is; 0 lets it live. Prints the exit codes.
-ATTEMPTS = """
-import json, os, runpy, signal, sys
-sys.path.insert(0, "scripts")
-import _beside
-import matplotlib.backends.backend_agg
-import torch, torch._dynamo  # an optimizer imports it at its first step
-from guided_diffusion.training import classifiers, images
+# Runs a script that kills itself with signal 9 before the step, or before the file, whose turn it is; 0 lets
+# it live.
+MORTAL = """
+import os, runpy, signal, sys
+import torch
 from guided_diffusion.training.loop import Loop
+turn, moments = int(sys.argv[1]), 0
 
-def mortal(function, turn):
+def mortal(function):
     def wrapped(*args, **kwargs):
         global moments
         moments += 1
@@ -34,24 +28,13 @@ def mortal(function, turn):
         return function(*args, **kwargs)
     return wrapped
 
-def attempt(turn, words):
-    if pid := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    sys.argv = words
-    Loop.advance, torch.save = mortal(Loop.advance, turn), mortal(torch.save, turn)
-    os.replace = mortal(os.replace, turn)
-    try:
-        runpy.run_path(words[0], run_name="__main__")
-    except SystemExit as end:
-        os._exit(end.code or 0)
-    os._exit(0)
-
-moments = 0
-print(json.dumps([attempt(*each) for each in json.loads(sys.stdin.read())]), file=sys.stderr)
+sys.argv = sys.argv[2:]
+Loop.advance, torch.save, os.replace = map(mortal, (Loop.advance, torch.save, os.replace))
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 TURNS = (3, 9, 14)
 IMAGES = {
-    "script": "scripts/image_train.py",
+    "script": ROOT / "scripts/image_train.py",
     "image_size": 8,
     "num_channels": 32,
     "num_res_blocks": 1,
@@ -69,7 +52,7 @@ IMAGES = {
     "lr_anneal_steps": 11,
 }
 CLASSIFIER = {
-    "script": "scripts/classifier_train.py",
+    "script": ROOT / "scripts/classifier_train.py",
     "image_size": 32,
     "classifier_type": "cifar_resnet20",
     "noised": False,
@@ -108,16 +91,13 @@ def words_of(flags, data, out):
     ids=["images", "classifier"],
 )
 def test_killed_again_and_again_ends_as_the_undisturbed(flags, turns, data, tmp_path):
-    whole, killed = (words_of(flags, data, tmp_path / name) for name in ("whole", "killed"))
-    attempts = [(0, whole), *((turn, killed) for turn in turns), (0, killed)]
-    command, environment = [sys.executable, "-c", ATTEMPTS], {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        command, input=json.dumps(attempts), cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    codes = json.loads(done.stderr.splitlines()[-1])
-    assert codes[0] == codes[-1] == 0 and set(codes) == {0, -signal.SIGKILL}, done.stderr
+    attempts, codes = [(0, "whole"), *((turn, "killed") for turn in (*turns, 0))], []
+    for turn, name in attempts:
+        words = words_of(flags, data, tmp_path / name)
+        with Forked([sys.executable, "-c", MORTAL, turn, *words], environment()) as process:
+            _, err = process.communicate(timeout=300)
+        codes.append(process.returncode)
+    assert codes[0] == codes[-1] == 0 and set(codes) == {0, -signal.SIGKILL}, err
     assert codes.count(-signal.SIGKILL) >= 3, codes  # later attempts may have less to do than their turn
     whole = {path.name: path for path in (tmp_path / "whole").iterdir()}
     assert {"model000008.pt", "model000011.pt", "opt000011.pt", "progress.csv"} <= whole.keys()
