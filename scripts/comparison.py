@@ -123,4 +123,4 @@ def draw_rows(path: Path, folders: Mapping[str, Path], columns: int = 20) -> Non
         first = np.lexsort((labels, rank))[:columns]
         groups.append(images[first[np.argsort(labels[first], kind="stable")]])
         titles.append(title)
-    save_grid(path, groups, scale=max(1, 48 // groups[0].shape[1]), columns=len(groups[0]), titles=titles)
+    save_grid(path, groups, scale=-(-48 // groups[0].shape[1]), columns=len(groups[0]), titles=titles)
