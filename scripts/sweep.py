@@ -4,7 +4,7 @@
 
 A line of the file is NAME: PRESET [FLAGS...], preset and flags as ./guided_sample.sh takes them. {a,b} makes
 one cell with a and one with b, in every combination, and a column of the table; # begins a comment. All
-presets are of one problem, the digits or CIFAR-10; judge, features and reference are those of that problem.
+presets are of one problem (see problems.py); judge, features and reference are those of that problem.
 
 Writes rows.json, a row for each cell and seed, and their means and standard deviations: table.md, table.csv
 and table.json. A second table in table.md, and table.json, has the differences to the cell of --against, seed
@@ -41,11 +41,7 @@ from guided_diffusion.runs.lock import locked
 
 def main():
     args = create_argparser().parse_args()
-    require_one_process()
-    if args.num_samples < SMALLEST:
-        raise ValueError(f"--num_samples must be at least {SMALLEST}, got {args.num_samples}")
-    if args.processes < 1:
-        raise ValueError(f"--processes must be at least 1, got {args.processes}")
+    check_run_flags(args)
     out, seeds = args.out or Path("results", args.cells.stem), distinct_numbers(args.seeds, "--seeds")
     cells = read_cells(args.cells)
     against = named_cell(cells, args.against)
@@ -66,12 +62,26 @@ def create_argparser():
     parser = Parser(description=__doc__)
     parser.add_argument("cells", type=Path, metavar="FILE", help="the cells, a line each")
     parser.add_argument("--seeds", default="0", help="0-2 draws every cell three times, from other noise")
-    parser.add_argument("--num_samples", type=int, default=1000, help="images of each cell and seed")
-    parser.add_argument("--judge", help="the classifier that counts hits; by default the problem's own")
     parser.add_argument("--against", help="the cell that others are compared with; by default the first")
-    parser.add_argument("--processes", type=int, default=1, help="runs that are drawn side by side")
+    add_run_flags(parser, num_samples=1000)
     parser.add_argument("--out", type=Path, help="output folder, by default results/ and the file's name")
     return parser
+
+
+def add_run_flags(parser, num_samples):
+    """The flags that `measured` looks at."""
+    parser.add_argument("--num_samples", type=int, default=num_samples, help="images of each cell and seed")
+    parser.add_argument("--judge", help="the classifier that counts hits; by default the problem's own")
+    parser.add_argument("--processes", type=int, default=1, help="runs that are drawn side by side")
+
+
+def check_run_flags(args):
+    """Raise ValueError for numbers that cannot be, and under torchrun."""
+    require_one_process()
+    if args.num_samples < SMALLEST:
+        raise ValueError(f"--num_samples must be at least {SMALLEST}, got {args.num_samples}")
+    if args.processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {args.processes}")
 
 
 def numbers_of(problem):
@@ -124,7 +134,8 @@ def drawn(missing, args, out) -> Iterator[tuple]:
                 yield each, future.result()
             except BrokenExecutor:
                 raise ValueError(
-                    f"a process of the sweep died, perhaps for want of memory: fewer --processes than {args.processes}"
+                    "a process of the sweep died, perhaps for want of memory: "
+                    f"fewer --processes than {args.processes}"
                 ) from None
 
 
@@ -156,10 +167,12 @@ def judges_of(preset, judge_name):
 
 
 def write_tables(out, summaries, numbers, against):
-    """Write table.json, table.csv and table.md; return the text of the last."""
+    """Write table.json, table.csv and table.md; return the text of the last. One seed has no differences."""
     write_json(out / "table.json", summaries)
     lines = table(summaries, numbers)
-    parts = [markdown(lines), [f"The differences to {against}:"], markdown(differences(summaries, numbers))]
+    parts = [markdown(lines)]
+    if any(len(row["evaluations"]["runs"]) > 1 for row in summaries):
+        parts += [[f"The differences to {against}:"], markdown(differences(summaries, numbers))]
     text = "\n\n".join("\n".join(part) for part in parts)
     for name, content in (("table.md", f"{text}\n"), ("table.csv", comma_separated(lines))):
         with renamed_when_complete(out / name) as file:

@@ -14,7 +14,6 @@ from helpers import DIGITS_NETWORK, TINY, call, flags_of, load_samples, load_scr
 from PIL import Image
 
 SWEEP, CELLS, PLOT = load_script("sweep"), load_script("sweep_cells"), load_script("plot_sweep")
-STATISTICS = load_script("sweep_statistics")
 LINES = """# two lines, three cells
 unguided: digits --use_ddim 1 --steps 2 --classifier_scale 0
 EDM / ours: digits-edm --guidance_form score --sampler heun --steps {1,2} --guidance_every 2  # of two
@@ -103,32 +102,6 @@ def test_the_second_table_has_the_differences_seed_by_seed(finished, file, tmp_p
     assert "The differences to EDM / ours:" in other.out and "| unguided |  | +1 ± 0, real |" in other.out
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs", "verdict"),
-    [
-        ({0: 1.0, 1: 1.1, 2: 1.2}, {0: 2.0, 1: 2.1, 2: 2.3}, "real"),  # though seeds differ by more
-        ({0: 1.0, 1: 3.0}, {0: 2.0, 1: 2.0}, "cannot be told"),
-        ({0: 1.0}, {0: 2.0}, "cannot be told"),  # of one seed nothing
-        ({0: 1.0, 1: 2.0, 3: 9.0}, {0: 1.0, 1: 2.0, 2: 5.0}, "equal"),  # in the seeds of both
-    ],
-)
-def test_what_is_real_is_outside_the_interval(ours, theirs, verdict):
-    assert STATISTICS.paired(ours, theirs)["verdict"] == verdict
-    assert STATISTICS.paired(ours, {7: 1.0}) is None
-
-
-def test_the_interval_covers_the_mean_in_95_of_100_draws():
-    draws = np.random.default_rng(0).normal(1.0, 2.0, size=(2000, 4))
-    covered = [abs(each.mean() - 1) <= STATISTICS.interval(each) for each in draws]
-    assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
-
-
-def test_the_front_is_of_cells_that_none_of_their_panel_beats():
-    points = {"A / a": (1, 0.5), "A / b": (2, 0.6), "A / c": (2, 0.5), "A / d": (1, 0.5), "B / e": (9, 0.1)}
-    rows = [{"name": name, "fd": {"mean": x}, "recall": {"mean": y}} for name, (x, y) in points.items()]
-    assert STATISTICS.on_front(rows, "fd", "recall") == [True, True, False, True, True]
-
-
 def test_what_is_measured_is_not_drawn_again_and_a_new_cell_alone(finished, file, tmp_path, monkeypatch):
     folder, first = tmp_path / "out", finished[1]
     shutil.copytree(finished[0], folder)
@@ -200,9 +173,9 @@ def test_a_sweep_of_12_cells_that_is_stopped_three_times_has_the_table_of_an_und
         ("a: digits --sampler euler --gamma_factor 2 --guidance_strength ddim", "a: digits --sampler euler"),
         (
             "a: nothing --steps 2",
-            "a: nothing --steps 2: judge and metrics are those of digits and cifar10, and nothing",
+            "a: nothing --steps 2: judge and metrics are those of digits, cifar10, imagenet128, and nothing",
         ),
-        ("a: imagenet128-unguided", "imagenet128-unguided is none of their presets"),
+        ("a: imagenet64-edm-unguided", "imagenet64-edm-unguided is none of their presets"),
         (
             "a: digits --steps 2\nb: cifar10 --steps 2",
             "one table compares images of one problem, and these cells are of digits and cifar10",
