@@ -8,8 +8,9 @@ choices alone, and whether calibration ranks classifiers as the distance does.
 The cells are those of docs/results/PROBLEM.txt, in the form of scripts/sweep.py. Calibration is measured by
 scripts/calibrate.py on --data_dir, labelled images that no network was trained on; without it (the digits
 have some) what needs them cannot be told. Writes PROBLEM.json with all numbers, PROBLEM.md and pictures into
-the folder results beside --page, and into that page, between two marker comments, the answers of all problems,
-computed from those files. What was drawn or measured is kept in --out: a run that was stopped resumes.
+the folder results beside --page, and into that page, between two marker comments, the answers of all
+problems, computed from those files. What was drawn or measured is kept in --out: a run that was stopped
+resumes.
 --dry_run lists the files, the hours and the disk that it takes, and draws nothing.
 """
 
