@@ -118,7 +118,7 @@ def claim_lines(answers: Sequence[Mapping[str, Any]]) -> list[str]:
     note = (
         f"'{AGREES}' and '{DISAGREES}' say that the 95 % interval leaves zero out. Of a ranking, the number "
         "is Spearman's rank correlation over these settings, its interval that over the seeds: it says "
-        "nothing of other settings."
+        "nothing of other settings. Without a difference, nothing was measured."
     )
     lines = [[each["claim"], each["answer"], bracketed(each["difference"], ".3f")] for each in answers]
     return [*textwrap.wrap(note, WIDTH), "", *markdown([("", "here", "difference"), *lines])]
