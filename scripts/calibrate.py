@@ -64,8 +64,8 @@ class Cell:
         return float(np.mean([level[number] for level in self.levels]))
 
 
-def main():
-    args, rest = create_argparser().parse_known_args()
+def main(argv=None):
+    args, rest = create_argparser().parse_known_args(argv)
     betas = positive_numbers(args.softplus_betas or "3,5,10,inf", "--softplus_betas", math.inf)
     temperatures = positive_numbers(args.joint_temperatures, "--joint_temperatures")
     check_outputs(args)

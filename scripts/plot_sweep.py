@@ -5,7 +5,8 @@
 
 A name such as "EDM, labels / dpmpp_2m" is the curve dpmpp_2m in the row of panels "EDM, labels"; there is a
 panel in that row for each number of --y. A curve goes through its cells in the order of the file. A point is
-the mean over the seeds, its bars are their standard deviation.
+the mean over the seeds, its bars are their standard deviation. Where recall is drawn against the distance or
+precision, rings mark the Pareto front of each row of panels.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 import _beside  # noqa: F401
 from problems import PROBLEMS
 from sweep import numbers_of
+from sweep_statistics import HIGHER_IS_BETTER, is_distance, on_front, panel_of
 
 from guided_diffusion.files.console import print_result
 from guided_diffusion.files.figures import plain_style, plain_text, require_matplotlib, save_figure
@@ -53,7 +55,7 @@ def columns_of(text, rows):
     """The keys of the panels. Raises ValueError for one that the rows do not have."""
     known = [key for key in NUMBERS if all(key in row for row in rows)]
     if text is None:
-        return [key for key in known if key.startswith("fd_")] + ["precision", "recall"]
+        return [key for key in known if is_distance(key)] + ["precision", "recall"]
     for key in (keys := text.split(",")):
         if key not in known:
             raise ValueError(f"--y {text}: {key!r} is not a number of this sweep; choose {', '.join(known)}")
@@ -64,8 +66,8 @@ def curves(rows):
     """{row of panels: {curve: its cells}}."""
     panels = {}
     for row in rows:
-        panel, slash, curve = row["name"].partition(" / ")
-        panels.setdefault(panel if slash else "", {}).setdefault(curve or panel, []).append(row)
+        panel, curve = panel_of(row["name"])
+        panels.setdefault(panel, {}).setdefault(curve, []).append(row)
     return panels
 
 
@@ -84,6 +86,7 @@ def draw(panels, x, columns):
     for axes_of_row, (panel, lines) in zip(grid, panels.items(), strict=True):
         for axes, y in zip(axes_of_row, columns, strict=True):
             handles = [curve(axes, cells, x, y, styles[name]) for name, cells in lines.items()]
+            ring_front(axes, [cell for cells in lines.values() for cell in cells], x, y)
             axes.set(title=plain_text(panel), xlabel=NUMBERS[x][0], ylabel=NUMBERS[y][0])
             axes.grid(alpha=0.3)
             for side, key in (("x", x), ("y", y)):
@@ -113,6 +116,15 @@ def curve(axes, cells, x, y, style):
     places, heights = ([cell[key]["mean"] for cell in cells] for key in (x, y))
     bars = [[cell[key]["std"] or 0 for cell in cells] for key in (x, y)]
     return axes.errorbar(places, heights, bars[1], bars[0], markersize=4, linewidth=1.2, capsize=2, **style)
+
+
+def ring_front(axes, cells, x, y):
+    """Rings around the cells on the Pareto front, where the axes are those of one."""
+    if "recall" not in (x, y) or not all(is_distance(key) or key in HIGHER_IS_BETTER for key in (x, y)):
+        return
+    best = [cell for cell, best in zip(cells, on_front(cells, x, y), strict=True) if best]
+    places, heights = ([cell[key]["mean"] for cell in best] for key in (x, y))
+    axes.plot(places, heights, "o", markersize=11, markerfacecolor="none", markeredgecolor="0.3")
 
 
 def spaced(ticks):

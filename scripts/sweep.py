@@ -4,11 +4,14 @@
 
 A line of the file is NAME: PRESET [FLAGS...], preset and flags as ./guided_sample.sh takes them. {a,b} makes
 one cell with a and one with b, in every combination, and a column of the table; # begins a comment. All
-presets are of one problem, the digits or CIFAR-10; judge, features and reference are those of that problem.
+presets are of one problem (see problems.py); judge, features and reference are those of that problem.
 
 Writes rows.json, a row for each cell and seed, and their means and standard deviations: table.md, table.csv
-and table.json. What rows.json holds is not drawn again: a sweep that was stopped resumes, and a cell that is
-added is drawn alone. A run that fails is named at the end, and the others are drawn all the same.
+and table.json. A second table in table.md, and table.json, has the differences to the cell of --against, seed
+by seed, with their 95 % intervals. The last column names the Pareto fronts that a cell is on, among those
+whose names begin alike up to a slash. What rows.json holds is not drawn again: a sweep that was stopped
+resumes, and a cell that is added is drawn alone. A run that fails is named at the end, and the others are
+drawn all the same.
 """
 
 import csv
@@ -24,7 +27,8 @@ from pathlib import Path
 import _beside  # noqa: F401
 from comparison import cost, distinct_numbers, judge, require_one_process, spread, with_error
 from problems import SMALLEST, Quality, problem_of
-from sweep_cells import plan, problem_of_all, read_cells, refuse_twins
+from sweep_cells import named_cell, plan, problem_of_all, read_cells, refuse_twins
+from sweep_statistics import by_seed, is_distance, on_front, paired, with_interval
 
 from guided_diffusion import dist_util
 from guided_diffusion.files.atomic import renamed_when_complete, write_json
@@ -37,13 +41,10 @@ from guided_diffusion.runs.lock import locked
 
 def main():
     args = create_argparser().parse_args()
-    require_one_process()
-    if args.num_samples < SMALLEST:
-        raise ValueError(f"--num_samples must be at least {SMALLEST}, got {args.num_samples}")
-    if args.processes < 1:
-        raise ValueError(f"--processes must be at least 1, got {args.processes}")
+    check_run_flags(args)
     out, seeds = args.out or Path("results", args.cells.stem), distinct_numbers(args.seeds, "--seeds")
     cells = read_cells(args.cells)
+    against = named_cell(cells, args.against)
     planned = [plan(cell, seed, args, out) for seed in seeds for cell in cells]
     refuse_twins(planned)
     numbers = numbers_of(problem_of_all(cells))
@@ -51,8 +52,8 @@ def main():
     with locked(out):
         rows, failures = measured(planned, args, out)
         done = [{**rows[each.id], **each.about()} for each in planned if each.id in rows]
-        lines = write_tables(out, summed(done, numbers), numbers)
-    print_result("\n".join(markdown(lines)))
+        text = write_tables(out, summed(done, numbers, against.command), numbers, against.name)
+    print_result(text)
     if failures:
         raise ValueError(f"{len(failures)} of {len(planned)} runs failed: {'; '.join(failures)}")
 
@@ -61,11 +62,26 @@ def create_argparser():
     parser = Parser(description=__doc__)
     parser.add_argument("cells", type=Path, metavar="FILE", help="the cells, a line each")
     parser.add_argument("--seeds", default="0", help="0-2 draws every cell three times, from other noise")
-    parser.add_argument("--num_samples", type=int, default=1000, help="images of each cell and seed")
-    parser.add_argument("--judge", help="the classifier that counts hits; by default the problem's own")
-    parser.add_argument("--processes", type=int, default=1, help="runs that are drawn side by side")
+    parser.add_argument("--against", help="the cell that others are compared with; by default the first")
+    add_run_flags(parser, num_samples=1000)
     parser.add_argument("--out", type=Path, help="output folder, by default results/ and the file's name")
     return parser
+
+
+def add_run_flags(parser, num_samples):
+    """The flags that `measured` looks at."""
+    parser.add_argument("--num_samples", type=int, default=num_samples, help="images of each cell and seed")
+    parser.add_argument("--judge", help="the classifier that counts hits; by default the problem's own")
+    parser.add_argument("--processes", type=int, default=1, help="runs that are drawn side by side")
+
+
+def check_run_flags(args):
+    """Raise ValueError for numbers that cannot be, and under torchrun."""
+    require_one_process()
+    if args.num_samples < SMALLEST:
+        raise ValueError(f"--num_samples must be at least {SMALLEST}, got {args.num_samples}")
+    if args.processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {args.processes}")
 
 
 def numbers_of(problem):
@@ -118,7 +134,8 @@ def drawn(missing, args, out) -> Iterator[tuple]:
                 yield each, future.result()
             except BrokenExecutor:
                 raise ValueError(
-                    f"a process of the sweep died, perhaps for want of memory: fewer --processes than {args.processes}"
+                    "a process of the sweep died, perhaps for want of memory: "
+                    f"fewer --processes than {args.processes}"
                 ) from None
 
 
@@ -149,43 +166,68 @@ def judges_of(preset, judge_name):
 # Tables
 
 
-def write_tables(out, summaries, numbers):
-    """Write table.json, table.md and table.csv; return the lines of the table."""
+def write_tables(out, summaries, numbers, against):
+    """Write table.json, table.csv and table.md; return the text of the last. One seed has no differences."""
     write_json(out / "table.json", summaries)
     lines = table(summaries, numbers)
-    for name, text in (
-        ("table.md", "\n".join(markdown(lines)) + "\n"),
-        ("table.csv", comma_separated(lines)),
-    ):
+    parts = [markdown(lines)]
+    if any(len(row["evaluations"]["runs"]) > 1 for row in summaries):
+        parts += [[f"The differences to {against}:"], markdown(differences(summaries, numbers))]
+    text = "\n\n".join("\n".join(part) for part in parts)
+    for name, content in (("table.md", f"{text}\n"), ("table.csv", comma_separated(lines))):
         with renamed_when_complete(out / name) as file:
-            file.write(text.encode())
-    return lines
+            file.write(content.encode())
+    return text
 
 
 def read_rows(path):
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def summed(rows, numbers):
-    """One row per cell: its name, what it chose, and the spread of each number over the seeds."""
+def summed(rows, numbers, against):
+    """One row per cell: its name, what it chose, the spread of each number over the seeds, its differences to
+    the cell whose command is `against`, and the fronts that it is on.
+    """
     cells = {}
     for row in rows:
         cells.setdefault((row["name"], row["command"]), []).append(row)
-    return [
+    base = [row for row in rows if row["command"] == against]
+    summaries = [
         {"name": name, "chosen": same[0]["chosen"]}
         | {key: spread([row[key] for row in same]) for key in numbers}
+        | {"differences": {key: paired(by_seed(same, key), by_seed(base, key)) for key in numbers}}
         for (name, _), same in cells.items()
+    ]
+    fronts = {x: on_front(summaries, x, "recall") for x in numbers if is_distance(x) or x == "precision"}
+    return [
+        row | {"fronts": [x for x, which in fronts.items() if which[i]]} for i, row in enumerate(summaries)
     ]
 
 
 def table(rows, numbers):
     """The cells of the table as text, its titles first; a column for each flag that some line leaves open."""
-    flags = list(dict.fromkeys(flag for row in rows for flag in row["chosen"]))
-    lines = [["", *flags, *(title for title, _ in numbers.values())]]
+    flags = chosen_flags(rows)
+    lines = [["", *flags, *(title for title, _ in numbers.values()), "Pareto front"]]
     for row in rows:
         written = [with_error(without_zero(row[key]), form) for key, (_, form) in numbers.items()]
+        fronts = ", ".join(f"{numbers[x][0]} and recall" for x in row["fronts"])
+        lines.append([row["name"], *(row["chosen"].get(flag, "") for flag in flags), *written, fronts])
+    return lines
+
+
+def differences(rows, numbers):
+    """The second table, in the same way."""
+    flags = chosen_flags(rows)
+    lines = [["", *flags, *(title for title, _ in numbers.values())]]
+    for row in rows:
+        written = [with_interval(row["differences"][key], form) for key, (_, form) in numbers.items()]
         lines.append([row["name"], *(row["chosen"].get(flag, "") for flag in flags), *written])
     return lines
+
+
+def chosen_flags(rows):
+    """The flags that some line of the file leaves open."""
+    return list(dict.fromkeys(flag for row in rows for flag in row["chosen"]))
 
 
 def without_zero(cell):

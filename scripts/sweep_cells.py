@@ -28,8 +28,13 @@ class Cell:
     words: tuple[str, ...]
     chosen: dict[str, str] = field(hash=False)
 
+    @property
+    def command(self):
+        """Preset and flags, as ./guided_sample.sh takes them."""
+        return shlex.join([self.preset, *self.words])
+
     def __str__(self):
-        return f"{self.name}: {shlex.join([self.preset, *self.words])}"
+        return f"{self.name}: {self.command}"
 
 
 def read_cells(path):
@@ -64,6 +69,15 @@ def expanded(line):
         yield Cell(name.strip(), picked[0], picked[1:], dict(zip(names, chosen, strict=True)))
 
 
+def named_cell(cells, name):
+    """The first cell of that name, or of all where there is no name. Raises ValueError for an unknown one."""
+    for cell in cells:
+        if name in (None, cell.name):
+            return cell
+    names = ", ".join(dict.fromkeys(cell.name for cell in cells))
+    raise ValueError(f"--against {name!r} is no cell; choose {names}")
+
+
 @dataclass(frozen=True)
 class Planned:
     """A cell and a seed: the run, and the id of its row, which says all that decides about its images and how
@@ -78,8 +92,7 @@ class Planned:
     def about(self):
         """What a row says beside its numbers."""
         cell = self.cell
-        command = shlex.join([cell.preset, *cell.words])
-        return {"name": cell.name, "chosen": cell.chosen, "seed": self.seed, "command": command}
+        return {"name": cell.name, "chosen": cell.chosen, "seed": self.seed, "command": cell.command}
 
 
 def plan(cell, seed, args, out):

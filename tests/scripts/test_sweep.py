@@ -4,11 +4,13 @@ draws it.
 
 import csv
 import json
+import shlex
 import shutil
 
 import numpy as np
 import pytest
-from helpers import call, load_script
+import torch
+from helpers import DIGITS_NETWORK, TINY, call, flags_of, load_samples, load_script, save_unet
 from PIL import Image
 
 SWEEP, CELLS, PLOT = load_script("sweep"), load_script("sweep_cells"), load_script("plot_sweep")
@@ -85,6 +87,21 @@ def test_the_table_has_means_and_deviations_and_a_column_for_what_differs(finish
     assert result.out == markdown and f"| {cell} |" in markdown
 
 
+def test_the_second_table_has_the_differences_seed_by_seed(finished, file, tmp_path):
+    folder, result = finished
+    unguided, _, ours = table_of(folder)
+    runs = np.subtract(ours["fd_digits"]["runs"], unguided["fd_digits"]["runs"])
+    difference, half = ours["differences"]["fd_digits"], 12.706 * runs.std(ddof=1) / 2**0.5
+    np.testing.assert_allclose(difference["runs"], runs)
+    assert difference["interval"] == pytest.approx(half, rel=1e-4)
+    text = f"| {runs.mean():+.2f} ± {half:.2f}, {'real' if abs(runs.mean()) > half else 'cannot be told'} |"
+    assert "The differences to unguided:" in result.out and text in result.out
+    assert "| unguided |  | equal | equal |" in result.out and "| -1 ± 0, real |" in result.out
+    shutil.copy(folder / "rows.json", tmp_path)
+    other = call(SWEEP.main, flags(file, tmp_path, "--seeds", "0-1", "--against", "EDM / ours"))
+    assert "The differences to EDM / ours:" in other.out and "| unguided |  | +1 ± 0, real |" in other.out
+
+
 def test_what_is_measured_is_not_drawn_again_and_a_new_cell_alone(finished, file, tmp_path, monkeypatch):
     folder, first = tmp_path / "out", finished[1]
     shutil.copytree(finished[0], folder)
@@ -102,24 +119,37 @@ def test_what_is_measured_is_not_drawn_again_and_a_new_cell_alone(finished, file
     assert [row["name"] for row in table_of(folder)] == ["another name", *["EDM / ours"] * 2, "one more"]
 
 
-def test_a_sweep_that_is_stopped_resumes_with_the_rows_that_it_has(file, tmp_path, finished, monkeypatch):
+def cheap_quality(folder):
+    keys = ("fd_digits", "precision", "recall", "density", "coverage")
+    return dict(zip(keys, load_samples(folder)[0][:5].mean((1, 2, 3)), strict=True))
+
+
+def test_a_sweep_of_12_cells_that_is_stopped_three_times_has_the_table_of_an_undisturbed_one(
+    file, tmp_path, monkeypatch
+):
+    tiny = {**DIGITS_NETWORK, **TINY, "class_cond": False}
+    network = shlex.join(flags_of({**TINY, "model_path": save_unet(tmp_path / "tiny.pt", tiny)}))
+    network += " --class_cond False --null_class False --classifier_type ''"
+    file.write_text(f"a: digits {network} --steps {{1,2,3}} --labels {{0,1,2,3}}\n")
+    monkeypatch.setattr(SWEEP, "judges_of", lambda *_: (torch.nn.Flatten(), cheap_quality))
+    assert call(SWEEP.main, flags(file, tmp_path / "undisturbed")).code == 0
     drawn, run = [], SWEEP.run
 
     def run_one(job):
         drawn.append(job.folder)
-        if len(drawn) == 2:
+        if len(drawn) in (1, 6, 9):
             raise KeyboardInterrupt
         return run(job)
 
     monkeypatch.setattr(SWEEP, "run", run_one)
-    result = call(SWEEP.main, flags(file, tmp_path / "out"))
-    assert result.code == 130 and [row["name"] for row in rows_of(tmp_path / "out")] == ["unguided"]
-    assert call(SWEEP.main, flags(file, tmp_path / "out")).code == 0
-    assert len(drawn) == 4 and len(set(drawn)) == 3
-    again, undisturbed = rows_of(tmp_path / "out"), rows_of(finished[0])[:3]
-    for row in (*again, *undisturbed):
-        del row["seconds_per_image"]
-    assert again == undisturbed
+    counts = []
+    while (result := call(SWEEP.main, flags(file, tmp_path / "out"))).code == 130:
+        counts.append(len(rows_of(tmp_path / "out")) if counts else 0)
+    assert result.code == 0 and counts == [0, 4, 6] and len(drawn) == 12 + 3 and len(set(drawn)) == 12
+    tables = [table_of(tmp_path / name) for name in ("out", "undisturbed")]
+    for row in (*tables[0], *tables[1]):  # times are never the same
+        del row["seconds_per_image"], row["differences"]["seconds_per_image"]
+    assert tables[0] == tables[1] and len(tables[0]) == 12
 
 
 @pytest.mark.parametrize(
@@ -143,9 +173,9 @@ def test_a_sweep_that_is_stopped_resumes_with_the_rows_that_it_has(file, tmp_pat
         ("a: digits --sampler euler --gamma_factor 2 --guidance_strength ddim", "a: digits --sampler euler"),
         (
             "a: nothing --steps 2",
-            "a: nothing --steps 2: judge and metrics are those of digits and cifar10, and nothing",
+            "a: nothing --steps 2: judge and metrics are those of digits, cifar10, imagenet128, and nothing",
         ),
-        ("a: imagenet128-unguided", "imagenet128-unguided is none of their presets"),
+        ("a: imagenet64-edm-unguided", "imagenet64-edm-unguided is none of their presets"),
         (
             "a: digits --steps 2\nb: cifar10 --steps 2",
             "one table compares images of one problem, and these cells are of digits and cifar10",
@@ -195,6 +225,11 @@ def test_another_judge_judges_anew(finished, file, tmp_path):
     assert len(rows_of(tmp_path)) == 7
 
 
+def test_what_is_compared_with_must_be_a_cell(file, tmp_path):
+    result = call(SWEEP.main, flags(file, tmp_path / "out", "--against", "EDM"))
+    assert result.code == 1 and "--against 'EDM' is no cell; choose unguided, EDM / ours" in result.err
+
+
 def test_it_is_for_one_process(file, tmp_path, monkeypatch):
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
@@ -226,6 +261,15 @@ def test_the_picture_of_a_sweep(finished):
     assert result.out == f"{finished[0] / 'sweep.png'}\n"
     with Image.open(finished[0] / "sweep.png") as picture:
         assert picture.format == "PNG"
+
+
+def test_rings_mark_the_front_where_the_axes_have_one(finished):
+    panels = PLOT.curves(table_of(finished[0]))
+    by_recall, by_cost = (PLOT.draw(panels, x, ["fd_digits"]) for x in ("recall", "evaluations"))
+    cells, (points, *_) = panels["EDM"]["ours"], by_recall.axes[1].containers[0]
+    front = [cell["recall"]["mean"] for cell in cells if "fd_digits" in cell["fronts"]]
+    assert by_recall.axes[1].lines[-1].get_xdata().tolist() == front != []
+    assert len(by_recall.axes[1].lines) == len(by_cost.axes[1].lines) + 1 and points.get_xdata().size == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,190 @@
+"""Measure the paper's table and its reasoning again: every baseline beside the method, each of the method's
+choices alone, and whether calibration ranks classifiers as the distance does.
+
+    python scripts/reproduce.py digits --processes 2
+    python scripts/reproduce.py cifar10 --data_dir cifar-10-batches-py --processes 2
+    python scripts/reproduce.py imagenet128 --dry_run
+
+The cells are those of docs/results/PROBLEM.txt, in the form of scripts/sweep.py. Calibration is measured by
+scripts/calibrate.py on --data_dir, labelled images that no network was trained on; without it (the digits
+have some) what needs them cannot be told. Writes PROBLEM.json with all numbers, PROBLEM.md and pictures into
+the folder results beside --page, and into that page, between two marker comments, the answers of all
+problems, computed from those files. What was drawn or measured is kept in --out: a run that was stopped
+resumes.
+--dry_run lists the files, the hours and the disk that it takes, and draws nothing.
+"""
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import _beside
+import reproduce_calibration as calibration
+from comparison import distinct_numbers
+from plot_sweep import curves, draw
+from problems import PROBLEMS
+from reproduce_claims import CLAIMS, SHELF, answer, rank_answer
+from reproduce_page import page, part, with_part
+from reproduce_plan import dry_run
+from sweep import add_run_flags, check_run_flags, measured, numbers_of, summed
+from sweep_cells import plan, problem_of_all, read_cells
+from sweep_statistics import by_seed, panel_of
+
+from guided_diffusion.files.atomic import renamed_when_complete, write_json
+from guided_diffusion.files.console import print_result
+from guided_diffusion.files.figures import plain_style, require_matplotlib, save_figure
+from guided_diffusion.flags.parser import Parser, run_main
+from guided_diffusion.runs.lock import locked
+
+SIZES = {"digits": ("0-4", 1000), "cifar10": ("0-2", 2000), "imagenet128": ("0-2", 10000)}
+
+
+def main():
+    args = create_argparser().parse_args()
+    seeds, count = SIZES[args.problem]
+    args.seeds, args.num_samples = args.seeds or seeds, args.num_samples or count
+    check_run_flags(args)
+    seeds, cells = distinct_numbers(args.seeds, "--seeds"), cells_of(args)
+    if args.dry_run:
+        return dry_run(PROBLEMS[args.problem], cells, len(seeds), args)
+    require_matplotlib("the pictures need")
+    out = args.out or Path("results/reproduce", args.problem)
+    planned = [plan(cell, seed, args, out) for seed in seeds for cell in cells]
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        unique = {}  # a run may stand in two sections
+        for each in planned:
+            unique.setdefault(each.id, each)
+        rows, failures = measured(list(unique.values()), args, out)
+        if failures:
+            raise ValueError(f"{len(failures)} of {len(unique)} runs failed: {'; '.join(failures)}")
+        runs = calibrated(args, cells, seeds, out)
+    done = [{**rows[each.id], **each.about()} for each in planned]
+    print_result("\n".join(f"{path}" for path in write(args, cells, seeds, done, runs)))
+
+
+def create_argparser():
+    parser = Parser(description=__doc__)
+    parser.add_argument("problem", choices=tuple(SIZES), metavar="PROBLEM", help=", ".join(SIZES))
+    parser.add_argument("--cells", type=Path, metavar="FILE", help="other cells, named in the same way")
+    sizes = ", ".join(f"{name} {seeds} of {count:,}" for name, (seeds, count) in SIZES.items())
+    parser.add_argument("--seeds", help=f"by default, with the images of each: {sizes}")
+    add_run_flags(parser, num_samples=None)
+    parser.add_argument("--data_dir", help="labelled images for the calibration, see scripts/calibrate.py")
+    parser.add_argument("--num_labelled", type=int, help="so many of them; by default all")
+    parser.add_argument("--num_levels", type=int, default=10, help="noise levels of the calibration")
+    parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="the page of the answers")
+    parser.add_argument("--out", type=Path, help="of the runs, by default results/reproduce/PROBLEM")
+    parser.add_switch("--dry_run", "list what is needed")
+    return parser
+
+
+def cells_of(args):
+    """The cells of the problem. Raises ValueError for those of another, for a name of two cells that are
+    compared by it, and without the one that the table is compared with.
+    """
+    path = args.cells or _beside.ROOT / "docs/results" / f"{args.problem}.txt"
+    cells = read_cells(path)
+    if (found := problem_of_all(cells).name) != args.problem:
+        raise ValueError(f"{path} has cells of {found}, not of {args.problem}")
+    names = [cell.name for cell in cells if panel_of(cell.name)[0] != calibration.RANKING]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(
+            f"{path} has two cells {twice!r}: only those of {calibration.RANKING} / share a name"
+        )
+    if SHELF not in names:
+        raise ValueError(f"{path} has no cell {SHELF!r}, which the others are compared with: add it")
+    return cells
+
+
+def calibrated(args, cells, seeds, out):
+    """The files of calibrate.py's runs; none without labelled images."""
+    ranked = [cell for same in calibration.ranked(cells).values() for cell in same]
+    if not ranked or (args.data_dir is None and args.problem != "digits"):
+        print("no calibration: it takes labelled images, --data_dir", file=sys.stderr)
+        return []
+    more = ["--num_levels", str(args.num_levels)]
+    more += ["--data_dir", args.data_dir] if args.data_dir else []
+    more += ["--num_samples", str(args.num_labelled)] if args.num_labelled else []
+    return list(calibration.measured(ranked, seeds, more, out / "calibration"))
+
+
+def command_of(args):
+    """What draws the same numbers elsewhere: without the user's folders."""
+    words, (seeds, count) = ["python scripts/reproduce.py", args.problem], SIZES[args.problem]
+    words += ["--data_dir FOLDER"] if args.data_dir else []
+    defaults = {"seeds": seeds, "num_samples": count, "judge": None, "num_labelled": None, "num_levels": 10}
+    for name, default in defaults.items():
+        if (value := getattr(args, name)) != default:
+            words.append(f"--{name} {shlex.quote(str(value))}")
+    return " ".join(words)
+
+
+def write(args, cells, seeds, rows, runs):
+    """Write pictures, numbers and pages; return their paths."""
+    problem, folder = PROBLEMS[args.problem], args.page.parent / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    ranking, answers = reasoned(problem, cells, rows, calibration.table_of(runs))
+    pictures = {"Distance and precision against recall": f"{problem.name}.png"}
+    compared = [row for row in rows if panel_of(row["name"])[0] == "table"]
+    shelf = next(row["command"] for row in compared if row["name"] == SHELF)
+    summaries = summed(compared, numbers_of(problem), shelf)
+    with plain_style():
+        figure = draw(curves(summaries), "recall", [problem.distance, "precision"])
+        save_figure(figure, folder / f"{problem.name}.png", dpi=110)
+    if runs:
+        pictures["Calibration over the timesteps"] = f"{problem.name}-calibration.png"
+        shutil.copy(runs[0].with_suffix(".png"), folder / f"{problem.name}-calibration.png")
+    each_once = {row["id"]: row for row in rows}.values()
+    result = {
+        "problem": problem.name,
+        "command": command_of(args),
+        "seeds": seeds,
+        "num_samples": args.num_samples,
+        "seconds": {
+            "sampling": sum(row["seconds_per_image"] * row["images"] for row in each_once),
+            "calibration": sum(calibration.seconds_of(path) for path in runs),
+        },
+        "answers": answers,
+        "ranking": ranking,
+        "pictures": pictures,
+        "rows": rows,
+    }
+    write_json(folder / f"{problem.name}.json", result)
+    texts = {folder / f"{problem.name}.md": page(result)}
+    texts[args.page] = with_part(args.page.read_text() if args.page.exists() else "", part(folder))
+    for path, text in texts.items():
+        with renamed_when_complete(path) as file:
+            file.write(text.encode())
+    return [*(folder / name for name in pictures.values()), folder / f"{problem.name}.json", *texts]
+
+
+def reasoned(problem, cells, rows, table):
+    """(the ranked settings by label, the answer to each claim)."""
+    numbers = {}
+    for cell in cells:
+        same = [row for row in rows if (row["name"], row["command"]) == (cell.name, cell.command)]
+        keys = {"distance": problem.distance, "precision": "precision", "recall": "recall"}
+        numbers[cell.name] = {name: by_seed(same, key) for name, key in keys.items()}
+    ranking = {}
+    for label, group in calibration.ranked(cells).items():
+        for cell in group:
+            own, each = calibration.calibration_of(cell, table), calibration.setting_of(cell)
+            same = [row for row in rows if row["command"] == cell.command]
+            setting = {"shown": each.shown, "beta": f"{each.beta:g}", "tau": each.tau}
+            setting |= {name: own.get(name, {}) for name in ("ece", "nll")}
+            setting["distance"] = by_seed(same, problem.distance)
+            ranking.setdefault(label, []).append(setting)
+    if ranking:
+        numbers |= calibration.compared(cells, table)
+    answers = [answer(claim, numbers) for claim in CLAIMS]
+    answers += [
+        rank_answer(label, [each["ece"] for each in group], [each["distance"] for each in group])
+        for label, group in ranking.items()
+    ]
+    return ranking, answers
+
+
+if __name__ == "__main__":
+    run_main(main, resumable=True)

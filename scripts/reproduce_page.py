@@ -1,0 +1,181 @@
+"""What scripts/reproduce.py writes: the page of a problem, and the part of docs/results.md that sets the
+answers of all problems side by side. It is no script of its own.
+"""
+
+import json
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import _beside  # noqa: F401
+import numpy as np
+from problems import PROBLEMS, Problem
+from reproduce_claims import AGREES, DISAGREES, UNTOLD
+from sweep_statistics import EQUAL, REAL, by_seed, paired, panel_of, standard_error
+
+BEGIN, END = "<!-- scripts/reproduce.py: begin -->", "<!-- scripts/reproduce.py: end -->"
+WIDTH = 110
+Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # of each cell, in the order of the file
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """The page of a problem, from what its JSON file holds."""
+    problem, rows = PROBLEMS[result["problem"]], by_cell(result["rows"])
+    table = [panel_of(name)[1] for name in rows if panel_of(name)[0] == "table"]
+    sections: dict[str, list[str]] = {
+        "Results": section(rows, "table", problem, lambda i: table.index("off the shelf")),
+        "Each choice added to the ones above": section(rows, "ablation", problem, lambda i: i - 1),
+        "What the classifier is shown": section(rows, "input", problem, lambda i: i - 1),
+        "Calibration and distance": ranking_lines(result["ranking"], problem),
+        "Claims of the paper": claim_lines(result["answers"]),
+    }
+    lines = [f"# {problem.name}, reproduced", "", f"    {result['command']}", "", *about(result), ""]
+    for title, content in sections.items():
+        lines += [f"## {title}", "", *content, ""] if content else []
+    lines += [f"![{alt}]({name})" for alt, name in result["pictures"].items()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def by_cell(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows of each cell by its name and, where a line of the file makes several, its command."""
+    cells: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["name"], row["command"]), []).append(row)
+    names = [name for name, _ in cells]
+    return {
+        name if names.count(name) == 1 else f"{name}: {command}": same
+        for (name, command), same in cells.items()
+    }
+
+
+def about(result: Mapping[str, Any]) -> list[str]:
+    """How it was measured."""
+    seeds, machines = result["seeds"], sorted({row["machine"] for row in result["rows"]})
+    drawn, calibrated = (f"{result['seconds'][what] / 60:.0f}" for what in ("sampling", "calibration"))
+    count = f"{result['num_samples']:,} images for each of {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    file = f"{result['problem']}.json"
+    text = (
+        f"{count}. ± behind a number is its standard error over the seeds. The lines of a table share labels "
+        "and noise in each seed: a difference is taken seed by seed, and stands with its 95 % interval "
+        "(Student's t); in brackets where zero is inside, so that it cannot be told. Of twenty differences "
+        "that are none, one is still told apart. The first table compares with the line off the shelf, the "
+        f"others with the line above. [{file}]({file}) has the flags of each line. {'; '.join(machines)}. "
+        f"Sampling took {drawn} minutes of one process, calibration {calibrated}."
+    )
+    return textwrap.wrap(text, WIDTH)
+
+
+def section(rows: Rows, panel: str, problem: Problem, base: Callable[[int], int]) -> list[str]:
+    """The table of the cells of a panel; base: the place of a line -> that of the line it is compared with,
+    below 0 for none.
+    """
+    cells = {panel_of(name)[1]: same for name, same in rows.items() if panel_of(name)[0] == panel}
+    if not cells:
+        return []
+    titles = ("", "evaluations", problem.distance_label, "difference", "precision", "recall", "wanted class")
+    lines, every = [], list(cells.values())
+    for i, (name, same) in enumerate(cells.items()):
+        other = every[base(i)] if base(i) not in (i, -1) else None
+        difference = other and paired(by_seed(same, problem.distance), by_seed(other, problem.distance))
+        lines.append(
+            [
+                name,
+                f"{same[0]['evaluations']:.0f}",
+                with_error(same, problem.distance, ".2f"),
+                bracketed(difference, ".2f"),
+                with_error(same, "precision", ".3f"),
+                with_error(same, "recall", ".3f"),
+                with_error(same, "hit", ".1%"),
+            ]
+        )
+    return markdown([titles, *lines])
+
+
+def ranking_lines(ranking: Mapping[str, Sequence[Mapping[str, Any]]], problem: Problem) -> list[str]:
+    """What was ranked: the settings with their calibration and their distance."""
+    titles = ("", "shown", "beta", "tau1", "ECE", "NLL", problem.distance_label)
+    lines = [
+        [
+            label,
+            {"x0": "predicted x0"}.get(each["shown"], each["shown"]),
+            each["beta"],
+            f"{each['tau']:g}",
+            of_seeds(each["ece"], ".3f"),
+            of_seeds(each["nll"], ".2f"),
+            of_seeds(each["distance"], ".2f"),
+        ]
+        for label, settings in ranking.items()
+        for each in settings
+    ]
+    note = "The ± of the calibration is over draws of the noise, not of the images."
+    return [*textwrap.wrap(note, WIDTH), "", *markdown([titles, *lines])] if lines else []
+
+
+def claim_lines(answers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Claim by claim."""
+    note = (
+        f"'{AGREES}' and '{DISAGREES}' say that the 95 % interval leaves zero out. Of a ranking, the number "
+        "is Spearman's rank correlation over these settings, its interval that over the seeds: it says "
+        "nothing of other settings. Without a difference, nothing was measured."
+    )
+    lines = [[each["claim"], each["answer"], bracketed(each["difference"], ".3f")] for each in answers]
+    return [*textwrap.wrap(note, WIDTH), "", *markdown([("", "here", "difference"), *lines])]
+
+
+def of_seeds(values: Mapping[Any, float], form: str) -> str:
+    """Mean and standard error over the seeds; "–" of none."""
+    numbers = list(values.values())
+    if not numbers:
+        return "–"  # noqa: RUF001
+    error = f"±{standard_error(numbers):{form}}" if len(numbers) > 1 else ""
+    return f"{np.mean(numbers):{form}}{error}"
+
+
+def with_error(rows: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+    return of_seeds(by_seed(rows, key), form)
+
+
+def bracketed(difference: Mapping[str, Any] | None, form: str) -> str:
+    """A difference with its interval, in brackets where it cannot be told from zero; "" of none."""
+    if not difference:
+        return ""
+    if difference["verdict"] == EQUAL:
+        return EQUAL
+    half = difference["interval"]
+    text = f"{difference['mean']:+{form}}" + ("" if half is None else f"±{half:{form}}")
+    return text if difference["verdict"] == REAL else f"({text})"
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> list[str]:
+    head, *rows = (f"| {' | '.join(cells)} |" for cells in lines)
+    return [head, "|" + "---|" * len(lines[0]), *rows]
+
+
+# The part of docs/results.md
+
+
+def part(folder: Path) -> list[str]:
+    """The answers of all problems whose JSON files are in a folder."""
+    found = [json.loads(path.read_text()) for name in PROBLEMS if (path := folder / f"{name}.json").exists()]
+    answers = {
+        each["problem"]: {answer["claim"]: answer["answer"] for answer in each["answers"]} for each in found
+    }
+    claims = list(dict.fromkeys(claim for of_one in answers.values() for claim in of_one))
+    head = ["claim of the paper", *(f"[{name}]({folder.name}/{name}.md)" for name in answers)]
+    rows = [[claim, *(of_one.get(claim, UNTOLD) for of_one in answers.values())] for claim in claims]
+    return markdown([head, *rows])
+
+
+def with_part(text: str, lines: Sequence[str]) -> str:
+    """A page with these lines between its markers, at its end where it has none; all else stays. Raises
+    ValueError where the markers do not stand once each, in order.
+    """
+    if BEGIN not in text and END not in text:
+        text = f"{text.rstrip()}\n\n## The paper's claims\n\n{BEGIN}\n{END}\n"
+    pattern = f"{re.escape(BEGIN)}.*{re.escape(END)}"
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or not re.search(pattern, text, re.DOTALL):
+        raise ValueError(f"the page must have {BEGIN} once, and {END} once below it: mend it by hand")
+    content = "\n".join([BEGIN, *lines, END])
+    return re.sub(pattern, lambda _: content, text, flags=re.DOTALL)
