@@ -17,11 +17,13 @@ drawn all the same.
 import csv
 import io
 import json
+import os
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import _beside  # noqa: F401
@@ -125,18 +127,30 @@ def drawn(missing, args, out) -> Iterator[tuple]:
             print(f"{number}/{len(missing)}: {each.cell}, seed {each.seed}", file=sys.stderr)
             yield each, attempt(each, args.judge)
         return
-    with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(args.processes, get_context("spawn"), initializer=end_with_parent)
+    try:
         begun = {pool.submit(plan_and_attempt, each.cell, each.seed, args, out): each for each in missing}
         for number, future in enumerate(as_completed(begun), 1):
             each = begun[future]
             print(f"{number}/{len(missing)} done: {each.cell}, seed {each.seed}", file=sys.stderr)
-            try:
-                yield each, future.result()
-            except BrokenExecutor:
-                raise ValueError(
-                    "a process of the sweep died, perhaps for want of memory: "
-                    f"fewer --processes than {args.processes}"
-                ) from None
+            yield each, future.result()
+    except BrokenExecutor:
+        fewer = f"fewer --processes than {args.processes}"
+        raise ValueError(f"a process of the sweep died, perhaps for want of memory: {fewer}") from None
+    finally:  # a sweep that is stopped does not wait for what runs
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in active_children():
+            process.terminate()
+
+
+def end_with_parent():
+    """Let this process end where the sweep is killed."""
+
+    def watch():
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def plan_and_attempt(cell, seed, args, out):

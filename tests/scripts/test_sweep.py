@@ -9,6 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
+import sweep
 import torch
 from helpers import DIGITS_NETWORK, TINY, call, flags_of, load_samples, load_script, save_unet
 from PIL import Image
@@ -196,6 +197,17 @@ def test_what_cannot_be_a_cell_is_refused_before_anything_is_drawn(file, tmp_pat
     result = call(SWEEP.main, flags(file, tmp_path / "out"))
     assert result.code == 1 and message in result.err and "\n" not in result.err.strip(), result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_processes_side_by_side_draw_the_same_rows(finished, file, tmp_path):
+    """Their module is imported by name, as that of a script that runs is."""
+    result = call(sweep.main, flags(file, tmp_path / "out", "--processes", 2))
+    assert result.code == 0 and result.err.count(" done: ") == 3, result.err
+    rows = sorted(rows_of(tmp_path / "out"), key=lambda row: row["id"])
+    alone = sorted(rows_of(finished[0])[:3], key=lambda row: row["id"])
+    for row in (*rows, *alone):
+        del row["seconds_per_image"]
+    assert rows == alone
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_drawn(finished, file, tmp_path, monkeypatch):
