@@ -17,11 +17,12 @@ from evaluation import metrics, reference
 from evaluation.evaluator import evaluate, five_lines
 from evaluation.frechet import frechet_distance, frechet_infinity
 from evaluation.metrics import METRICS, Metric, metric_key, metric_label, rounded
-from evaluation.precision_recall import density_coverage, precision_recall
+from evaluation.precision_recall import clipped_density_coverage, density_coverage, precision_recall
 from evaluation.reference import Reference
 from evaluation.resampling import Options, compare
-from evaluation.scores import inception_score, kernel_distance
+from evaluation.scores import clip_mmd, inception_score, kernel_distance
 from evaluation.sets import measure, open_set, require_comparable
+from evaluation.sliced import monge_distance
 from evaluation.tables import table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +32,8 @@ WIDE = RANDOM.randint(0, 256, (150, 16, 16, 3), dtype=np.uint8)
 SHADES = RANDOM.randint(0, 40, 140), RANDOM.randint(0, 20, (140, 16, 16, 1))
 DARK = (0.9 * WIDE[SHADES[0]] + SHADES[1]).astype(np.uint8)
 KEYS = [metric.key for metric in METRICS]
-WITHOUT_IMAGES = ["inception_score", "precision", "recall", "density", "coverage", "kid"]
+CLIP_ALONE = ["cmmd"]
+WITHOUT_IMAGES = [key for key in KEYS if key not in ("fid", "sfid", *CLIP_ALONE)]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def statistics(measured, spatial=True, **more):
 
 
 def missing(result):
-    return [key for key in KEYS if result.metrics[key] is None]
+    return [key for key in KEYS if key not in CLIP_ALONE and result.metrics[key] is None]
 
 
 def says(notes, *fragments):
@@ -85,12 +87,25 @@ def test_every_number_is_that_of_the_library(network, wide, dark):
         "fid": distance("pool3"),
         "sfid": distance("spatial"),
         "inception_score": inception_score(logits=fake["logits"]),
-        "kid": kernel_distance(real=real["pool3"], fake=fake["pool3"]),
     }
-    expected["precision"], expected["recall"] = precision_recall(real=real["pool3"], fake=fake["pool3"])
-    expected["density"], expected["coverage"] = density_coverage(real=real["pool3"], fake=fake["pool3"])
+    pair = {"real": real["pool3"], "fake": fake["pool3"]}
+    expected |= {"kid": kernel_distance(**pair), "mind": monge_distance(**pair)}
+    expected["precision"], expected["recall"] = precision_recall(**pair)
+    expected["density"], expected["coverage"] = density_coverage(**pair)
+    expected["clipped_density"], expected["clipped_coverage"] = clipped_density_coverage(**pair)
     assert all(expected.values()) and list(result.metrics) == KEYS
-    assert result.metrics == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert {key: result.metrics[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert missing(result) == []
+
+
+def test_cmmd_is_that_of_clips_features_alone(wide, dark):
+    network = {"features": "clip"}
+    real, fake = (
+        dataclasses.replace(measured, provenance=measured.provenance | network) for measured in (wide, dark)
+    )
+    result = evaluate(Reference(real), fake)
+    assert result.metrics["cmmd"] == clip_mmd(real=wide.features.pool3, fake=dark.features.pool3)
+    assert "CMMD" in table([result]) and "CMMD" not in table([evaluate(Reference(wide), dark)])
     assert (result.name, result.count, result.fid_error, result.fid_infinity) == ("dark.npz", 140, None, None)
 
 
@@ -114,7 +129,8 @@ def test_what_the_network_does_not_give_is_no_column_and_no_complaint(make, outp
     ]
     assert missing(result) == lacked
     head = table([result]).splitlines()[3].split()
-    assert head == ["set", "images", *(metric_label(key, "test") for key in KEYS if key not in lacked)]
+    titles = [metric_label(key, "test") for key in KEYS if key not in (*lacked, *CLIP_ALONE)]
+    assert head == " ".join(["set", "images", *titles]).split()
     assert not says(result.notes, "sFID") and "nan" in five_lines(result)
     of_statistics = make("stats", fewer, protocol="test", **statistics(real, spatial=False))
     assert not says(evaluate(Reference(real), of_statistics).notes, "no sFID") or "spatial" in outputs
@@ -152,8 +168,8 @@ def test_statistics_alone_as_reference_and_as_samples(make, wide, dark):
     assert result.metrics["fid"] == pytest.approx(full.metrics["fid"], rel=1e-9)
     assert missing(result) == ["sfid", *WITHOUT_IMAGES[1:]]
     assert "no sFID: one side has no spatial statistics" in result.notes
-    lost = "no precision, recall, density, coverage and KID: the reference has no images"
-    assert lost in result.notes
+    lost = "no precision, recall, density, coverage, KID, MIND, clipped density and clipped coverage: the ref"
+    assert says(result.notes, lost)
 
     samples = make("samples", protocol="test", count=140, **statistics(dark))
     result = evaluate(Reference(wide), samples)
@@ -253,9 +269,13 @@ def test_only_inception_gives_a_fid_and_each_metric_has_its_decimals():
     inception = "inception-2015-12-05"
     assert [metric_key(key, inception) for key in KEYS] == KEYS
     assert metric_label("fid", inception) == "FID"
-    shares = ["precision", "recall", "density", "coverage"]
-    assert [metric_key(key, "x") for key in KEYS] == ["fd_x", "sfd_x", "is_x", *shares, "kd_x"]
-    assert [metric_label(key, "x") for key in KEYS] == ["FD(x)", "sFD(x)", "IS(x)", *shares, "KD(x)"]
+    named = {"fid": "FD(x)", "sfid": "sFD(x)", "inception_score": "IS(x)", "kid": "KD(x)", "mind": "MIND(x)"}
+    same = {key: metrics.BY_KEY[key].label for key in KEYS if key not in named}
+    assert {key: metric_label(key, "x") for key in KEYS} == named | same
+    keys = ["fd_x", "sfd_x", "is_x", "kd_x", "mind_x"]
+    assert [metric_key(key, "x") for key in named] == keys and [metric_key(key, "x") for key in same] == [
+        *same
+    ]
     assert [rounded(key, -1e-9) for key in ("fid", "recall", "kid")] == ["0.000", "0.0000", "0.00000"]
 
 
