@@ -277,10 +277,11 @@ def nearest_pictures(opened, results):
     train = next((each.images for each in against_of(opened)), None)
     pictures = {}
     for row in results:
-        images = sets[row.name]
+        if not row.nearest_pairs:
+            continue
+        images, counts = sets[row.name], (row.count, row.reference["against"]["count"])
         # Where pictures were skipped, a feature's place is not its picture's.
-        whole = row.nearest_pairs and images.count == images.entries and train.count == train.entries
-        if whole and images.resolution == train.resolution:
+        if counts == (images.entries, train.entries) and images.resolution == train.resolution:
             samples, which, _ = zip(*row.nearest_pairs, strict=True)
             title = f"{row.name} ({row.samples['features']})"
             pictures[title] = [pick_each(images, samples), pick_each(train, which)]

@@ -32,8 +32,8 @@ WIDE = RANDOM.randint(0, 256, (150, 16, 16, 3), dtype=np.uint8)
 SHADES = RANDOM.randint(0, 40, 140), RANDOM.randint(0, 20, (140, 16, 16, 1))
 DARK = (0.9 * WIDE[SHADES[0]] + SHADES[1]).astype(np.uint8)
 KEYS = [metric.key for metric in METRICS]
-CLIP_ALONE = ["cmmd"]
-WITHOUT_IMAGES = [key for key in KEYS if key not in ("fid", "sfid", *CLIP_ALONE)]
+ON_REQUEST = ["cmmd", "nearer", "copies"]  # of CLIP alone, and of training images
+WITHOUT_IMAGES = [key for key in KEYS if key not in ("fid", "sfid", *ON_REQUEST)]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def statistics(measured, spatial=True, **more):
 
 
 def missing(result):
-    return [key for key in KEYS if key not in CLIP_ALONE and result.metrics[key] is None]
+    return [key for key in KEYS if key not in ON_REQUEST and result.metrics[key] is None]
 
 
 def says(notes, *fragments):
@@ -109,6 +109,35 @@ def test_cmmd_is_that_of_clips_features_alone(wide, dark):
     assert (result.name, result.count, result.fid_error, result.fid_infinity) == ("dark.npz", 140, None, None)
 
 
+def test_training_images_tell_a_memorising_generator_from_an_honest_one(make, wide):
+    fresh = np.random.RandomState(9).randint(0, 256, (300, 16, 16, 3), dtype=np.uint8)
+    train, honest = make("train", arr_0=fresh[:150]), make("honest", arr_0=fresh[150:])
+    copied = make("copied", arr_0=np.concatenate([fresh[:30], fresh[200:270]]))
+    reference = Reference(wide, against=train)
+    result = evaluate(reference, copied)
+    assert result.metrics["copies"] == pytest.approx(0.3, abs=0.05)
+    assert result.metrics["nearer"] == pytest.approx(0.3 + 0.7 * 0.5, abs=0.1)
+    assert [(sample, image) for sample, image, _ in result.nearest_pairs] == [(i, i) for i in range(16)]
+    assert max(distance for *_, distance in result.nearest_pairs) < 1e-4
+    assert result.reference["against"].items() >= {"images": "train.npz", "count": 150}.items()
+    assert "nearer to train  copies" in table([result]) and "copies" not in table(
+        [evaluate(Reference(wide), wide)]
+    )
+    numbers = evaluate(reference, honest).metrics
+    assert numbers["copies"] < 0.06 and numbers["nearer"] == pytest.approx(0.5, abs=0.1)
+    stats = make("stats", protocol="test", **statistics(wide))
+    assert evaluate(reference, stats).metrics["copies"] is None
+    with pytest.raises(
+        ValueError, match=r"150 of 150 images of the reference train.npz are training images th"
+    ):
+        Reference(train, against=train)
+    for sides in ((stats, train), (wide, stats)):
+        with pytest.raises(ValueError, match=r"--against compares images, and stats.npz holds statistics"):
+            Reference(sides[0], against=sides[1])
+    some = make("some", arr_0=np.concatenate([fresh[:3], fresh[160:]]))
+    assert says(Reference(some, against=train).notes, "3 of 143 images are training images")
+
+
 def test_provenance_names_all_that_the_numbers_depend_on(network, wide, dark):
     result = evaluate(Reference(wide), dark, Options(precision_recall_dtype="float16"))
     assert result.precision_recall_dtype == "float16" and "float16" in result.protocol
@@ -129,7 +158,7 @@ def test_what_the_network_does_not_give_is_no_column_and_no_complaint(make, outp
     ]
     assert missing(result) == lacked
     head = table([result]).splitlines()[3].split()
-    titles = [metric_label(key, "test") for key in KEYS if key not in (*lacked, *CLIP_ALONE)]
+    titles = [metric_label(key, "test") for key in KEYS if key not in (*lacked, *ON_REQUEST)]
     assert head == " ".join(["set", "images", *titles]).split()
     assert not says(result.notes, "sFID") and "nan" in five_lines(result)
     of_statistics = make("stats", fewer, protocol="test", **statistics(real, spatial=False))

@@ -1,10 +1,10 @@
 """scripts/evaluate.py: one line for each bad input, and --selfcheck."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
+import published_pair
 import pytest
 from helpers import ROOT, call, load_script
 from pictures_util import digits_weights, write_pictures
@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from evaluation.networks.digits import DigitsFeatures
 
 evaluate = load_script("evaluate")
-published_pair = sys.modules["published_pair"]  # with which it was loaded
 REAL, FAKE = np.random.RandomState(6).randint(0, 256, (2, 100, 16, 16, 3), dtype=np.uint8)
 
 
