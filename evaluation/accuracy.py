@@ -25,8 +25,8 @@ class Judgement:
 
 
 def judgement(judge: str, predicted: ArrayLike, labels: ArrayLike) -> Judgement:
-    """Of predicted classes and wanted ones, (N,) whole numbers each. Raises ValueError for two lengths and for
-    none.
+    """Of predicted classes and wanted ones, (N,) whole numbers each. Raises ValueError for two lengths and
+    for none.
     """
     predicted, labels = np.asarray(predicted), np.asarray(labels)
     if predicted.shape != labels.shape or predicted.ndim != 1 or not len(labels):

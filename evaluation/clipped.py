@@ -58,8 +58,8 @@ def expected_coverage(num_real: int, num_fake: int, k: int) -> NDArray[np.float6
     """What 0, 1, .. num_fake samples of the real distribution cover on average, before calibration:
     (num_fake + 1,), rising from 0.
 
-    The mass of a ball is distributed as Beta(k, num_real - k), whatever the distribution, and so the number of
-    m samples in it as a beta-binomial; the mean of min(number, k) / k needs its first k terms.
+    The mass of a ball is distributed as Beta(k, num_real - k), whatever the distribution, and so the number
+    of m samples in it as a beta-binomial; the mean of min(number, k) / k needs its first k terms.
     """
     m = np.arange(num_fake + 1.0)
     coverage = np.ones(num_fake + 1)

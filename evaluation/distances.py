@@ -1,4 +1,4 @@
-"""Squared distances between two sets of features, tile by tile, so that memory does not grow with their number.
+"""Squared distances between two sets of features, tile by tile: memory does not grow with their number.
 
 They are |u|^2 - 2 u.v + |v|^2, clamped at 0. The dtypes. float64 and float32: the mean of the real features
 is subtracted first, which changes no distance but keeps its digits. float16: as in guided-diffusion's
@@ -20,8 +20,8 @@ DTYPES = (torch.float16, torch.float32, torch.float64)
 
 
 class Counter(Protocol):
-    """What `TiledDistances.compare` shows every tile to: squared distances of these real to these fake points,
-    (reals, fakes).
+    """What `TiledDistances.compare` shows every tile to: squared distances (reals, fakes) of these real to
+    these fake points.
     """
 
     def add(self, reals: slice, fakes: slice, tile: Tensor) -> None: ...
@@ -51,8 +51,8 @@ class TiledDistances:
         return self.nearest(points, k)[0][:, k - 1]
 
     def nearest(self, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Squared distances to the k nearest other points of the same set, ascending, and which they are: both
-        (N, k).
+        """Squared distances to the k nearest other points of the same set, ascending, and which they are:
+        both (N, k).
         """
         nearest = torch.full((len(points), k), torch.inf, dtype=self._tile_dtype(), device=points.device)
         which = torch.full_like(nearest, -1, dtype=torch.int64)

@@ -63,8 +63,8 @@ class _NearestReal:
 
 
 def nearer_share(samples: NDArray[np.float64], held_out: NDArray[np.float64]) -> float:
-    """The probability that a sample's distance (N,) is smaller than a held-out image's (M,), equal ones counted
-    half: 0.5 for an honest generator, 1 where every sample is nearer than every held-out image.
+    """The probability that a sample's distance (N,) is smaller than a held-out image's (M,), equal ones
+    counted half: 0.5 for an honest generator, 1 where every sample is nearer than every held-out image.
     """
     ordered = np.sort(held_out)
     farther = len(ordered) - np.searchsorted(ordered, samples, "right")

@@ -83,8 +83,8 @@ def manifold_scores(
     density_k: int = 5,
     dtype: torch.dtype | None = None,
 ) -> ManifoldScores:
-    """`precision_recall` with k, `density_coverage` and `clipped_density_coverage` with density_k, in one pass
-    over the distances, where the real features lie.
+    """`precision_recall` with k, `density_coverage` and `clipped_density_coverage` with density_k, in one
+    pass over the distances, where the real features lie.
 
     Raises ValueError for arrays that are not (N, D) and (M, D), N or M not above k, k below 1, NaN or
     infinity, and other dtypes.

@@ -2,9 +2,10 @@
 by both.
 
 An npz may hold statistics beside or instead of images. Then FID and sFID come from them, everything else from
-the images, or from the features of some images (`pool3`) where the file holds those instead. Whose statistics they are is told by the array `protocol`, which scripts/make_reference.py writes.
-Published files have none: those in guided-diffusion's layout, with images or spatial statistics, are of the
-protocol adm; a plain mu and sigma is believed to be of the protocol that is asked for.
+the images, or from the features of some images (`pool3`) where the file holds those instead. Whose they are
+is told by the array `protocol`, which scripts/make_reference.py writes. Published files have none: those in
+guided-diffusion's layout, with images or spatial statistics, are of the protocol adm; a plain mu and sigma is
+believed to be of the protocol that is asked for.
 """
 
 import zipfile

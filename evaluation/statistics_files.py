@@ -61,8 +61,8 @@ def load_features(path: str | Path) -> tuple[NDArray[np.float32], tuple[int, int
         ) from error
     if pool3.ndim != 2 or resolution.shape != (2,) or resolution.dtype.kind not in "iu":
         raise ValueError(
-            f"{path}: pool3 {pool3.shape} and resolution {resolution.shape} of {resolution.dtype}; needed are "
-            "(N, D) and two integers"
+            f"{path}: pool3 {pool3.shape} and resolution {resolution.shape} of {resolution.dtype}; needed "
+            "are (N, D) and two integers"
         )
     if not np.isfinite(pool3).all():
         raise ValueError(f"{path}: pool3 holds NaN or infinity")

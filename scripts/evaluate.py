@@ -4,7 +4,7 @@ coverage, KID, MIND, clipped density and coverage; CMMD by CLIP; memorisation; a
     python scripts/evaluate.py pretrained_models/VIRTUAL_imagenet128_labeled.npz results/resnet101 \\
         results/resnet50 --report results/report
     python scripts/evaluate.py real.npz a.npz b.npz --features digits --bootstrap 200 --compare a.npz b.npz
-    python scripts/evaluate.py held_out.npz a.npz --features inception,dinov2 --against train.npz --report page
+    python scripts/evaluate.py held_out.npz a.npz --features inception,dinov2 --against train.npz
 
 A set is an npz, a folder or a zip of images, an output folder of this project, or an npz with statistics. The
 table goes to stdout, the rest to stderr. Numbers of another --protocol or --features must not be compared;
@@ -272,7 +272,7 @@ def write_outputs(args, opened, results, notes, comparison):
 
 
 def nearest_pictures(opened, results):
-    """{title: [samples, the training images that they are nearest to]}, where the two can be shown together."""
+    """{title: [samples, the training images nearest to them]}, where the two can be shown together."""
     sets = {samples.name: samples.images for samples in samples_of(opened).values()}
     train = next((each.images for each in against_of(opened)), None)
     pictures = {}

@@ -1,5 +1,5 @@
-"""scripts/evaluate.py --selfcheck: guided-diffusion's own reference and samples, measured and compared with the
-published figures. It is no script of its own.
+"""scripts/evaluate.py --selfcheck: guided-diffusion's own reference and samples, measured and compared with
+the published figures. It is no script of its own.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Features of DINOv2 and of CLIP, by the package transformers, which is imported once one of them is asked for.
+"""Features of DINOv2 and of CLIP, by the package transformers, which is imported once one is asked for.
 
 FD(dinov2): Stein et al., "Exposing flaws of generative model evaluation metrics and their unfair treatment of
 diffusion models" (2023): ViT-L/14, its CLS token after the last norm, images of 224x224 normalised as
@@ -99,7 +99,7 @@ class TransformerFeatures:
             raise ValueError(f'{missing}: pip install -e ".[zoo]"') from error
 
     def _find(self, path):
-        """The file of weights, and its config.json, if there is one, else the published network's settings."""
+        """The file of weights, and its config.json, or without one the published network's settings."""
         folder = path if path.is_dir() else path.parent
         file = next((folder / name for name in FILES if (folder / name).is_file()), None)
         file = file if path.is_dir() else path if path.is_file() else None
@@ -144,8 +144,8 @@ class TransformerFeatures:
                 said.enable_progress_bar()
         if lacking := sorted(found["missing_keys"]):
             raise ValueError(
-                f"{path} lacks {len(lacking)} weights of {self.name}, such as {lacking[0]}: give the file that "
-                f"transformers has saved, such as {self.published}'s"
+                f"{path} lacks {len(lacking)} weights of {self.name}, such as {lacking[0]}: give the file "
+                f"that transformers has saved, such as {self.published}'s"
             )
         return network
 

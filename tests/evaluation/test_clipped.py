@@ -1,4 +1,4 @@
-"""Clipped density and coverage: against the definitions and closed forms, their conventions, and their tiles."""
+"""Clipped density and coverage: definitions, closed forms, conventions, and tiles."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ FAR = 40 + FRESH
 
 
 def simulated_coverage(num_real, num_fake, k, repeats=400):
-    """Of points uniform on a circle: the mean share of the k that a ball of k neighbours holds of the fake."""
+    """Of points uniform on a circle: the mean share of k fake ones that a ball of k neighbours holds."""
     random_state, shares = np.random.RandomState(0), []
     for _ in range(repeats):
         real, fake = random_state.rand(num_real), random_state.rand(num_fake)

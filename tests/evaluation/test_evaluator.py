@@ -16,11 +16,11 @@ from pictures_util import TestNetwork
 from evaluation import metrics, reference
 from evaluation.evaluator import evaluate, five_lines
 from evaluation.frechet import frechet_distance, frechet_infinity
-from evaluation.metrics import METRICS, Metric, metric_key, metric_label, rounded
+from evaluation.metrics import METRICS, Metric, metric_label
 from evaluation.precision_recall import clipped_density_coverage, density_coverage, precision_recall
 from evaluation.reference import Reference
 from evaluation.resampling import Options, compare
-from evaluation.scores import clip_mmd, inception_score, kernel_distance
+from evaluation.scores import inception_score, kernel_distance
 from evaluation.sets import measure, open_set, require_comparable
 from evaluation.sliced import monge_distance
 from evaluation.tables import table
@@ -96,46 +96,6 @@ def test_every_number_is_that_of_the_library(network, wide, dark):
     assert all(expected.values()) and list(result.metrics) == KEYS
     assert {key: result.metrics[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-7)
     assert missing(result) == []
-
-
-def test_cmmd_is_that_of_clips_features_alone(wide, dark):
-    network = {"features": "clip"}
-    real, fake = (
-        dataclasses.replace(measured, provenance=measured.provenance | network) for measured in (wide, dark)
-    )
-    result = evaluate(Reference(real), fake)
-    assert result.metrics["cmmd"] == clip_mmd(real=wide.features.pool3, fake=dark.features.pool3)
-    assert "CMMD" in table([result]) and "CMMD" not in table([evaluate(Reference(wide), dark)])
-    assert (result.name, result.count, result.fid_error, result.fid_infinity) == ("dark.npz", 140, None, None)
-
-
-def test_training_images_tell_a_memorising_generator_from_an_honest_one(make, wide):
-    fresh = np.random.RandomState(9).randint(0, 256, (300, 16, 16, 3), dtype=np.uint8)
-    train, honest = make("train", arr_0=fresh[:150]), make("honest", arr_0=fresh[150:])
-    copied = make("copied", arr_0=np.concatenate([fresh[:30], fresh[200:270]]))
-    reference = Reference(wide, against=train)
-    result = evaluate(reference, copied)
-    assert result.metrics["copies"] == pytest.approx(0.3, abs=0.05)
-    assert result.metrics["nearer"] == pytest.approx(0.3 + 0.7 * 0.5, abs=0.1)
-    assert [(sample, image) for sample, image, _ in result.nearest_pairs] == [(i, i) for i in range(16)]
-    assert max(distance for *_, distance in result.nearest_pairs) < 1e-4
-    assert result.reference["against"].items() >= {"images": "train.npz", "count": 150}.items()
-    assert "nearer to train  copies" in table([result]) and "copies" not in table(
-        [evaluate(Reference(wide), wide)]
-    )
-    numbers = evaluate(reference, honest).metrics
-    assert numbers["copies"] < 0.06 and numbers["nearer"] == pytest.approx(0.5, abs=0.1)
-    stats = make("stats", protocol="test", **statistics(wide))
-    assert evaluate(reference, stats).metrics["copies"] is None
-    with pytest.raises(
-        ValueError, match=r"150 of 150 images of the reference train.npz are training images th"
-    ):
-        Reference(train, against=train)
-    for sides in ((stats, train), (wide, stats)):
-        with pytest.raises(ValueError, match=r"--against compares images, and stats.npz holds statistics"):
-            Reference(sides[0], against=sides[1])
-    some = make("some", arr_0=np.concatenate([fresh[:3], fresh[160:]]))
-    assert says(Reference(some, against=train).notes, "3 of 143 images are training images")
 
 
 def test_provenance_names_all_that_the_numbers_depend_on(network, wide, dark):
@@ -292,20 +252,6 @@ def test_another_resolution_is_refused_unless_allowed(wide, dark):
         evaluate(Reference(wide), larger)
     result = evaluate(Reference(wide), larger, Options(allow_resolution=True))
     assert result.metrics == evaluate(Reference(wide), dark).metrics and says(result.notes, "resolution")
-
-
-def test_only_inception_gives_a_fid_and_each_metric_has_its_decimals():
-    inception = "inception-2015-12-05"
-    assert [metric_key(key, inception) for key in KEYS] == KEYS
-    assert metric_label("fid", inception) == "FID"
-    named = {"fid": "FD(x)", "sfid": "sFD(x)", "inception_score": "IS(x)", "kid": "KD(x)", "mind": "MIND(x)"}
-    same = {key: metrics.BY_KEY[key].label for key in KEYS if key not in named}
-    assert {key: metric_label(key, "x") for key in KEYS} == named | same
-    keys = ["fd_x", "sfd_x", "is_x", "kd_x", "mind_x"]
-    assert [metric_key(key, "x") for key in named] == keys and [metric_key(key, "x") for key in same] == [
-        *same
-    ]
-    assert [rounded(key, -1e-9) for key in ("fid", "recall", "kid")] == ["0.000", "0.0000", "0.00000"]
 
 
 def test_the_five_lines(tmp_path, monkeypatch, capsys, network, wide, dark):

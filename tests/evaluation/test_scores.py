@@ -130,7 +130,7 @@ def test_cmmd_is_the_biased_mmd_of_normalised_features(monkeypatch, tile):
 
     expected = 1000 * (mean_kernel(real, real) + mean_kernel(fake, fake) - 2 * mean_kernel(real, fake))
     assert clip_mmd(real=torch.from_numpy(real), fake=fake) == pytest.approx(expected, rel=1e-9)
-    # Two points each, at 0 and 90 degrees, against one of them twice: 1000 (1 - k) / 2, k the kernel of the two.
+    # Two points at a right angle against one of them twice: 1000 (1 - k) / 2, k the kernel of the two.
     square, corner = np.eye(2), np.eye(2)[[0, 0]]
     assert clip_mmd(real=square, fake=corner) == pytest.approx(500 * -np.expm1(-0.01), rel=1e-12)
 

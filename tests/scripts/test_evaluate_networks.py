@@ -13,7 +13,12 @@ evaluate = load_script("evaluate")
 RANDOM = np.random.RandomState(6)
 REAL, TRAIN, FRESH = RANDOM.randint(0, 256, (3, 90, 16, 16, 3), dtype=np.uint8)
 FAKE = np.concatenate([TRAIN[:30][::-1], FRESH[:50]])  # a third are copies
-OWN = "import torch\n\ndef pixels():\n    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())\n"
+OWN = """
+from torch import nn
+
+def pixels():
+    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+"""
 
 
 @pytest.fixture
@@ -33,17 +38,19 @@ def rows(result):
 
 
 def test_two_networks_give_what_each_gives(tmp_path, run):
-    words = ("real.npz", "fake.npz", "train.npz", "--json", "-", "--features")
-    both = rows(run(*words, "weights.safetensors,own.py:pixels", "--report", "page"))
-    assert both == rows(run(*words, "weights.safetensors")) + rows(run(*words, "own.py:pixels"))
-    assert [row["fd_digits"] > 0 for row in both[:2]] + [row["fd_own.pixels"] > 0 for row in both[2:]] == [
-        True
-    ] * 4
+    words, each = (
+        ("real.npz", "fake.npz", "train.npz", "--features"),
+        ("weights.safetensors", "own.py:pixels"),
+    )
+    result = run(*words, ",".join(each), "--json", "out.json", "--report", "page")
+    assert result.code == 0, result.err
+    both = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert both == [row for network in each for row in rows(run(*words, network, "--json", "-"))]
+    assert all(row["fd_digits"] > 0 for row in both[:2]) and all(row["fd_own.pixels"] > 0 for row in both[2:])
     text = (tmp_path / "page/report.md").read_text()
     assert "| fake.npz | FD(digits) / FD(own.pixels) |" in text and "bars-own.pixels.png" in text
-    assert "WARNING" not in text
-    table = run(*words[:3], "--features", "weights.safetensors,own.py:pixels").out
-    assert table.count("protocol ") == 2 and "FD(digits)" in table and "FD(own.pixels)" in table
+    assert "WARNING" not in text + result.out and result.out.count("protocol ") == 2
+    assert "FD(digits)" in result.out and "FD(own.pixels)" in result.out
 
 
 def test_copies_of_training_images_are_counted_and_shown(tmp_path, run):
