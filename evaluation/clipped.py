@@ -32,7 +32,8 @@ class ClippedDensity:
         self.of_fake = torch.zeros(num_fake, dtype=torch.int64, device=radii.device)
 
     def add(self, reals: slice, fakes: slice, tile: Tensor) -> None:
-        self.of_fake[fakes] += (tile <= self.radii[reals, None]).sum(dim=0)
+        inside = tile <= self.radii[reals, None]
+        self.of_fake[fakes] += inside.sum(dim=0, dtype=torch.int32)  # twice as fast as in int64
 
     def result(self) -> float:
         """In [0, 1]."""
