@@ -15,6 +15,7 @@ from typing import Any
 import scipy
 import torch
 
+from evaluation.accuracy import Judgement
 from evaluation.frechet import ErrorBar, Extrapolation
 from evaluation.metrics import Pair, compute
 from evaluation.networks import feature_network
@@ -27,6 +28,7 @@ from evaluation.sets import (
     measure,
     open_set,
     require_comparable,
+    require_measured_alike,
     require_same_resolution,
 )
 from guided_diffusion.files.console import print_result
@@ -39,6 +41,7 @@ FIVE_LINES = {
     "Recall": "recall",
 }
 FLAGS = ("--weights", "--device")
+NEAREST_PAIRS = 16
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Result:
     say why.
 
     The keys in `metrics` are those of Inception; `metric_key` and `metric_label` give the names to show.
+    nearest_pairs: (sample, training image, their distance) of the most suspicious, if there are training
+    images; judgement: if there is a judge.
     """
 
     name: str
@@ -59,6 +64,8 @@ class Result:
     options: dict[str, Any] = field(default_factory=dict)
     fid_error: ErrorBar | None = None
     fid_infinity: Extrapolation | None = None
+    nearest_pairs: list[tuple[int, int, float]] = field(default_factory=list)
+    judgement: Judgement | None = None
 
     @property
     def protocol(self) -> str:
@@ -74,13 +81,7 @@ def evaluate(reference: Reference, samples: MeasuredSet, options: Options | None
     images.
     """
     options = options or Options()
-    ours, theirs = samples.provenance, reference.measured.provenance
-    for key in ("features", "protocol", "weights_sha256"):
-        if ours[key] != theirs[key]:
-            raise ValueError(
-                f"{samples.name} was measured with {key} {ours[key]}, the reference with {theirs[key]}: "
-                "measure both alike"
-            )
+    require_measured_alike(samples, reference.measured)
     notes = samples.notes + notes_on_covariances(samples)
     notes += _notes_on_resolution(reference.measured, samples, options.allow_resolution)
     pair = Pair(reference, samples, options.precision_recall_dtype, options.progress)
@@ -92,10 +93,11 @@ def evaluate(reference: Reference, samples: MeasuredSet, options: Options | None
         samples.count,
         metrics,
         notes,
-        ours,
-        theirs,
+        samples.provenance,
+        reference.provenance,
         options.precision_recall_dtype,
         _on_record(reference, options),
+        nearest_pairs=pair.nearest.closest(NEAREST_PAIRS) if pair.missing("train") is None else [],
         **frechet_extras(reference, samples, metrics["fid"], options, notes),
     )
 

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from evaluation.features import Features
+from evaluation.memorisation import Nearest, copies_share, nearer_share, nearest_training
 from evaluation.networks.inception import InceptionFeatures
 from evaluation.precision_recall import ManifoldScores, manifold_scores
 from evaluation.reference import Reference
-from evaluation.scores import inception_score, kernel_distance
+from evaluation.scores import clip_mmd, inception_score, kernel_distance
 from evaluation.sets import DENSITY_NEIGHBOURS, NEIGHBOURS, MeasuredSet
+from evaluation.sliced import monge_distance
 from guided_diffusion.files.console import print_result
 
 
@@ -33,7 +35,7 @@ class Pair:
         """None where the sets give what is needed; else why not, "" where that is said elsewhere or is plain.
 
         need: "pool" and "spatial", a Gaussian of each set; "logits" of the samples; "features" of the images
-        of both.
+        of both; "clip", those of CLIP; "train", those of training images besides.
         """
         images = self.samples.features
         if need == "spatial" and (self.reference.spatial is None or self.samples.spatial() is None):
@@ -41,7 +43,11 @@ class Pair:
             return "" if plain else "one side has no spatial statistics"
         if need == "logits" and (images is None or images.logits is None):
             return ""
-        if need == "features" and (images is None or self.reference.features is None):
+        if need == "train":
+            return "" if images is None or self.reference.against is None else None
+        if need == "clip" and self.samples.provenance["features"] != need:
+            return ""
+        if need in ("features", "clip") and (images is None or self.reference.features is None):
             return "" if images is None else "the reference has no images"
         return None
 
@@ -53,7 +59,7 @@ class Pair:
 
     @cached_property
     def manifold(self) -> ManifoldScores:
-        """Four metrics in one pass over the distances."""
+        """Six metrics in one pass over the distances."""
         real, fake = self.reference.features, self.images.pool3
         assert real is not None
         if self.progress:
@@ -61,6 +67,12 @@ class Pair:
             print_result(f"{labels_of_need('features')}: {counts}", to_stderr=True)
         dtype = getattr(torch, self.dtype)
         return manifold_scores(real=real, fake=fake, k=NEIGHBOURS, density_k=DENSITY_NEIGHBOURS, dtype=dtype)
+
+    @cached_property
+    def nearest(self) -> Nearest:
+        """The training image that each sample is nearest to."""
+        assert self.reference.against and self.reference.against.features
+        return nearest_training(train=self.reference.against.features.pool3, points=self.images.pool3)
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,22 @@ def _kernel_distance(pair):
     return kernel_distance(real=pair.reference.features, fake=pair.images.pool3)
 
 
+def _monge_distance(pair):
+    return monge_distance(real=pair.reference.features, fake=pair.images.pool3)
+
+
+def _clip_mmd(pair):
+    return clip_mmd(real=pair.reference.features, fake=pair.images.pool3)
+
+
+def _nearer(pair):
+    return nearer_share(pair.nearest.distances, pair.reference.held_out)
+
+
+def _copies(pair):
+    return copies_share(pair.nearest.distances, pair.reference.held_out)
+
+
 METRICS = (
     Metric("fid", "FID", 3, "pool", _frechet, "FD"),
     Metric("sfid", "sFID", 3, "spatial", _spatial_frechet, "sFD"),
@@ -108,6 +136,26 @@ METRICS = (
     Metric("density", "density", 4, "features", lambda pair: pair.manifold.density),
     Metric("coverage", "coverage", 4, "features", lambda pair: pair.manifold.coverage, share=True),
     Metric("kid", "KID", 5, "features", _kernel_distance, "KD"),
+    Metric("mind", "MIND", 3, "features", _monge_distance, "MIND"),
+    Metric("cmmd", "CMMD", 4, "clip", _clip_mmd),
+    Metric(
+        "clipped_density",
+        "clipped density",
+        4,
+        "features",
+        lambda pair: pair.manifold.clipped_density,
+        share=True,
+    ),
+    Metric(
+        "clipped_coverage",
+        "clipped coverage",
+        4,
+        "features",
+        lambda pair: pair.manifold.clipped_coverage,
+        share=True,
+    ),
+    Metric("nearer", "nearer to train", 4, "train", _nearer, share=True),
+    Metric("copies", "copies", 4, "train", _copies, share=True),
 )
 BY_KEY = {metric.key: metric for metric in METRICS}
 
@@ -134,6 +182,10 @@ def is_possible(metric: Metric, *provenances: Mapping[str, Any]) -> bool:
 
 
 def _gives(need, *provenances):
+    if need == "train":
+        return any(about.get("against") for about in provenances)
+    if need == "clip":
+        return provenances[0]["features"] == need
     outputs = next((about["outputs"] for about in provenances if about.get("outputs")), None)
     return need not in ("spatial", "logits") or outputs is None or need in outputs
 

@@ -1,12 +1,14 @@
 """The set that others are compared with: factored and thinned out once."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.frechet import FrechetReference
-from evaluation.sets import MeasuredSet
+from evaluation.memorisation import count_equal, nearest_training
+from evaluation.sets import MeasuredSet, require_measured_alike
 
 MAX_REFERENCE_IMAGES = 10_000  # as in guided-diffusion's evaluation
 ENOUGH_IMAGES = 10_000  # from here on little is left of the bias of precision, recall and Inception Score
@@ -18,13 +20,19 @@ class Reference:
 
     `features` are those of at most 10,000 of its images, drawn with `seed`; None where it has no images.
     `spatial` is None where it has no spatial features. `notes` are about the reference.
+
+    against: the training images, measured alike, if memorisation is asked about; the reference then is of
+    held-out images, and `held_out` has the distance of each of `features` to the nearest training image.
+    Raises ValueError where one of the two has no images, and where the reference's are training images.
     """
 
     measured: MeasuredSet
     seed: int = 0
+    against: MeasuredSet | None = None
     pool: FrechetReference = field(init=False)
     spatial: FrechetReference | None = field(init=False)
     features: NDArray[np.float32] | None = field(init=False)
+    held_out: NDArray[np.float64] | None = field(init=False, default=None)
     notes: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -33,6 +41,11 @@ class Reference:
         self.spatial = FrechetReference(spatial) if spatial else None
         self.notes = self.measured.notes + notes_on_covariances(self.measured)
         self.features = self.measured.features.pool3 if self.measured.features else None
+        self._thin_out()
+        if self.against:
+            self.held_out = self._distances_to(self.against)
+
+    def _thin_out(self):
         if self.features is None:
             return
         count = len(self.features)
@@ -43,6 +56,32 @@ class Reference:
             taken = f"{MAX_REFERENCE_IMAGES:,} of {count:,} images"
             self.notes.append(f"all but FID, sFID and IS take {taken}")
             self.features = some_rows(self.features, MAX_REFERENCE_IMAGES, self.seed)
+
+    def _distances_to(self, train):
+        require_measured_alike(train, self.measured)
+        if self.features is None or train.features is None:
+            without = self.measured.name if self.features is None else train.name
+            raise ValueError(f"--against compares images, and {without} holds statistics: give its images")
+        distances = nearest_training(train=train.features.pool3, points=self.features).distances
+        equal = count_equal(distances, train.features.pool3)
+        if 2 * equal > len(distances):
+            raise ValueError(
+                f"--against {train.name}: {equal} of {len(distances)} images of the reference "
+                f"{self.measured.name} are training images themselves; give held-out images as the reference"
+            )
+        if equal:
+            self.notes.append(
+                f"{equal} of {len(distances)} images are training images: fewer copies are seen"
+            )
+        return distances
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """That of the measured set, and whose training images it is held out from."""
+        if self.against is None:
+            return self.measured.provenance
+        about = {key: self.against.provenance[key] for key in ("images", "count", "fingerprint")}
+        return self.measured.provenance | {"against": about}
 
 
 def some_rows(features: NDArray, count: int, seed: int) -> NDArray:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.accuracy import class_table
 from evaluation.evaluator import Result
 from evaluation.metrics import metric_key
 from evaluation.pictures import draw_bars, draw_plane
-from evaluation.tables import WARNING, differ, markdown_table
+from evaluation.tables import WARNING, by_network, differ, markdown_table, side_by_side
 from guided_diffusion.files import figures
 from guided_diffusion.files.atomic import renamed_when_complete, write_json
 from guided_diffusion.files.grid import save_grid
@@ -33,7 +34,7 @@ def to_json(
         "results": [_row_to_json(result) for result in results],
         "reference_notes": list(reference_notes),
     }
-    if differ(results):
+    if any(map(differ, by_network(results))):
         content["warning"] = WARNING
     return content | ({"comparison": dict(comparison)} if comparison else {})
 
@@ -47,6 +48,10 @@ def _row_to_json(result):
         row[f"{distance}_bootstrap"] = asdict(result.fid_error)
     if result.fid_infinity:
         row[f"{distance}_infinity"] = asdict(result.fid_infinity)
+    if result.nearest_pairs:
+        row["nearest_pairs"] = [list(pair) for pair in result.nearest_pairs]
+    if result.judgement:
+        row["judgement"] = asdict(result.judgement)
     provenance = {"samples": result.samples, "reference": result.reference, "options": result.options}
     provenance["precision_recall_dtype"] = result.precision_recall_dtype
     return row | {"protocol": result.protocol, "notes": result.notes, "provenance": provenance}
@@ -58,9 +63,12 @@ def write_report(
     grids: Mapping[str, NDArray[np.uint8]],
     reference_notes: Sequence[str] = (),
     comparison: Mapping[str, Any] | None = None,
+    nearest: Mapping[str, list[NDArray[np.uint8]]] | None = None,
 ) -> Path:
     """Write report.json, and report.md with its pictures, into `folder`; `grids` has images (n, H, W, 3) by
-    the name of the set.
+    the name of the set. Results of the same sets under several networks stand side by side.
+
+    nearest: by a title, the samples (n, H, W, 3) that are nearest to training images, and these.
 
     Returns the page's path. Raises ValueError where matplotlib is missing (see `require_matplotlib`).
     """
@@ -69,14 +77,21 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     # The numbers first: a picture that cannot be drawn must not lose them.
     write_json(folder / "report.json", to_json(results, reference_notes, comparison))
-    page = ["# Evaluation", markdown_table(results), *(f"- reference: {note}" for note in reference_notes)]
+    groups = by_network(results)
+    page = ["# Evaluation", *map(markdown_table, groups), *(f"- reference: {n}" for n in reference_notes)]
+    if len(groups) > 1:
+        page += ["## Networks side by side", side_by_side(groups)]
     if comparison:
         page.append(f"**{comparison['verdict']}**")
-    page += ["## Numbers", "![The numbers of every set as bars](bars.png)"]
-    draw_bars(folder / "bars.png", results)
-    if any(result.metrics["precision"] is not None for result in results):
-        draw_plane(folder / "precision_recall.png", results)
-        page += ["## Precision and recall", "![Precision against recall](precision_recall.png)"]
+    page += ["## Numbers", _draw(folder, "bars", "The numbers of every set as bars", draw_bars, groups)]
+    planes = [group for group in groups if any(each.metrics["precision"] is not None for each in group)]
+    if planes:
+        title = "Precision against recall"
+        page += ["## Precision and recall", _draw(folder, "precision_recall", title, draw_plane, planes)]
+    if judged := {each.name: each.judgement for each in results if each.judgement}:
+        page += ["## Accuracy by class", *(class_table(*item) for item in judged.items())]
+    if nearest:
+        page += ["## Nearest training images", *_draw_nearest(folder, nearest)]
     page += ["## Random images", *_draw_grids(folder, grids)]
     # A file name may hold bytes that are no text.
     text = ("\n\n".join(page) + "\n").encode(errors="backslashreplace")
@@ -85,10 +100,40 @@ def write_report(
     return folder / "report.md"
 
 
+def _draw(folder, stem, title, draw, groups):
+    """The link to one picture, or a table of those of several networks."""
+    networks = [group[0].samples["features"] for group in groups]
+    files = [f"{stem}-{_file_name(name)}.png" for name in networks] if len(groups) > 1 else [f"{stem}.png"]
+    for file, group in zip(files, groups, strict=True):
+        draw(folder / file, group)
+    links = [f"![{title}]({file})" for file in files]
+    if len(links) == 1:
+        return links[0]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (networks, ["---"] * len(links), links))
+
+
+def _draw_nearest(folder, nearest):
+    """Samples above the training images, a column for each pair."""
+    lines = []
+    for number, (title, pair) in enumerate(nearest.items(), start=1):
+        picture = f"nearest{number}-{_file_name(title)}.png"
+        scale = max(1, 64 // pair[0].shape[1])
+        save_grid(folder / picture, pair, scale, len(pair[0]), ["samples", "training images"])
+        lines += [
+            f"### {title}",
+            f"![Samples of {title} above the training images nearest to them]({picture})",
+        ]
+    return lines
+
+
+def _file_name(text):
+    return re.sub("[^A-Za-z0-9_.-]+", "-", text)
+
+
 def _draw_grids(folder, grids):
     lines = []
     for number, (name, images) in enumerate(grids.items(), start=1):
-        picture = f"grid{number}-{re.sub('[^A-Za-z0-9_.-]+', '-', name)}.png"
+        picture = f"grid{number}-{_file_name(name)}.png"
         save_grid(folder / picture, [images], scale=max(1, 64 // images.shape[1]))
         lines += [f"### {name}", f"![{len(images)} random images of {name}]({picture})"]
     return lines

@@ -1,7 +1,8 @@
-"""Inception Score and kernel distance (KID).
+"""Inception Score and the distances by a kernel, KID and CMMD.
 
 Inception Score: Salimans et al., "Improved Techniques for Training GANs" (2016). Kernel distance: Binkowski
-et al., "Demystifying MMD GANs" (2018).
+et al., "Demystifying MMD GANs" (2018). CMMD: Jayasumana et al., "Rethinking FID: Towards a Better Evaluation
+Metric for Image Generation" (2024, arXiv 2401.09603).
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from scipy.special import softmax, xlogy
 from evaluation.moments import to_float64, to_numpy
 
 TILE = 2048
+CMMD_SIGMA, CMMD_SCALE = 10, 1000
 
 
 def inception_score(
@@ -77,7 +79,7 @@ def kernel_distance(
     infinity.
     """
     real, fake = to_numpy(real), to_numpy(fake)
-    _check_pair(real, fake)
+    check_pair(real, fake, "a kernel distance")
     if subsets is None:
         return _mmd2(real, fake)
     if subsets < 1 or subset_size < 2:
@@ -96,41 +98,61 @@ def kernel_distance(
     return float(np.mean(distances)), float(np.std(distances))
 
 
-def _check_pair(real, fake):
+def clip_mmd(*, real: ArrayLike, fake: ArrayLike) -> float:
+    """CMMD of CLIP embeddings (N, D), (M, D), which the network has normalised: 1000 times the biased squared
+    MMD under exp(-|x - y|^2 / (2 10^2)), at least 0, in float64.
+
+    Raises ValueError as `kernel_distance` does.
+    """
+    real, fake = to_numpy(real), to_numpy(fake)
+    check_pair(real, fake, "CMMD")
+    within = sum(_sum_within(x, _gaussian_less_1) / len(x) ** 2 for x in (real, fake))
+    return CMMD_SCALE * float(within - 2 * _mean_across(real, fake, _gaussian_less_1))
+
+
+def check_pair(real: NDArray, fake: NDArray, metric: str) -> None:
+    """Raise ValueError for features that are not (N, D) and (M, D), fewer than 2 images, NaN or infinity."""
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
         raise ValueError(f"features of shapes {real.shape} and {fake.shape}; needed are (N, D) and (M, D)")
     for name, features in (("real", real), ("fake", fake)):
         if len(features) < 2:
-            raise ValueError(f"{len(features)} {name} images; a kernel distance needs at least 2")
+            raise ValueError(f"{len(features)} {name} images; {metric} needs at least 2")
         if not all(np.isfinite(tile).all() for tile in _tiles(features)):
             raise ValueError(f"{name} features hold NaN or infinity")
 
 
 def _mmd2(real, fake):
-    return float(_mean_within(real) + _mean_within(fake) - 2 * _mean_across(real, fake))
+    within = [_sum_within(x, _cubic) / (len(x) * (len(x) - 1)) for x in (real, fake)]
+    return float(within[0] + within[1] - 2 * _mean_across(real, fake, _cubic))
 
 
-def _mean_within(x):
-    """Mean kernel of two different points. The kernel is symmetric: tiles above the diagonal count twice."""
+def _sum_within(x, kernel):
+    """Of all pairs of two different points. The kernel is symmetric: tiles above the diagonal count twice."""
     total = 0.0
     for i, rows in enumerate(_tiles(x)):
         for j, columns in enumerate(_tiles(x[i * TILE :])):
-            kernel = _kernel(rows, columns)
-            total += 2 * kernel.sum() if j else kernel.sum() - np.trace(kernel)
-    return total / (len(x) * (len(x) - 1))
+            values = kernel(rows, columns)
+            total += 2 * values.sum() if j else values.sum() - np.trace(values)
+    return total
 
 
-def _mean_across(x, y):
-    return sum(_kernel(rows, columns).sum() for rows in _tiles(x) for columns in _tiles(y)) / (
-        len(x) * len(y)
-    )
+def _mean_across(x, y, kernel):
+    return sum(kernel(rows, columns).sum() for rows in _tiles(x) for columns in _tiles(y)) / (len(x) * len(y))
 
 
-def _kernel(x, y):
+def _cubic(x, y):
     kernel = x @ y.T
     kernel /= x.shape[1]
     kernel += 1
     return kernel * kernel * kernel  # many times faster than kernel**3
+
+
+def _gaussian_less_1(x, y):
+    """The kernel of two equal points is 0, and digits are kept: all others are close to 1, and the constant
+    leaves the biased MMD.
+    """
+    squares = np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1) - 2 * (x @ y.T)
+    return np.expm1(squares.clip(min=0) / (-2 * CMMD_SIGMA**2))
 
 
 def _tiles(features: NDArray) -> Iterator[NDArray[np.float64]]:

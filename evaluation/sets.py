@@ -229,6 +229,17 @@ def require_same_resolution(reference: OpenedSet | MeasuredSet, samples: OpenedS
         )
 
 
+def require_measured_alike(samples: MeasuredSet, reference: MeasuredSet) -> None:
+    """Raise ValueError for sets of two networks or protocols."""
+    ours, theirs = samples.provenance, reference.provenance
+    for key in ("features", "protocol", "weights_sha256"):
+        if ours[key] != theirs[key]:
+            raise ValueError(
+                f"{samples.name} was measured with {key} {ours[key]}, the reference with {theirs[key]}: "
+                "measure both alike"
+            )
+
+
 def require_images_only(compared: OpenedSet | MeasuredSet) -> None:
     """Raise ValueError for a set whose distance is that of statistics, which cannot be resampled."""
     if compared.statistics:

@@ -58,6 +58,28 @@ def differ(results: Sequence[Result]) -> bool:
     return len({_comparable(result) for result in results}) > 1
 
 
+def by_network(results: Sequence[Result]) -> list[list[Result]]:
+    """The results of each feature network, in the order in which they come."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.samples["features"], []).append(result)
+    return list(groups.values())
+
+
+def side_by_side(groups: Sequence[Sequence[Result]]) -> str:
+    """A Markdown table of the same sets under several networks, a column for each, a row for every number."""
+    networks = [group[0].samples["features"] for group in groups]
+    lines = [f"| set | number | {' | '.join(networks)} |", "| --- | --- |" + " ---: |" * len(groups)]
+    for results in zip(*groups, strict=True):
+        for metric in METRICS:
+            labels = dict.fromkeys(_label(result, metric.key) for result in results)
+            numbers = [_number(result, metric.key) for result in results]
+            if set(numbers) != {"n/a"}:
+                name = results[0].name.replace("|", "\\|")
+                lines.append(f"| {name} | {' / '.join(labels)} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
 def _comparable(result):
     """What two rows must share."""
     return result.protocol, result.reference["fingerprint"], result.reference["file_sha256"]

@@ -1,58 +1,44 @@
 """Evaluate sets of images against a reference: FID, sFID, Inception Score, precision, recall, density,
-coverage, KID.
+coverage, KID, MIND, clipped density and coverage; CMMD by CLIP; memorisation; accuracy by a judge.
 
     python scripts/evaluate.py pretrained_models/VIRTUAL_imagenet128_labeled.npz results/resnet101 \\
         results/resnet50 --report results/report
     python scripts/evaluate.py real.npz a.npz b.npz --features digits --bootstrap 200 --compare a.npz b.npz
+    python scripts/evaluate.py held_out.npz a.npz --features inception,dinov2 --against train.npz
 
 A set is an npz, a folder or a zip of images, an output folder of this project, or an npz with statistics. The
 table goes to stdout, the rest to stderr. Numbers of another --protocol or --features must not be compared;
 distances by another network than Inception's are called FD(NAME), never FID.
 """
 
-import contextlib
 import json
-import math
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import _beside  # noqa: F401
-import download
-from network_flags import add_network_flags, network_of
+import numpy as np
+from judging import Judge
+from network_flags import add_network_flags, networks_of
+from published_pair import selfcheck
 
+from evaluation.accuracy import summary
 from evaluation.evaluator import evaluate
 from evaluation.metrics import metric_label
-from evaluation.networks import NetworkOptions, feature_network
-from evaluation.networks.inception import WEIGHTS, find_inception_weights
+from evaluation.networks import NetworkOptions
 from evaluation.reference import Reference
 from evaluation.report import require_matplotlib, to_json, write_report
 from evaluation.resampling import Options, compare
 from evaluation.sets import measure, open_set, require_comparable, require_images_only
-from evaluation.tables import table
+from evaluation.tables import by_network, table
 from guided_diffusion.dist_util import choose_device
 from guided_diffusion.files.atomic import write_json
 from guided_diffusion.files.console import print_result
 from guided_diffusion.files.image_sets import pick_images
-from guided_diffusion.files.pretrained import PRETRAINED_DIR
 from guided_diffusion.flags.parser import Parser, run_main
 
 COMPARE_RESAMPLES = 200
 GRID_IMAGES = 64
-# guided-diffusion's own pair of reference and samples.
-PUBLISHED_REFERENCE = "VIRTUAL_imagenet128_labeled.npz"
-PUBLISHED_SAMPLES = "admnet_guided_imagenet128.npz"
-# Metric -> (what TensorFlow gave, tolerance). A PyTorch port differed by 0.0014, 0.000006, 0.0011, 0.001 and
-# 0.0023; the tolerance is at least twice that, and more for FID, as convolutions round differently from one
-# machine to the next. TensorFlow's precision and recall are in float16, where ties raise both; this check
-# computes them in float32, as the port did.
-PUBLISHED_FIGURES = {
-    "inception_score": (141.4767, 0.01),
-    "fid": (2.973289, 0.001),
-    "sfid": (5.094564, 0.003),
-    "precision": (0.78138, 0.002),
-    "recall": (0.5929, 0.005),
-}
 
 
 def main():
@@ -74,12 +60,21 @@ def main():
     if not args.reference or not (args.samples or args.compare):
         parser.error("give a REFERENCE and at least one set of SAMPLES")
     check_flags(args)
-    network = network_of(args)
-    opened = open_all(args, network)
-    reference = Reference(measure_with(args, network, opened[None]), args.seed)
-    results, compared = evaluate_all(args, network, reference, opened)
-    comparison = compare_two(args, reference, *compared) if compared else None
-    write_outputs(args, opened, reference, results, comparison)
+    networks = networks_of(args)
+    if len(networks) > 1 and args.compare:
+        raise ValueError(f"--compare takes one network, not --features {args.features}; give one of them")
+    # Whatever is wrong with a set is said before the first network sees an image.
+    opened = [open_all(args, network) for network in networks]
+    judged = judge_all(args, opened[0])
+    results, notes, comparison = [], [], None
+    for network, sets in zip(networks, opened, strict=True):
+        measured = [measure_with(args, network, each) for each in (sets[None], *against_of(sets))]
+        reference = Reference(measured[0], args.seed, *measured[1:])
+        rows, compared = evaluate_all(args, network, reference, sets)
+        results += [replace(row, judgement=judged.get(row.name)) for row in rows]
+        notes += [note for note in reference.notes if note not in notes]
+        comparison = compare_two(args, reference, *compared) if compared else None
+    write_outputs(args, opened[0], results, notes, comparison)
 
 
 def make_parser():
@@ -109,6 +104,16 @@ def make_parser():
         help="say whether two sets differ beyond the noise; 200 resamples",
     )
     parser.add_argument(
+        "--against",
+        metavar="TRAIN",
+        help="training images: are samples nearer to them than the reference's, held-out ones?",
+    )
+    parser.add_argument(
+        "--judge", metavar="NAME", help="a classifier that finds the samples' classes, or not"
+    )
+    parser.add_argument("--judge_weights", metavar="FILE", help="by default those in pretrained_models/")
+    parser.add_argument("--num_classes", type=int, default=1000, help="of the judge")
+    parser.add_argument(
         "--json",
         metavar="FILE",
         help="numbers and where they come from; - is stdout, and the table then goes to stderr",
@@ -137,6 +142,8 @@ def check_flags(args):
         raise ValueError(f"--json {args.json}: there is no such folder; create it first")
     if args.report:
         require_matplotlib()
+    if args.judge_weights and not args.judge:
+        raise ValueError(f"--judge_weights {args.judge_weights} without --judge; name the judge")
     for flag in ("report", "cache"):
         if getattr(args, flag) and Path(getattr(args, flag)).is_file():
             raise ValueError(f"--{flag} {getattr(args, flag)} is a file; give a folder")
@@ -157,7 +164,33 @@ def open_all(args, network):
         require_comparable(opened[None], opened[path], network, args.allow_resolution)
     for path in args.compare or ():
         require_images_only(opened[Path(path).resolve()])
+    if args.against:
+        train = open_set(args.against, network, skip_unreadable=args.skip_unreadable)
+        require_comparable(opened[None], train, network, args.allow_resolution)
+        opened["against"] = train
     return opened
+
+
+def against_of(opened):
+    """The training images, if they are given: at most one set."""
+    return [opened["against"]] if "against" in opened else []
+
+
+def samples_of(opened):
+    """The sets of samples, by their paths."""
+    return {path: samples for path, samples in opened.items() if path not in (None, "against")}
+
+
+def judge_all(args, opened):
+    """What the judge, if there is one, says of each set of samples, by the set's name."""
+    if not args.judge:
+        return {}
+    sets = list(samples_of(opened).values())
+    if without := [samples.name for samples in sets if samples.images is None]:
+        raise ValueError(f"--judge looks at images; {without[0]} holds statistics")
+    size, device = sets[0].resolution[0], choose_device(args.device)
+    judge = Judge(args.judge, args.judge_weights, args.num_classes, size, device)
+    return {samples.name: judge(samples.images) for samples in sets}
 
 
 def names_of(paths):
@@ -184,12 +217,11 @@ def evaluate_all(args, network, reference, opened):
     options = Options(args.bootstrap, args.fid_infinity, dtype, resolution, args.seed, progress=True)
     wanted = [Path(path).resolve() for path in args.compare or ()]
     results, kept = [], {}
-    for path, samples in opened.items():
-        if path is not None:
-            measured = measure_with(args, network, samples)
-            results.append(evaluate(reference, measured, options))
-            if path in wanted:
-                kept[path] = measured
+    for path, samples in samples_of(opened).items():
+        measured = measure_with(args, network, samples)
+        results.append(evaluate(reference, measured, options))
+        if path in wanted:
+            kept[path] = measured
     return results, [kept[path] for path in wanted]
 
 
@@ -218,17 +250,20 @@ def compare_two(args, reference, a, b):
     }
 
 
-def write_outputs(args, opened, reference, results, comparison):
+def write_outputs(args, opened, results, notes, comparison):
     """The files first: whatever is wrong with the terminal or the pipe behind stdout, they are there."""
-    content = to_json(results, reference.notes, comparison)
+    content = to_json(results, notes, comparison)
     if args.json and args.json != "-":
         write_json(args.json, content)
     if args.report:
-        sets = [samples for path, samples in opened.items() if path is not None and samples.images]
+        sets = [samples for samples in samples_of(opened).values() if samples.images]
         grids = {samples.name: pick_images(samples.images, GRID_IMAGES, args.seed) for samples in sets}
-        page = write_report(args.report, results, grids, reference.notes, comparison)
-    verdict = ["", comparison["verdict"]] if comparison else []
-    text = [table(results), *(f"note: reference: {note}" for note in reference.notes), *verdict]
+        nearest = nearest_pictures(opened, results)
+        page = write_report(args.report, results, grids, notes, comparison, nearest)
+    groups = by_network(results)
+    text = "\n\n".join(map(table, groups)).splitlines() + [f"note: reference: {note}" for note in notes]
+    text += [summary(row.name, row.judgement) for row in groups[0] if row.judgement]
+    text += ["", comparison["verdict"]] if comparison else []
     print_result("\n".join(text), to_stderr=args.json == "-")
     if args.json == "-":
         print_result(json.dumps(content, indent=2))
@@ -236,58 +271,27 @@ def write_outputs(args, opened, reference, results, comparison):
         print_result(f"report: {page}", to_stderr=True)
 
 
-def selfcheck(args):
-    """Evaluate the published pair as guided-diffusion does, fetched if need be.
-
-    Raises ValueError where a figure differs by more than its tolerance.
-    """
-    if args.weights:
-        find_inception_weights(args.weights)  # before gigabytes are fetched
-    if missing := [path.name for path in published_paths(args.weights) if not path.is_file()]:
-        with contextlib.suppress(SystemExit):  # it has said why, and what is still missing is named below
-            download.main(missing)
-    paths = find_published(args.weights)
-    network = feature_network(weights=paths[2], device=choose_device(args.device))
-    reference, samples = (measure_with(args, network, open_set(path, network)) for path in paths[:2])
-    result = evaluate(Reference(reference), samples)
-    lines = compare_with_published(result.metrics)
-    print_result("\n".join(lines))
-    if any("DIFFERS" in line for line in lines):
-        raise ValueError("the self-check failed: see the figures that differ")
+def nearest_pictures(opened, results):
+    """{title: [samples, the training images nearest to them]}, where the two can be shown together."""
+    sets = {samples.name: samples.images for samples in samples_of(opened).values()}
+    train = next((each.images for each in against_of(opened)), None)
+    pictures = {}
+    for row in results:
+        if not row.nearest_pairs:
+            continue
+        images, counts = sets[row.name], (row.count, row.reference["against"]["count"])
+        # Where pictures were skipped, a feature's place is not its picture's.
+        if counts == (images.entries, train.entries) and images.resolution == train.resolution:
+            samples, which, _ = zip(*row.nearest_pairs, strict=True)
+            title = f"{row.name} ({row.samples['features']})"
+            pictures[title] = [pick_each(images, samples), pick_each(train, which)]
+    return pictures
 
 
-def published_paths(weights):
-    """Where reference, samples and, unless they are given, weights should be."""
-    return [
-        PRETRAINED_DIR / name
-        for name in (PUBLISHED_REFERENCE, PUBLISHED_SAMPLES, *([] if weights else [WEIGHTS]))
-    ]
-
-
-def find_published(weights):
-    """The paths of reference, samples and weights. Raises FileNotFoundError with all that are missing, and
-    how to get them.
-    """
-    paths = published_paths(weights)
-    if missing := [path.name for path in paths if not path.is_file()]:
-        names = " ".join(missing)
-        raise FileNotFoundError(
-            f"--selfcheck needs files that are not in {PRETRAINED_DIR}: `python scripts/download.py {names}`"
-        )
-    return [*paths[:2], find_inception_weights(weights or paths[2])]
-
-
-def compare_with_published(metrics):
-    """A line for each published figure: ours, theirs, the tolerance, and whether they agree."""
-    lines = []
-    for metric, (published, tolerance) in PUBLISHED_FIGURES.items():
-        value = math.nan if metrics[metric] is None else metrics[metric]
-        agrees = abs(value - published) <= tolerance  # false for NaN
-        lines.append(
-            f"{metric}: {value:.6f}, published {published}, tolerance {tolerance}: "
-            f"{'agrees' if agrees else 'DIFFERS'}"
-        )
-    return lines
+def pick_each(images, indices):
+    """(n, H, W, 3): the images at these places, in any order, repeated ones repeated."""
+    places, inverse = np.unique(indices, return_inverse=True)
+    return images.pick(places)[inverse]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,23 @@ def add_network_flags(parser):
         parser.add_argument(f"--{field.name}", type=kind, default=field.default, **field.metadata)
 
 
-def network_of(args):
-    """The network that the flags name, on their device. Raises what `feature_network` does."""
-    return feature_network(args.features, args.protocol, args.weights, choose_device(args.device))
+def network_of(args, features=None):
+    """The network that the flags name, or `features` in their place, on their device. Raises what
+    `feature_network` does.
+    """
+    features, inceptions = features or args.features, (args.protocol, args.weights)
+    if features != args.features and features != "inception":
+        inceptions = None, None  # they are those of the other one
+    return feature_network(features, *inceptions, choose_device(args.device))
+
+
+def networks_of(args):
+    """The networks whose names stand in --features, with commas between them. Raises ValueError for one that
+    is named twice.
+    """
+    names = args.features.split(",")
+    if len(set(names)) < len(names):
+        raise ValueError(f"--features {args.features} names a network twice; name each once")
+    if len(names) > 1 and "inception" not in names and (args.protocol or args.weights):
+        raise ValueError("--protocol and --weights are Inception's, which --features does not name")
+    return [network_of(args, name) for name in names]

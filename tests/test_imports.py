@@ -14,7 +14,16 @@ OURS = {*ROOMS, "scripts", "tests"}
 ALLOWED = {
     "guided_diffusion": {"torch", "numpy", "tqdm", "safetensors", "PIL", "filelock", "matplotlib"},
     "classifiers": {"torch", "torchvision", "diffusers"},
-    "evaluation": {"torch", "torchvision", "numpy", "scipy", "pytorch_fid", "tqdm", "matplotlib"},
+    "evaluation": {
+        "torch",
+        "torchvision",
+        "numpy",
+        "scipy",
+        "pytorch_fid",
+        "tqdm",
+        "matplotlib",
+        "transformers",
+    },
 }
 COMMON = "guided_diffusion.files"  # every room may import it
 # Inside guided_diffusion, from the ground up: a module imports those of its own line and of earlier ones.

@@ -9,7 +9,12 @@ from evaluation.features import FeatureNetwork
 from evaluation.networks.cifar import CIFAR_NETWORK, CIFAR_WEIGHTS, CIFARFeatures
 from evaluation.networks.digits import DIGITS_WEIGHTS, DigitsFeatures
 from evaluation.networks.inception import PROTOCOLS, InceptionFeatures, find_inception_weights
+from evaluation.networks.own import OwnFeatures
+from evaluation.networks.vision_transformers import CLIPFeatures, DINOv2Features
 from evaluation.networks.weights import read_weights
+
+TRANSFORMERS = {network.name: network for network in (DINOv2Features, CLIPFeatures)}
+WRITE = "inception, digits, cifar10, dinov2, clip, FILE.safetensors or FILE.py:builder"
 
 
 @dataclass(frozen=True)
@@ -21,8 +26,8 @@ class NetworkOptions:
     features: str = field(
         default="inception",
         metadata={
-            "help": "inception, digits, cifar10 (train it first: docs/training.md), or FILE.safetensors "
-            "with weights of one of the last two"
+            "help": "inception; digits or cifar10, or FILE.safetensors with weights of one of these two; "
+            "dinov2 or clip, or dinov2:FOLDER, clip:FOLDER; FILE.py:builder, your own"
         },
     )
     protocol: str | None = field(
@@ -58,7 +63,8 @@ def feature_network(
     weights: str | Path | None = None,
     device: str | torch.device = "cpu",
 ) -> FeatureNetwork:
-    """The network that --features names; `protocol` (adm by default) and `weights` are Inception's.
+    """The network that --features names; `protocol` (adm by default) and `weights` are Inception's. Those of
+    dinov2 and clip, a file or a folder, may stand behind a colon.
 
     Raises ValueError where they are given with another network, for other names, and what the networks raise;
     FileNotFoundError that says which weights to put where.
@@ -79,12 +85,14 @@ def feature_network(
                 "give its classifier.safetensors as --features"
             )
         return CIFARFeatures(CIFAR_WEIGHTS, device)
+    name, _, path = features.partition(":")
+    if name in TRANSFORMERS:
+        return TRANSFORMERS[name](path or None, device)
     if features.endswith(".safetensors"):
         return _of_file(features, device)
-    raise ValueError(
-        f"unknown --features {features}; write inception, digits, cifar10, or FILE.safetensors with weights "
-        "of one of the last two"
-    )
+    if ".py:" in features:
+        return OwnFeatures(features, device)
+    raise ValueError(f"unknown --features {features}; write {WRITE}")
 
 
 def _of_file(path, device):

@@ -11,6 +11,9 @@ SIGNATURES = {
     "frechet_distance": ["mu1", "sigma1", "mu2", "sigma2"],
     "precision_recall": ["real", "fake", "k"],
     "density_coverage": ["real", "fake", "k"],
+    "clipped_density_coverage": ["real", "fake", "k"],
+    "monge_distance": ["real", "fake", "directions", "seed"],
+    "clip_mmd": ["real", "fake"],
     "inception_score": ["logits", "probs", "split_size"],
     "kernel_distance": ["real", "fake", "subsets"],
     "InceptionFeatures": ["weights", "protocol", "device"],
@@ -31,4 +34,6 @@ def test_functions_give_python_floats():
     numbers += [*evaluation.precision_recall(real=x, fake=y), *evaluation.density_coverage(real=x, fake=y)]
     numbers += [evaluation.inception_score(logits=x), evaluation.kernel_distance(real=x, fake=y)]
     numbers += evaluation.kernel_distance(real=x, fake=y, subsets=3, subset_size=10)
+    numbers += [*evaluation.clipped_density_coverage(real=x, fake=y), evaluation.clip_mmd(real=x, fake=y)]
+    numbers += [evaluation.monge_distance(real=x, fake=y, directions=5)]
     assert {type(number) for number in numbers} == {float}

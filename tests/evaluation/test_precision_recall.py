@@ -2,18 +2,14 @@
 what they refuse.
 """
 
-import importlib
-
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from evaluation import density_coverage, precision_recall
+from evaluation import density_coverage, distances, precision_recall
 from evaluation.precision_recall import ManifoldScores, manifold_scores
 
-# The package exports a function of the same name as this module.
-module = importlib.import_module("evaluation.precision_recall")
 DTYPES = [torch.float16, torch.float32, torch.float64]
 
 
@@ -71,7 +67,7 @@ def test_sets_far_apart_give_zero():
 
 @pytest.mark.parametrize("tile", [7, 64, 4096])
 def test_every_tile_size_agrees_with_the_definitions(monkeypatch, tile):
-    monkeypatch.setattr(module, "TILE", tile)
+    monkeypatch.setattr(distances, "TILE", tile)
     real, fake = points(150, 0), points(90, 1, scale=0.8, offset=0.3)
     scores = manifold_scores(real=real, fake=fake, k=2, density_k=9)
     assert as_tuple(scores) == pytest.approx(direct_scores(real, fake, k=2, density_k=9), abs=1e-12)
@@ -81,7 +77,7 @@ def test_every_tile_size_agrees_with_the_definitions(monkeypatch, tile):
 
 
 def test_more_neighbours_than_a_tile_holds(monkeypatch):
-    monkeypatch.setattr(module, "TILE", 3)
+    monkeypatch.setattr(distances, "TILE", 3)
     real, fake = points(20, 0), points(20, 1)
     assert density_coverage(real=real, fake=fake, k=11) == pytest.approx(
         direct_scores(real, fake, 1, 11)[2:], abs=1e-12

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from evaluation import pictures
+from evaluation.accuracy import Judgement
 from evaluation.evaluator import Result
 from evaluation.frechet import ErrorBar, Extrapolation
 from evaluation.metrics import METRICS
@@ -22,7 +23,9 @@ from evaluation.tables import WARNING, markdown_table, table
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = [metric.key for metric in METRICS]
-VALUES = dict(zip(KEYS, (2.19, 5.09, 141.4767, 0.79, 0.58, 0.9, 0.8, -0.00012), strict=True))
+NUMBERS = (2.19, 5.09, 141.4767, 0.79, 0.58, 0.9, 0.8, -0.00012, 31.2, None, 0.91, 0.82, None, None)
+VALUES = dict(zip(KEYS, NUMBERS, strict=True))
+MEASURED = [value for value in NUMBERS if value is not None]
 REFERENCE_NOTES = ["fewer than 10,000 images"]
 COMPARISON = {"a": "first", "b": "second", "verdict": "first is better than second"}
 
@@ -144,9 +147,11 @@ def test_protocols_that_meet_are_marked_loudly(tmp_path, other):
         for measured in (first, other):
             (line,) = [line for line in text.splitlines() if measured.name in line]
             assert measured.protocol in line and measured.reference["images"] in line
-    assert to_json([first, other])["warning"] == WARNING
+    # Two networks have a table each, with a heading of its own.
+    apart = other.samples["features"] != first.samples["features"]
+    assert to_json([first, other]).get("warning") == (None if apart else WARNING)
     assert "warning" not in to_json([first, first])
-    assert WARNING in write_report(tmp_path, [first, other], {}).read_text()
+    assert (WARNING in write_report(tmp_path, [first, other], {}).read_text()) != apart
 
 
 def test_two_networks_have_no_column_in_common():
@@ -208,8 +213,11 @@ def test_the_pictures_name_the_sets_and_put_the_points_where_they_belong(tmp_pat
         "density",
         "coverage",
         "KID",
+        "MIND",
+        "clipped density",
+        "clipped coverage",
     ]
-    assert [bar.get_width() for axes in panels for bar in axes.patches[:1]] == list(VALUES.values())
+    assert [bar.get_width() for axes in panels for bar in axes.patches[:1]] == MEASURED
     names = [label.get_text() for label in panels[0].get_yticklabels()]
     assert names[0] == "first" and len(names[1]) <= pictures.LONGEST_NAME and "…" in names[1]
     (axes,) = plane.axes
@@ -220,6 +228,28 @@ def test_the_pictures_name_the_sets_and_put_the_points_where_they_belong(tmp_pat
         "precision",
     )
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines] == [(0.58, 0.79)] * 2
+
+
+def test_two_networks_stand_side_by_side(tmp_path):
+    judged = Judgement("digits_judge", 0.75, {0: (1.0, 2), 3: (0.5, 2)})
+    results = [result("a|b", judgement=judged), result("c", nearest_pairs=[(4, 2, 0.5)])]
+    results += [digits("a|b"), digits("c")]
+    pair = [np.full((3, 16, 16, 3), shade, np.uint8) for shade in (9, 200)]
+    page = write_report(tmp_path, results, {}, nearest={"c (digits)": pair})
+    text = page.read_text()
+    assert "| set | number | inception-2015-12-05 | digits |" in text
+    assert (
+        "| a\\|b | FID / FD(digits) | 2.190 | 2.190 |" in text and "| c | recall | 0.5800 | 0.5800 |" in text
+    )
+    for stem in ("bars", "precision_recall"):
+        files = [f"{stem}-{network}.png" for network in ("inception-2015-12-05", "digits")]
+        assert [(tmp_path / file).is_file() and f"]({file})" in text for file in files] == [True, True]
+    assert "digits_judge on a|b: accuracy 75.0%; lowest by class: 3 50.0%, 0 100.0%" in text
+    assert "| 3 | 2 | 50.0% |" in text
+    with Image.open(tmp_path / "nearest1-c-digits-.png") as picture:
+        assert picture.getpixel((160, 20)) == (9,) * 3 and picture.getpixel((160, 100)) == (200,) * 3
+    rows = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert rows[0]["judgement"]["by_class"]["3"] == [0.5, 2] and rows[1]["nearest_pairs"] == [[4, 2, 0.5]]
 
 
 NAMES = ["$a_{", "$x$", "_hidden", "caf\u00e9 | b", "\udcff"]
@@ -246,7 +276,7 @@ def test_a_picture_that_cannot_be_drawn_leaves_the_numbers(tmp_path, monkeypatch
     assert json.loads((tmp_path / "report.json").read_text()) == to_json([result("first")])
 
 
-def test_nothing_but_a_report_loads_matplotlib():
-    code = "import sys, evaluation.report; print('matplotlib' in sys.modules)"
+def test_what_only_some_need_is_not_loaded_by_all():
+    code = "import sys, evaluation.report; print({'matplotlib', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "False", done.stderr
+    assert done.stdout.strip() == "set()", done.stderr

@@ -1,11 +1,11 @@
-"""Inception Score and kernel distance against direct formulas, and what they refuse."""
+"""Inception Score, kernel distance and CMMD against direct formulas, and what they refuse."""
 
 import numpy as np
 import pytest
 import torch
 from scipy.special import rel_entr, softmax
 
-from evaluation import inception_score, kernel_distance, scores
+from evaluation import clip_mmd, inception_score, kernel_distance, scores
 
 LOGITS = np.random.RandomState(0).standard_normal((23, 7)) * 2
 REAL = np.random.RandomState(1).standard_normal((31, 4))
@@ -114,3 +114,34 @@ def test_kernel_distance_over_subsets():
 def test_what_has_no_kernel_distance(arguments, message):
     with pytest.raises(ValueError, match=message):
         kernel_distance(**arguments)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("tile", [5, 2048])
+def test_cmmd_is_the_biased_mmd_of_normalised_features(monkeypatch, tile):
+    monkeypatch.setattr(scores, "TILE", tile)
+    real, fake = unit(REAL), unit(FAKE)
+
+    def mean_kernel(a, b):
+        return np.exp(-np.square(a[:, None] - b).sum(axis=2) / 200).mean()
+
+    expected = 1000 * (mean_kernel(real, real) + mean_kernel(fake, fake) - 2 * mean_kernel(real, fake))
+    assert clip_mmd(real=torch.from_numpy(real), fake=fake) == pytest.approx(expected, rel=1e-9)
+    # Two points at a right angle against one of them twice: 1000 (1 - k) / 2, k the kernel of the two.
+    square, corner = np.eye(2), np.eye(2)[[0, 0]]
+    assert clip_mmd(real=square, fake=corner) == pytest.approx(500 * -np.expm1(-0.01), rel=1e-12)
+
+
+def test_cmmd_of_a_collapsed_a_memorising_and_an_almost_right_generator():
+    real = unit(np.random.RandomState(3).standard_normal((120, 5)))
+    memorised, outlier = clip_mmd(real=real, fake=real[::-1]), clip_mmd(real=real, fake=[*real[1:], -real[0]])
+    assert memorised == pytest.approx(0, abs=1e-9)
+    assert 0 < outlier < 0.01 < clip_mmd(real=real, fake=real[:1].repeat(120, axis=0))
+
+
+def test_what_has_no_cmmd():
+    with pytest.raises(ValueError, match="1 fake images; CMMD needs at least 2"):
+        clip_mmd(real=REAL, fake=FAKE[:1])

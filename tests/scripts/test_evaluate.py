@@ -4,6 +4,7 @@ nothing behind stdout can lose.
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -233,10 +234,11 @@ def test_an_unreadable_picture_is_named_or_counted(tmp_path, run):
 
 
 def test_a_reference_without_spatial_statistics_leaves_sfid_out(run, monkeypatch):
-    monkeypatch.setattr(evaluate, "network_of", lambda args: TestNetwork())
+    monkeypatch.setattr(evaluate, "networks_of", lambda args: [TestNetwork()])
     np.savez("ref.npz", mu=np.zeros(64), sigma=np.eye(64), arr_0=REAL, protocol="test")
     result = run("ref.npz", "fake.npz")
-    cells = dict(zip(*(line.split() for line in result.out.splitlines()[3:5]), strict=True))
+    head, row = (re.split(" {2,}", line) for line in result.out.splitlines()[3:5])
+    cells = dict(zip(head, row, strict=True))
     assert cells["sFD(test)"] == "n/a" != cells["FD(test)"]
     assert "note: reference: ref.npz has no spatial statistics" in result.out
 

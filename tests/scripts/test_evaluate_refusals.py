@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import published_pair
 import pytest
 from helpers import ROOT, call, load_script
 from pictures_util import digits_weights, write_pictures
@@ -141,7 +142,7 @@ PYTORCH_PORT = dict(zip(KEYS, (141.4781, 2.973283, 5.093504, 0.78042, 0.5906), s
 
 def test_both_published_implementations_pass_the_selfcheck():
     for metrics in (TENSORFLOW, PYTORCH_PORT):
-        lines = evaluate.compare_with_published(metrics)
+        lines = published_pair.compare_with_published(metrics)
         assert len(lines) == 5 and all(line.endswith("agrees") and "tolerance" in line for line in lines)
 
 
@@ -149,7 +150,7 @@ def test_both_published_implementations_pass_the_selfcheck():
 @pytest.mark.parametrize("wrong", [1.01, 0.99, np.nan, None])
 def test_a_figure_one_percent_off_fails_the_selfcheck(metric, wrong):
     metrics = {**PYTORCH_PORT, metric: wrong and TENSORFLOW[metric] * wrong}
-    (line,) = [line for line in evaluate.compare_with_published(metrics) if line.endswith("DIFFERS")]
+    (line,) = [line for line in published_pair.compare_with_published(metrics) if line.endswith("DIFFERS")]
     assert line.startswith(f"{metric}: ")
 
 
@@ -159,8 +160,8 @@ def no_downloads(tmp_path, monkeypatch):
     scripts/download.py, which finds no network.
     """
     asked = []
-    monkeypatch.setattr(evaluate, "PRETRAINED_DIR", tmp_path)
-    monkeypatch.setattr(evaluate.download, "main", asked.extend)
+    monkeypatch.setattr(published_pair, "PRETRAINED_DIR", tmp_path)
+    monkeypatch.setattr(published_pair.download, "main", asked.extend)
     return asked
 
 
@@ -194,10 +195,12 @@ def test_the_selfcheck_evaluates_the_pair_and_its_exit_code_says_whether_it_agre
     names = {"inception_score": "is_digits", "fid": "fd_digits", "precision": "precision", "recall": "recall"}
     figures = {metric: (measured[name], 1e-6) for metric, name in names.items()}
     files = [Path("real.npz"), Path("fake.npz"), "weights.safetensors"]
-    monkeypatch.setattr(evaluate, "find_published", lambda given: files)
+    monkeypatch.setattr(published_pair, "find_published", lambda given: files)
     # in Inception's place
-    monkeypatch.setattr(evaluate, "feature_network", lambda weights, device: DigitsFeatures(weights, device))
-    monkeypatch.setattr(evaluate, "PUBLISHED_FIGURES", figures)
+    monkeypatch.setattr(
+        published_pair, "feature_network", lambda weights, device: DigitsFeatures(weights, device)
+    )
+    monkeypatch.setattr(published_pair, "PUBLISHED_FIGURES", figures)
     result = call(evaluate.main, ["--selfcheck"])
     assert result.code == 0 and result.out.count("agrees") == 4, result.err
     monkeypatch.setitem(figures, "fid", (measured["fd_digits"] + 1e-5, 1e-6))

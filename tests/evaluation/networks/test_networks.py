@@ -60,6 +60,52 @@ def test_cifars_features_say_how_to_train_them(monkeypatch, tmp_path):
         feature_network("cifar10")
 
 
+OWN = """
+import torch
+
+class Means(torch.nn.Module):
+    def __init__(self, keep):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.keep = keep
+
+    def forward(self, x):
+        return (x.mean(dim=(2, 3)) * self.scale)[:, : self.keep]
+
+def colours():
+    return Means(3)
+
+def maps():
+    network = Means(3)
+    network.forward = lambda x: x
+    return network
+
+def nothing():
+    return "colours"
+"""
+
+
+def test_a_network_of_ones_own(tmp_path):
+    file = tmp_path / "mean.py"
+    file.write_text(OWN)
+    network = feature_network(f"{file}:colours")
+    result = network(IMAGES)
+    assert (network.name, tuple(result), result["pool3"].dtype) == ("mean.colours", ("pool3",), np.float32)
+    assert np.abs(result["pool3"] - (IMAGES.mean(axis=(1, 2)) / 127.5 - 1)).max() < 1e-6
+    file.write_text(OWN.replace("[:, : self.keep]", ""))
+    assert feature_network(f"{file}:colours").sha256 != network.sha256
+    with pytest.raises(ValueError, match=r"mean.py:maps answers \(37, 3, 16, 16\) to 37 images; needed is"):
+        feature_network(f"{file}:maps")(IMAGES)
+    for function, message in (
+        ("nothing", "built str, not a torch.nn.Module"),
+        ("none", "no function 'none'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            feature_network(f"{file}:{function}")
+    with pytest.raises(FileNotFoundError, match=r"no file none.py, named by --features none.py:colours"):
+        feature_network("none.py:colours")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
