@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from evaluation.features import FeatureNetwork
-from evaluation.networks.cifar import CIFAR_NETWORK, CIFAR_WEIGHTS, CIFARFeatures
+from evaluation.networks.cifar import CIFAR_WEIGHTS, CIFARFeatures
 from evaluation.networks.digits import DIGITS_WEIGHTS, DigitsFeatures
 from evaluation.networks.inception import PROTOCOLS, InceptionFeatures, find_inception_weights
 from evaluation.networks.own import OwnFeatures
@@ -78,12 +78,6 @@ def feature_network(
     if features == "digits":
         return DigitsFeatures(DIGITS_WEIGHTS, device)
     if features == "cifar10":
-        if not CIFAR_WEIGHTS.is_file():
-            raise FileNotFoundError(
-                f"no weights at {CIFAR_WEIGHTS}, as they do not ship: train them with scripts/"
-                f"classifier_train.py --classifier_type {CIFAR_NETWORK} (docs/training.md says how), and "
-                "give its classifier.safetensors as --features"
-            )
         return CIFARFeatures(CIFAR_WEIGHTS, device)
     name, _, path = features.partition(":")
     if name in TRANSFORMERS:

@@ -8,7 +8,6 @@ import torch
 from pictures_util import digits_weights
 from safetensors.torch import save_file
 
-from evaluation import networks
 from evaluation.networks import NetworkOptions, feature_network
 from evaluation.networks.cifar import CIFARFeatures, cifar_network
 from evaluation.networks.digits import DigitsFeatures, DigitsNetwork
@@ -54,10 +53,9 @@ def test_cifars_features_are_found_by_the_width_of_their_file(tmp_path):
     assert np.abs(result["logits"] - logits.numpy()).max() <= 1e-6
 
 
-def test_cifars_features_say_how_to_train_them(monkeypatch, tmp_path):
-    monkeypatch.setattr(networks, "CIFAR_WEIGHTS", tmp_path / "judge.safetensors")
-    with pytest.raises(FileNotFoundError, match="do not ship: train them with scripts/class"):
-        feature_network("cifar10")
+def test_cifars_features_ship():
+    network = feature_network("cifar10")
+    assert network(np.zeros((2, 32, 32, 3), np.uint8))["pool3"].shape == (2, 256)
 
 
 OWN = """
