@@ -1,5 +1,5 @@
-"""Which classifier guides, how it is smoothed, and what it expects as input: torchvision's and timm's networks
-by name, transformers' and CLIP by folder, one's own by file.
+"""Which classifier guides, how it is smoothed, and what it expects as input: torchvision's and timm's
+networks by name, transformers' and CLIP by folder, one's own by file.
 """
 
 from classifiers.decoders import DecodedClassifier, autoencoder_weights, load_decoder

@@ -101,7 +101,7 @@ def load_classifier(
 
 
 def members(name: str, weights: Weights) -> list[tuple[str, Any]]:
-    """[(name, weights)] of the classifiers in "a+b" and "x+y". Raises ValueError where they are not as many."""
+    """[(name, weights)] of the classifiers in "a+b" and "x+y". Raises ValueError for other numbers."""
     names = name.split("+")
     if len(names) == 1:
         return [(name, weights)]
@@ -125,7 +125,7 @@ def _answers(named, prompts, num_classes):
         return num_classes
     if others:
         raise ValueError(
-            f"{others[0]} knows classes and not the prompt {prompts!r}: give a file with a prompt for each class"
+            f"{others[0]} knows classes and not the prompt {prompts!r}: give a file with a prompt for each one"
         )
     return len(read_prompts(prompts))
 
@@ -221,8 +221,8 @@ def weights_path(name: str, weights: str | Path | None) -> Path | None:
 
 
 def classifier_files(name: str, weights: str | Path | None) -> dict[str, Callable[[], Path | None]]:
-    """Functions that return the files of the classifiers in a name: their weights and, of one's own, its code,
-    of a folder its settings. They raise where one is not there. Raises ValueError as `members`.
+    """Functions that return the files of the classifiers in a name: their weights and, of one's own, its
+    code, of a folder its settings. They raise where one is not there. Raises ValueError as `members`.
     """
     files: dict[str, Callable[[], Path | None]] = {}
     for i, (one, path) in enumerate(members(name, weights or None)):

@@ -18,8 +18,8 @@ def prompts_file(prompts: str) -> Path | None:
 
 
 def read_prompts(prompts: str) -> list[str]:
-    """The prompts: of a file its lines, a class each; of a text, that text and the empty one, against which it
-    is weighed. Raises FileNotFoundError, and ValueError for a file of other content.
+    """The prompts: of a file its lines, a class each; of a text, that text and the empty one, against which
+    it is weighed. Raises FileNotFoundError, and ValueError for a file of other content.
     """
     file = prompts_file(prompts)
     if file is None:

@@ -163,8 +163,8 @@ class GuidanceFlags(RuleFlags):
         super().check()
         if self.guided_by_words and not self.prompts:
             raise ValueError(
-                f"--classifier_type {self.classifier_type} compares images with words: add --prompts, a file with "
-                "a prompt for each class, or the text of one"
+                f"--classifier_type {self.classifier_type} compares images with words: add --prompts, a file "
+                "with a prompt for each class, or the text of one"
             )
         if self.guided_off_the_shelf:
             self.build_guidance(lambda x: x, None)  # raises for what the parts of the rule refuse
