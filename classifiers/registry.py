@@ -125,7 +125,7 @@ def _answers(named, prompts, num_classes):
         return num_classes
     if others:
         raise ValueError(
-            f"{others[0]} knows classes and not the prompt {prompts!r}: give a file with a prompt for each one"
+            f"{others[0]} knows classes and not the prompt {prompts!r}: give a file of prompts, one for each"
         )
     return len(read_prompts(prompts))
 

@@ -67,10 +67,8 @@ def test_it_guides_the_digits(draw, unguided, request, prompts, system, kind):
 
 def test_a_single_prompt_is_wanted_whatever_the_label(draw, clip_folder):
     """The network is asked without labels, so that only guidance could tell them apart."""
-    flags = (
-        f"--classifier_type clip:{clip_folder} --softplus_beta inf --unconditional True --fixed_length 0.3"
-    )
-    flags = flags.split()
+    flags = ["--classifier_type", f"clip:{clip_folder}", "--softplus_beta", "inf", "--fixed_length", 0.3]
+    flags += ["--unconditional", "True"]
     by_text = [draw("adm", *flags, "--prompts", "a digit 3", "--labels", label)[0] for label in (5, 9)]
     other = draw("adm", *flags, "--prompts", "a digit 4", "--labels", 5)[0]
     assert np.array_equal(*by_text) and not np.array_equal(by_text[0], other)
