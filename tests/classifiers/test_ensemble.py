@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from classifiers import classifier_files, load_classifier
+from guided_diffusion.flags.training import ClassifierTrainFlags
 from guided_diffusion.guidance import input_gradient, log_prob
 
 PAIR = "digits_guide+cifar_resnet20"  # the raw image; 32x32 and normalised
@@ -80,3 +81,9 @@ def test_files_of_each(tmp_path):
 def test_one_line_says_what_does_not_fit(name, weights, words):
     with pytest.raises(ValueError, match=words):
         load_classifier(name, weights, num_classes=10)
+
+
+@pytest.mark.parametrize("name", [PAIR, "clip:folder"])
+def test_one_network_is_trained(name):
+    with pytest.raises(ValueError, match="one network of classes can be trained"):
+        ClassifierTrainFlags.of({"classifier_type": name, "noised": False, "data_dir": "x"}, frozenset())
