@@ -11,20 +11,25 @@ INPUTS = ("paper", "imagenet")
 @dataclass(frozen=True)
 class InputTransform:
     """What a classifier's weights were trained on: square images of `size` pixels in [0, 1], minus `mean`,
-    over `std`, per channel.
+    over `std`, per channel; resized by `mode`, "bilinear" or "bicubic".
     """
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    mode: str = "bilinear"
+
+    def __str__(self) -> str:
+        mean, std = (" ".join(f"{value:.3g}" for value in values) for values in (self.mean, self.std))
+        return f"{self.size}x{self.size} {self.mode}, mean {mean}, std {std}"
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) in [-1, 1] -> (N, 3, size, size), normalised: a bilinear resize, antialiased where it
+        """(N, 3, H, W) in [-1, 1] -> (N, 3, size, size), normalised: the whole image, antialiased where it
         shrinks.
         """
         x = (x + 1) / 2
         if x.shape[-2:] != (self.size, self.size):
-            x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)
+            x = F.interpolate(x, size=(self.size, self.size), mode=self.mode, antialias=True)
         mean, std = (x.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (x - mean) / std
 

@@ -1,45 +1,33 @@
-"""Where classifiers come from: torchvision, this project, a file of the user's. Each gives a
-`ClassifierSpec`.
+"""Where classifiers come from: torchvision, this project, timm, transformers, a file of the user's. Each
+gives a `ClassifierSpec`.
 """
 
 import importlib.util
-import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torchvision
-from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from classifiers.cifar_resnet import CIFARResNet
+from classifiers.clip import from_clip
 from classifiers.input_transform import InputTransform
+from classifiers.spec import ClassifierSpec
+from classifiers.zoo import from_folder, from_timm
+
+OTHERS = "timm:NAME, hf:FOLDER, clip:FOLDER, FILE.py:builder"
 
 
-@dataclass(frozen=True)
-class ClassifierSpec:
-    """One entry: builder(num_classes) -> network, and its weights as name -> url or file in
-    pretrained_models/, the default first.
-
-    image_size: pixels of the images that the weights were trained on, None where it is not known. trained_on:
-    how those were normalised, None where they were raw. takes_raw: whether classifier_input "paper" feeds it
-    the raw image, as the paper does torchvision's networks; False where that means nothing, and `trained_on`
-    is fed.
-    """
-
-    name: str
-    build: Callable[[int], nn.Module]
-    weights_files: Mapping[str, str]
-    image_size: int | None
-    trained_on: InputTransform | None
-    licence: str
-    takes_raw: bool = True
-
-
-def find_classifier(name: str) -> ClassifierSpec:
-    """Look a name up; raises ValueError that lists the choices."""
+def find_classifier(name: str, prompts: str = "") -> ClassifierSpec:
+    """Look a name up; raises ValueError that lists the choices. prompts: what a CLIP compares images with."""
+    source = name.partition(":")[0]
+    if source == "timm":
+        return from_timm(name)
+    if source == "hf":
+        return from_folder(name)
+    if source == "clip":
+        return from_clip(name, prompts)
     if ".py:" in name:
         return _from_file(name)
     if name in OWN:
@@ -47,13 +35,8 @@ def find_classifier(name: str) -> ClassifierSpec:
     choices = torchvision.models.list_models(module=torchvision.models)
     if name not in choices:
         listed = ", ".join([*OWN, *choices])
-        raise ValueError(f"unknown classifier {name!r}; choose FILE.py:builder or one of {listed}")
+        raise ValueError(f"unknown classifier {name!r}; choose {OTHERS} or one of {listed}")
     return _from_torchvision(name)
-
-
-def modern_name(name: str) -> str:
-    """The name that torchvision gives a tensor today: its DenseNet files still say norm.1 for norm1."""
-    return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.", r"\1\2.", name)
 
 
 def _from_torchvision(name):

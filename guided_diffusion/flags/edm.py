@@ -12,7 +12,7 @@ from torch import Tensor
 from guided_diffusion.edm import SCALINGS, SCHEDULES
 from guided_diffusion.flags.adm import NUM_CLASSES
 from guided_diffusion.flags.fields import Flags, Need, at_least, finite, finite_from, flag
-from guided_diffusion.flags.guidance import OFF_THE_SHELF, GuidanceFlags
+from guided_diffusion.flags.guidance import CLASSIFIER_TYPE, OFF_THE_SHELF, GuidanceFlags
 from guided_diffusion.flags.mixed import MixedFlags
 from guided_diffusion.flags.parser import parse_bool, parse_numbers
 from guided_diffusion.flags.run import RunFlags
@@ -110,12 +110,12 @@ class EDMFlags(RunFlags, GuidanceFlags, MixedFlags, SolverFlags, EDMSamplingFlag
         choices=FORMS,
         needs=OFF_THE_SHELF,
     )
-    classifier_type: str = flag(
-        "resnet101", "off-the-shelf classifier: a torchvision name, or FILE.py:builder", needs=OFF_THE_SHELF
-    )
-    classifier_path: str = flag("", "its weights: a file, IMAGENET1K_V2, random", needs=OFF_THE_SHELF)
+    classifier_type: str = flag("resnet101", CLASSIFIER_TYPE, needs=OFF_THE_SHELF)
+    classifier_path: str = flag("", "its weights: a file, IMAGENET1K_V2, random, or a+b", needs=OFF_THE_SHELF)
     softplus_beta: float = flag(
-        5.0, "sharpness of the Softplus in the place of each ReLU; inf keeps ReLU", needs=OFF_THE_SHELF
+        5.0,
+        "sharpness of the smooth form of ReLU and its kin; inf keeps them as they are",
+        needs=OFF_THE_SHELF,
     )
     uncond_temperature: float = flag(
         1.0,

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from guided_diffusion.files.prompts import prompts_file
 from guided_diffusion.flags.fields import above, finite, flag, flag_fields
 from guided_diffusion.flags.needs import (
     A_CLASSIFIER,
@@ -18,6 +19,7 @@ from guided_diffusion.flags.needs import (
     SCALABLE,
     SIGMA_DATA,
     STRENGTH,
+    WORDS,
 )
 from guided_diffusion.flags.rules import RuleFlags
 from guided_diffusion.guidance import (
@@ -29,6 +31,7 @@ from guided_diffusion.guidance import (
     learned_posterior,
     named_strength,
     natural_spectrum,
+    of_class,
     read_spectrum,
     wrapper,
 )
@@ -36,23 +39,39 @@ from guided_diffusion.guidance.classifier import tempered
 from guided_diffusion.guidance.strength import STRENGTHS
 
 WRAPPED = ("gradient", "guidance")  # called as (x, y, step)
+CLASSIFIER_TYPE = (
+    "off-the-shelf classifier: a torchvision name, timm:NAME, hf:FOLDER, clip:FOLDER, or FILE.py:builder; "
+    "a+b averages the log-probabilities of several"
+)
+
+
+def _of_prompts(guidance: Guidance, prompts: str) -> Guidance:
+    """A single prompt is wanted of every image, whatever the label that the network is given."""
+    return guidance if prompts_file(prompts) else of_class(guidance, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceFlags(RuleFlags):
     """Guidance."""
 
-    classifier_type: str = flag("", "off-the-shelf classifier: a torchvision name, or FILE.py:builder")
+    classifier_type: str = flag("", CLASSIFIER_TYPE)
     classifier_path: str = flag(
-        "", "weights of a noisy classifier, or of --classifier_type: a file, IMAGENET1K_V2, random"
+        "",
+        "weights of a noisy classifier, or of --classifier_type: a file, IMAGENET1K_V2, random, or a+b",
     )
     classifier_checkpoint_key: str = flag(
         "", "which state dict, where the file of --classifier_path holds several", needs=A_CLASSIFIER
     )
     classifier_scale: float = flag(1.0, "factor of the gradient; 0 is unguided", check=finite, needs=SCALABLE)
+    prompts: str = flag(
+        "",
+        "what clip:FOLDER compares images with: a file with a prompt for each class, or the text of one",
+        needs=WORDS,
+        guidance=_of_prompts,
+    )
     softplus_beta: float = flag(
         float("inf"),
-        "sharpness of the Softplus in the place of each ReLU; inf keeps ReLU",
+        "sharpness of the smooth form of ReLU and its kin; inf keeps them as they are",
         needs=OFF_THE_SHELF,
     )
     joint_temperature: float = flag(
@@ -83,7 +102,8 @@ class GuidanceFlags(RuleFlags):
     )
     classifier_input: str = flag(
         "paper",
-        "paper: the raw image; imagenet: resized and normalised",
+        "paper: the raw image, but to timm:, hf: and clip: what they were trained on; imagenet: resized and "
+        "normalised",
         choices=("paper", "imagenet"),
         needs=OFF_THE_SHELF,
     )
@@ -106,6 +126,12 @@ class GuidanceFlags(RuleFlags):
     def guided_off_the_shelf(self) -> bool:
         """Whether an off-the-shelf classifier guides."""
         return bool(self.classifier_type)
+
+    @property
+    def guided_by_words(self) -> bool:
+        """Whether a classifier guides that compares images with prompts."""
+        named = self.classifier_type.split("+")
+        return self.guided_off_the_shelf and any(name.startswith("clip:") for name in named)
 
     @property
     def has_strength(self) -> bool:
@@ -135,6 +161,11 @@ class GuidanceFlags(RuleFlags):
 
     def check(self) -> None:
         super().check()
+        if self.guided_by_words and not self.prompts:
+            raise ValueError(
+                f"--classifier_type {self.classifier_type} compares images with words: add --prompts, a file "
+                "with a prompt for each class, or the text of one"
+            )
         if self.guided_off_the_shelf:
             self.build_guidance(lambda x: x, None)  # raises for what the parts of the rule refuse
 
@@ -171,11 +202,13 @@ class GuidanceFlags(RuleFlags):
 
     def guidance_files(self) -> dict[str, Callable[[], Path | None]]:
         """The files that these flags name beside the classifier's, as a Job has them."""
-        return (
-            {}
-            if "spectrum" in self.idle()
-            else {"spectrum": lambda: Path(self.spectrum) if self.spectrum else None}
-        )
+        idle = self.idle()
+        files: dict[str, Callable[[], Path | None]] = {}
+        if "spectrum" not in idle:
+            files["spectrum"] = lambda: Path(self.spectrum) if self.spectrum else None
+        if "prompts" not in idle:
+            files["prompts"] = partial(prompts_file, self.prompts)
+        return files
 
     def _built(self, kind: str, part: Any) -> Any:
         """A part of guidance as the fields of this kind change it."""

@@ -14,6 +14,10 @@ OFF_THE_SHELF = Need(
     lambda config: config.guided_off_the_shelf,
     _unguided,
 )
+WORDS = Need(
+    lambda config: config.guided_by_words,
+    lambda config: "without a classifier that knows words: add --classifier_type clip:FOLDER",
+)
 A_CLASSIFIER = Need(
     lambda config: config.guided_off_the_shelf or config.guided_by_noisy_classifier,
     lambda config: f"without a classifier: add {config.HOW_TO_GUIDE}",

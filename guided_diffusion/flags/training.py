@@ -206,6 +206,10 @@ class ClassifierTrainFlags(TrainingFlags, DiffusionFlags, NoisyClassifierFlags):
             raise ValueError(
                 f"--classifier_type {self.classifier_type} sees no noise level: add --noised False"
             )
+        if "+" in self.classifier_type or self.classifier_type.startswith("clip:"):
+            raise ValueError(
+                f"--classifier_type {self.classifier_type}: one network of classes can be trained"
+            )
 
     def _idle_fields(self):
         lacking = NO_CLASSIFIER_HAS if self.noised else set(DiffusionFlags.defaults())

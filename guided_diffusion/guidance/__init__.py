@@ -37,7 +37,7 @@ from guided_diffusion.guidance.strength import (
     released_edm_schedule,
     sine_schedule,
 )
-from guided_diffusion.guidance.wrappers import no_shift, within_interval, wrapper
+from guided_diffusion.guidance.wrappers import no_shift, of_class, within_interval, wrapper
 
 __all__ = [
     "ClassifierGuidance",
@@ -58,6 +58,7 @@ __all__ = [
     "natural_spectrum",
     "no_shift",
     "noisy_classifier_gradient",
+    "of_class",
     "posterior_variance",
     "read_spectrum",
     "released_edm_guidance",

@@ -45,6 +45,16 @@ def root_mean_square(x: Tensor) -> Tensor:
 
 
 @wrapper
+def of_class(guidance: Guidance, wanted: int) -> Guidance:
+    """Guide every image to one class of the classifier, whatever the label that the network is given."""
+
+    def guided(x: Tensor, y: Tensor, step: GuidanceStep) -> Tensor:
+        return guidance(x, torch.full_like(y, wanted), step)
+
+    return guided
+
+
+@wrapper
 def within_interval(guidance: Guidance, sigma_lo: float, sigma_hi: float) -> Guidance:
     """Guide only where sigma_lo < step.sigma <= sigma_hi (Kynkäänniemi et al., 2024); elsewhere the
     classifier is not called. Raises ValueError for an empty interval.

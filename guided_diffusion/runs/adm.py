@@ -56,6 +56,7 @@ def make_job(config: ADMFlags, classifiers: Any) -> Job:
         rounding="adm",
         drawn_by=drawn_by,
         remarks=partial(unlike_training_of, config),
+        packages=classifiers.classifier_packages(config.classifier_type),
     )
 
 
@@ -75,6 +76,7 @@ def build(
     """Load the networks; returns the Sampler."""
     torch.manual_seed(config.seed)  # for --classifier_path random; the samples' noise has streams of its own
     network, diffusion = load_network(config, device, tally)
+    guides, about = load_guides(config, classifiers, device, tally)
     drawn = Drawn(
         device=device,
         network=network,
@@ -82,12 +84,12 @@ def build(
         denoiser_of=load_denoiser(config, network, diffusion, device, tally)
         if config.asks_denoiser
         else None,
-        guides=load_guides(config, classifiers, device, tally),
+        guides=guides,
         shape=(CHANNELS, config.image_size, config.image_size),
         clip_denoised=config.clip_denoised,
         labels_of=labels_of,
     )
-    return sampler_of(config, drawn, config.image_size, _notes(config, device))
+    return sampler_of(config, drawn, config.image_size, [*_notes(config, device), *about])
 
 
 def load_denoiser(
@@ -141,24 +143,24 @@ def load_network(config: ADMFlags, device: torch.device, tally: Tally) -> tuple[
 
 def load_guides(
     config: ADMFlags, classifiers: Any, device: torch.device, tally: Tally
-) -> Mapping[str, Callable]:
-    """What the loops are to be given: guidance, cond_fn, or nothing."""
+) -> tuple[Mapping[str, Callable], list[str]]:
+    """What the loops are to be given, guidance, cond_fn, or nothing; and what the log should say of it."""
     if config.guided_off_the_shelf:
         classifier = load_guide(config, classifiers, device)
         tally.count(CLASSIFIER, classifier)
         guidance = config.build_guidance(classifier, tally.observe)
-        return {"guidance": tally.timed(guidance)}
+        return {"guidance": tally.timed(guidance)}, classifier.notes
     if config.guided_by_noisy_classifier and config.classifier_scale != 0:
         classifier = load_noisy_classifier(config, device)
         tally.count(CLASSIFIER, classifier)
         gradient = noisy_classifier_gradient(
             classifier, config.classifier_scale, config.on_nonfinite, tally.observe
         )
-        return {"cond_fn": tally.stopwatch.wrap(gradient)}
-    return {}
+        return {"cond_fn": tally.stopwatch.wrap(gradient)}, []
+    return {}, []
 
 
-def load_guide(config: ADMFlags, classifiers: Any, device: torch.device) -> torch.nn.Module:
+def load_guide(config: ADMFlags, classifiers: Any, device: torch.device) -> Any:
     """The off-the-shelf classifier that the flags describe."""
     classifier = load_off_the_shelf(config, classifiers, config.num_classes, config.image_size).to(device)
     return classifier.half() if config.classifier_use_fp16 and device.type != "cpu" else classifier

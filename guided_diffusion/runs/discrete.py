@@ -79,6 +79,7 @@ def load_off_the_shelf(config: Any, classifiers: Any, num_classes: int, image_si
         classifier_input=config.classifier_input,
         image_size=image_size,
         checkpoint_key=config.classifier_checkpoint_key or None,
+        prompts=config.prompts,
     )
 
 

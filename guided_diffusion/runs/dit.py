@@ -56,7 +56,7 @@ def make_job(config: DiTFlags, classifiers: Any) -> Job:
         drawn_by=drawn_by,
         png_name="{:06d}.png".format if config.format == "png" else None,
         npz_too=config.format == "png",
-        packages=["diffusers"],
+        packages=["diffusers", *classifiers.classifier_packages(config.classifier_type)],
     )
 
 
@@ -72,6 +72,7 @@ def build(
     refuse_for_networks(config, net, autoencoder)
     network = _network(config, net)
     diffusion = create_gaussian_diffusion(learn_sigma=net.learn_sigma, timestep_respacing=str(config.steps))
+    guides, about = _guides(config, classifiers, net, device, tally)
     drawn = Drawn(
         device=device,
         network=network,
@@ -79,13 +80,13 @@ def build(
         denoiser_of=_denoisers(config, net, network, diffusion, device, tally)
         if config.asks_denoiser
         else None,
-        guides=_guides(config, classifiers, net, device, tally),
+        guides=guides,
         shape=(net.in_channels, net.input_size, net.input_size),
         clip_denoised=False,
         labels_of=labels_of,
         decode=partial(_decoded, autoencoder),
     )
-    return sampler_of(config, drawn, config.image_size, _notes(config))
+    return sampler_of(config, drawn, config.image_size, [*_notes(config), *about])
 
 
 def load_network(config: DiTFlags, path: str, device: torch.device, tally: Tally) -> DiT:
@@ -160,15 +161,15 @@ def _denoisers(config, net, network, diffusion, device, tally):
     return denoiser_of
 
 
-def _guides(config, classifiers, net, device, tally) -> Mapping[str, Callable]:
-    """Guidance by a classifier of decoded latents, or nothing."""
+def _guides(config, classifiers, net, device, tally) -> tuple[Mapping[str, Callable], list[str]]:
+    """Guidance by a classifier of decoded latents, or nothing; and what the log should say of it."""
     if not config.guided_off_the_shelf:
-        return {}
+        return {}, []
     classifier = load_off_the_shelf(config, classifiers, config.num_classes, config.image_size)
     decoder = load_guide_decoder(config, classifiers, net)
     guide = classifiers.DecodedClassifier(classifier, decoder).to(device)
     tally.count(CLASSIFIER, guide)
-    return {"guidance": tally.timed(config.build_guidance(guide, tally.observe))}
+    return {"guidance": tally.timed(config.build_guidance(guide, tally.observe))}, classifier.notes
 
 
 def load_guide_decoder(config: DiTFlags, classifiers: Any, net: DiT) -> torch.nn.Module:

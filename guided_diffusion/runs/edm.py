@@ -49,6 +49,7 @@ def make_job(config: EDMFlags, classifiers: Any) -> Job:
         drawn_by=DRAWN_BY_SEED | listed,
         png_name=partial(png_name, config) if config.format == "png" else None,
         name_of=lambda index: f"{index} (seed {seeds[index]})",
+        packages=classifiers.classifier_packages(config.classifier_type) if config.use_classifier else (),
     )
 
 
@@ -66,7 +67,7 @@ def build(config: EDMFlags, classifiers: Any, device: torch.device, tally: Tally
     guide = _load_guide_model(config, net, device, tally)
     num_classes = net.label_dim or config.num_classes
     labels_of = None if config.labels == "random" else label_source(config.labels, 0, num_classes)
-    guidance = load_guidance(config, classifiers, net, num_classes, device, tally)
+    guidance, about = load_guidance(config, classifiers, net, num_classes, device, tally)
     prepare = _edm_sampler if config.sampler == "edm" else _solver
     draw, num_steps, notes = prepare(config, net, guide, guidance)
 
@@ -84,7 +85,7 @@ def build(config: EDMFlags, classifiers: Any, device: torch.device, tally: Tally
             images = draw(latents, class_labels, y, ahead, lambda i, x: tick())
         return images, y
 
-    return Sampler(sample, num_steps, net.img_resolution, [*_notes(config, net, device), *notes])
+    return Sampler(sample, num_steps, net.img_resolution, [*_notes(config, net, device), *about, *notes])
 
 
 def _edm_sampler(config, net, guide, guidance):
@@ -207,13 +208,15 @@ def _refuse_for_network(config, net):
 
 def load_guidance(
     config: EDMFlags, classifiers: Any, net: Any, num_classes: int, device: torch.device, tally: Tally
-) -> Guidance | None:
-    """The rule of the flags, around its classifier; None where nothing guides."""
+) -> tuple[Guidance | None, list[str]]:
+    """The rule of the flags, around its classifier, None where nothing guides; and what the log should say of
+    the classifier.
+    """
     if not config.use_classifier:
-        return None
+        return None, []
     classifier = load_off_the_shelf(config, classifiers, num_classes, net.img_resolution).to(device)
     tally.count(CLASSIFIER, classifier)
-    return tally.timed(config.build_guidance(classifier, tally.observe))
+    return tally.timed(config.build_guidance(classifier, tally.observe)), classifier.notes
 
 
 def _notes(config, net, device):

@@ -45,6 +45,9 @@ def seven(num_classes):
 def picky(num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_classes), nn.ReLU())
 
+def leaky(num_classes):
+    return nn.Sequential(build(num_classes), nn.LeakyReLU())
+
 def nothing(num_classes):
     return None
 
@@ -263,8 +266,8 @@ def test_imagenet_gradient_matches_finite_differences():
         ("resnet18", {"classifier_input": "raw"}, r"classifier_input 'raw'.*paper.*imagenet"),
         ("resnet18", {"softplus_beta": 0.0}, "softplus_beta must be positive or inf, got 0.0"),
         ("resnet18", {"softplus_beta": math.nan}, "softplus_beta must be positive or inf, got nan"),
-        ("mobilenet_v2", {"softplus_beta": 3.0}, r"ReLU6.*softplus_beta inf"),
-        ("mobilenet_v3_small", {"softplus_beta": 3.0}, r"Hardswish.*softplus_beta inf"),
+        ("OWN:leaky", {"softplus_beta": 3.0, "image_size": 16}, r"LeakyReLU.*softplus_beta inf"),
+        ("resnet18", {"prompts": "a dog"}, r"prompts 'a dog' are for clip:FOLDER, not for resnet18"),
         ("vit_b_32", {"image_size": 128}, r"vit_b_32 cannot take 128x128 images.*classifier_input imagenet"),
         ("OWN:builder", {}, r"own\.py has no function 'builder'.*builder\(num_classes\)"),
         ("OWN:number", {}, r"own\.py has no function 'number'"),

@@ -1,6 +1,7 @@
-"""ReLU -> Softplus: how many, which, and that nothing kinked is left."""
+"""Kinked activations -> smooth ones: how many, which, and that nothing kinked is left."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torchvision
 from torch import nn
 
 from classifiers import load_classifier
-from classifiers.smoothing import SmoothFunctionalRelus, smooth_relus
+from classifiers.smoothing import SmoothFunctions, smooth_activations
 
 BETA = 3.0
 
@@ -42,7 +43,7 @@ def test_no_relu_is_left_in_torchvisions_networks(name):
     with torch.device("meta"):
         network = torchvision.models.get_model(name)
     before, names = len(of_type(network, nn.ReLU)), list(network.state_dict())
-    assert smooth_relus(network, BETA) == (COUNTS[name] or before) > 0
+    assert smooth_activations(network, BETA) == {"ReLU": COUNTS[name] or before}
     assert of_type(network, nn.ReLU) == [] and list(network.state_dict()) == names
     assert {m.beta for m in of_type(network, nn.Softplus)} == {BETA}
 
@@ -76,12 +77,12 @@ ACT = nn.ReLU()
 )
 def test_every_place_counts(network, count):
     network = copy.deepcopy(network)
-    assert smooth_relus(network, BETA) == count and of_type(network, nn.ReLU) == []
+    assert smooth_activations(network, BETA).total() == count and of_type(network, nn.ReLU) == []
 
 
 def test_relu_under_two_names_is_replaced_under_both():
     network, x = Shared(), torch.randn(5, 4)
-    smooth_relus(network, BETA)
+    smooth_activations(network, BETA)
     expected = F.softplus(-F.softplus(network.first(x), BETA) + 0.5, BETA)
     torch.testing.assert_close(network(x), expected)
 
@@ -89,20 +90,59 @@ def test_relu_under_two_names_is_replaced_under_both():
 @pytest.mark.parametrize("beta", [1.0, 3.0, 50.0])
 def test_replacement_is_log_of_one_plus_exp(beta):
     network, x = nn.Sequential(nn.ReLU()), torch.linspace(-4, 4, 81, dtype=torch.float64)
-    smooth_relus(network, beta)
+    smooth_activations(network, beta)
     # Softplus is x itself where beta x > 20: log(1 + exp(-20)) / beta = 2.1e-9 / beta.
     expected = torch.log1p(torch.exp(beta * x)) / beta
     torch.testing.assert_close(network(x), expected, rtol=0, atol=2.1e-9 / beta)
 
 
-KINKED = [nn.ReLU6(), nn.LeakyReLU(), nn.PReLU(), nn.RReLU(), nn.Hardtanh(), nn.Hardswish(), nn.Hardsigmoid()]
+SMOOTHED = {
+    "relu": (nn.ReLU(), lambda s, x: s(x)),
+    "relu6": (nn.ReLU6(), lambda s, x: s(x) - s(x - 6)),
+    "hardsigmoid": (nn.Hardsigmoid(), lambda s, x: (s(x + 3) - s(x - 3)) / 6),
+    "hardswish": (nn.Hardswish(), lambda s, x: x * (s(x + 3) - s(x - 3)) / 6),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_smooth_form_of_each_activation(name):
+    module, formula = SMOOTHED[name]
+    x = torch.linspace(-8, 8, 161, dtype=torch.float64)
+    expected = formula(lambda x: torch.log1p(torch.exp(BETA * x)) / BETA, x)
+    network = nn.Sequential(copy.deepcopy(module))
+    assert smooth_activations(network, BETA) == {type(module).__name__: 1}
+    torch.testing.assert_close(network(x), expected, rtol=0, atol=1e-8)
+    with SmoothFunctions(BETA) as functional:
+        torch.testing.assert_close(getattr(F, name)(x), expected, rtol=0, atol=1e-8)
+        clone = x.clone()
+        getattr(F, name)(clone, inplace=True)
+    torch.testing.assert_close(clone, expected, rtol=0, atol=1e-8)
+    assert functional.replaced == {type(module).__name__: 2}
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_smooth_forms_have_no_kink_and_end_in_the_kinked_ones(name):
+    module, _ = SMOOTHED[name]
+    x = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    curvatures = []
+    for beta in (BETA, 300.0):
+        network = nn.Sequential(copy.deepcopy(module))
+        smooth_activations(network, beta)
+        y = network(x)
+        curvatures.append(y.diff(n=2).abs().max() / (x[1] - x[0]) ** 2)
+        # S'' is at most beta / 4, and x S'' / 6 at 3 half of that, beside 2 S' / 6.
+        assert curvatures[-1] <= 0.25 * beta + 1
+    torch.testing.assert_close(y, module(x), rtol=0, atol=math.log(2) / 300)
+
+
+KINKED = [nn.LeakyReLU(), nn.PReLU(), nn.RReLU(), nn.Hardtanh(), nn.Hardshrink(), nn.Softshrink()]
 
 
 @pytest.mark.parametrize("activation", [*KINKED, nn.Threshold(0.1, 0.0)], ids=lambda m: type(m).__name__)
 def test_other_kinks_are_refused_by_name_and_left_alone(activation):
     network = nn.Sequential(nn.ReLU(), nn.Sequential(activation))
     with pytest.raises(ValueError, match=rf"{type(activation).__name__}.*softplus_beta inf"):
-        smooth_relus(network, BETA)
+        smooth_activations(network, BETA)
     assert len(of_type(network, nn.ReLU)) == 1
 
 
@@ -185,12 +225,30 @@ def test_functional_relus_are_smoothed_unless_beta_is_infinite(load, act, module
     assert_same_with_gradient(load(network, float("inf")), copy.deepcopy(network))
 
 
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.act, self.six = nn.Linear(12, 5), nn.ReLU(), nn.ReLU6()
+
+    def forward(self, x):
+        x = self.six(self.act(self.fc(F.avg_pool2d(x, 4).flatten(1))))
+        return torch.tanh(F.relu(F.gelu(x)))
+
+
+def test_what_was_replaced_by_what_is_told(load):
+    (note,) = load(Mixed()).notes
+    assert "2 ReLU -> S(x), 1 ReLU6 -> S(x) - S(x - 6) with S Softplus of beta 3" in note
+    assert "smooth already: gelu, tanh" in note and "the raw image" in note
+    (note,) = load(Mixed(), float("inf")).notes
+    assert "activations as they are" in note
+
+
 def test_smoothing_ends_with_the_classifiers_call(load):
     load(Functional(F.relu))(torch.zeros(1, 3, 8, 8))
     assert F.relu(torch.tensor([-1.0, 2.0])).tolist() == [0, 2]
 
 
-@pytest.mark.parametrize("name", ["relu6", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid"])
+@pytest.mark.parametrize("name", ["leaky_relu", "hardtanh", "hardshrink", "softshrink"])
 @pytest.mark.parametrize("module", [None, nn.ReLU()], ids=["functions", "and a module"])
 def test_other_functional_kinks_are_refused_by_name(load, name, module):
     # Alone, there is nothing to smooth, as the message for networks without ReLU says.
@@ -211,7 +269,7 @@ def test_other_functional_kinks_are_refused_by_name(load, name, module):
     ],
 )
 def test_a_relu_written_as_a_clamp_is_seen(clamp, kinked):
-    with SmoothFunctionalRelus(BETA) as functional:
+    with SmoothFunctions(BETA) as functional:
         clamp(torch.zeros(2))
     assert functional.kinked == kinked
 

@@ -121,6 +121,7 @@ def draw(sampler, preset, watch, load_classifier):
     """The images of one batch of a full-size run, before they are rounded."""
     package = SimpleNamespace(
         classifier_files=lambda name, path: {},
+        classifier_packages=lambda name: [],
         load_classifier=lambda *args, **kw: watch.watch(load_classifier(*args, **kw), "classifier"),
     )
     given = {"preset": preset, "batch_size": BATCH, "steps": STEPS, "log_guidance": True}

@@ -81,8 +81,6 @@ SIZES = [
       for name, beta in (("vit_b_16", "--softplus_beta inf"), ("vit_b_16", ""), ("alexnet", ""))),
     ("--classifier_type {files}/own.py:Linear --softplus_beta 3",
      "own.py:Linear | no ReLU | softplus_beta inf"),
-    ("--classifier_type mobilenet_v2 --classifier_path random", "ReLU6 | softplus_beta inf"),
-    ("--classifier_type mobilenet_v3_small --classifier_path random", "Hardswish | softplus_beta inf"),
 ]  # fmt: skip
 NUMBERS = [
     *((f"--{name} {value}", f"--{name} | {value}")
@@ -124,6 +122,10 @@ CHOICES = [
     ("--classifier_type {files}/own.py:absent", "own.py | no function 'absent' | builder(num_classes)"),
     ("--classifier_type {files}/own.py:raises", "own.py: no such thing"),
     ("--classifier_input imagenet", "digits_guide | paper"),
+    ("--classifier_type clip:{files}", "--classifier_type clip: | add --prompts"),
+    ("--prompts dog", "--prompts given | --classifier_type clip:FOLDER"),
+    ("--classifier_type clip:{files} --prompts absent.txt", "no file absent.txt"),
+    ("--classifier_type digits_guide+digits_judge --classifier_path random", "are 2 classifiers | random"),
     ("--model_path=", "--model_path is missing | --preset"),
 ]  # fmt: skip
 OTHERS = [

@@ -182,7 +182,9 @@ def often(monkeypatch):
 def test_a_long_run_says_from_time_to_time_how_far_it_is(tmp_path, often):
     said = DDPM.run(tmp_path, "--num_samples", 12, "--steps", 5, base=("--preset", "digits")).err
     pattern = r"(\d+)/12 images, [\d.]+ images/s, 0:00:\d\d left"
-    lines = [re.fullmatch(pattern, line) for line in said.splitlines()]
+    about, *rest = said.splitlines()
+    assert about.startswith("classifier digits_guide: sees ")
+    lines = [re.fullmatch(pattern, line) for line in rest]
     assert lines and all(lines), said
     assert (tmp_path / "log.txt").read_text() == said
     images = [int(line[1]) for line in lines]
@@ -198,4 +200,5 @@ def test_on_a_terminal_there_is_one_bar_for_the_run(tmp_path, often, monkeypatch
     said = DDPM.run(tmp_path, "--num_samples", 12).err
     states = said.split("\r")
     assert all("/12 images [" in state for state in states[1:]) and len(states) > 2
-    assert "100%" in states[-1] and "12/12 images [" in states[-1] and said.count("\n") == 1
+    assert "100%" in states[-1] and "12/12 images [" in states[-1]
+    assert said.startswith("classifier ") and said.count("\n") == 2  # its line, and the bar's
