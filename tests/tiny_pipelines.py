@@ -8,36 +8,40 @@ import torch
 UNET = {"sample_size": 8, "block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 8}
 
 
-def tiny(kind, folder=None):
-    """A pipeline by its kind, "ddpm", "dit" or "sd"; saved in a folder, if one is given."""
+def tiny(kind, folder=None, **options):
+    """A pipeline by its kind, "ddpm", "dit" or "sd"; saved in a folder, if one is given. options: of its
+    network.
+    """
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
     torch.manual_seed(0)
-    pipe = {"ddpm": _ddpm, "dit": _dit, "sd": _stable_diffusion}[kind]()
+    pipe = {"ddpm": _ddpm, "dit": _dit, "sd": _stable_diffusion}[kind](options)
     pipe.set_progress_bar_config(disable=True)
     if folder is not None:
         pipe.save_pretrained(folder)
     return pipe
 
 
-def _ddpm():
+def _ddpm(options):
     import diffusers
 
     ways = {"down": ("DownBlock2D", "AttnDownBlock2D"), "up": ("AttnUpBlock2D", "UpBlock2D")}
     blocks = {f"{way}_block_types": names for way, names in ways.items()}
-    unet = diffusers.UNet2DModel(**{**UNET, "sample_size": 16}, **blocks)
+    unet = diffusers.UNet2DModel(**{**UNET, "sample_size": 16}, **blocks, **options)
     return diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
 
 
-def _dit():
+def _dit(options):
     import diffusers
 
     size = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "sample_size": 8}
-    net = diffusers.DiTTransformer2DModel(**size, in_channels=4, out_channels=8, num_embeds_ada_norm=1000)
+    net = diffusers.DiTTransformer2DModel(
+        **size, in_channels=4, out_channels=8, **{"num_embeds_ada_norm": 1000, **options}
+    )
     return diffusers.DiTPipeline(net, _vae(), diffusers.DDIMScheduler(clip_sample=False))
 
 
-def _stable_diffusion():
+def _stable_diffusion(options):
     import diffusers
 
     ways = {"down": ("DownBlock2D", "CrossAttnDownBlock2D"), "up": ("CrossAttnUpBlock2D", "UpBlock2D")}
@@ -49,7 +53,7 @@ def _stable_diffusion():
         vae=_vae(),
         text_encoder=encoder,
         tokenizer=tokenizer,
-        unet=diffusers.UNet2DConditionModel(**UNET, **latents, **blocks),
+        unet=diffusers.UNet2DConditionModel(**UNET, **latents, **blocks, **options),
         scheduler=diffusers.DDIMScheduler(**betas, steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
