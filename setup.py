@@ -48,6 +48,7 @@ setup(
         "test": ["pytest", "pytest-xdist", "setuptools>=70.1", "scikit-learn", "matplotlib"],
         "train": ["scikit-learn"],
         "dit": ["diffusers"],
+        "diffusers": ["diffusers", "transformers"],
         "zoo": ["timm", "transformers"],
         "dev": ["ruff==0.17.*", "mypy==2.*", "diffusers", "timm", "transformers"],
     },

@@ -105,7 +105,7 @@ def create_argparser():
     parser = Parser(description=__doc__)
     parser.add_argument("--preset", default="", help="the networks by name, see scripts/presets.py")
     parser.add_argument(
-        "--system", choices=tuple(SYSTEMS), default="adm", help="without --preset: whose flags"
+        "--system", choices=("adm", "edm", "dit"), default="adm", help="without --preset: whose flags"
     )
     parser.add_argument(
         "--data_dir", help="labelled images: a folder, zip or npz; of digits the held-out ones"

@@ -12,7 +12,17 @@ ROOMS = ("guided_diffusion", "classifiers", "evaluation")
 OURS = {*ROOMS, "scripts", "tests"}
 # Besides the standard library and themselves. What is imported only where it is used may be missing.
 ALLOWED = {
-    "guided_diffusion": {"torch", "numpy", "tqdm", "safetensors", "PIL", "filelock", "matplotlib"},
+    "guided_diffusion": {
+        "torch",
+        "numpy",
+        "tqdm",
+        "safetensors",
+        "PIL",
+        "filelock",
+        "matplotlib",
+        "diffusers",
+        "transformers",
+    },
     "classifiers": {"torch", "torchvision", "diffusers", "timm", "transformers"},
     "evaluation": {
         "torch",
@@ -31,6 +41,7 @@ ORDER = [
     "files checkpoints",
     "layers unet edm_unet song_unet dit schedules losses nn resample image_datasets fp16_util",
     "process denoisers mixed_denoisers preconditioning solvers guidance gaussian_diffusion edm respace",
+    "adapters",
     "flags",
     "script_util",
     "runs training train_util dist_util logger",

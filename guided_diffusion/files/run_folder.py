@@ -38,10 +38,10 @@ def read_samples(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_run(folder: str | Path) -> dict:
-    """The content of run.json: settings, and totals once the run is complete. Raises ValueError if it is
-    something else.
+    """The content of run.json, of a folder or by its own path: settings, and totals once the run is complete.
+    Raises ValueError if it is something else.
     """
-    path = Path(folder) / "run.json"
+    path = Path(folder) / "run.json" if Path(folder).is_dir() else Path(folder)
     try:
         run = json.loads(path.read_text())
     except ValueError:

@@ -78,6 +78,14 @@ class DiscreteFlags:
         """tau_2, from its ratio to tau_1."""
         return self.joint_temperature * self.margin_temperature_discount
 
+    @staticmethod
+    def with_levels(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values with the levels that belong to their sampler: the process's own are too far apart for
+        heun.
+        """
+        alone = values.get("sampler") == "heun" and "levels" not in values
+        return {**values, "levels": "karras"} if alone else values
+
     @property
     def asks_denoiser(self: Any) -> bool:
         """Whether a solver samples, not a loop of the process's own."""
@@ -123,8 +131,7 @@ class ADMFlags(
             values = {**values, "classifier_path": ""}  # the preset's belongs to the preset's own classifier
         if "sampler" not in given and values.get("use_ddim"):
             values = {**values, "sampler": "ddim"}
-        if values.get("sampler") == "heun" and "levels" not in values:
-            values = {**values, "levels": "karras"}  # the process's own levels are too far apart for it
+        values = cls.with_levels(values)
         if "steps" in given and "timestep_respacing" not in given:
             values = {**values, "timestep_respacing": str(values["steps"])}
         config = super().of(values, given)

@@ -88,10 +88,40 @@ class LatentFlags(Flags):
         False, "compute its activations again instead of keeping them", needs=CHECKPOINTED
     )
 
+    def check(self: Any) -> None:
+        super().check()
+        if self.classifier_path and not self.classifier_type:
+            raise ValueError(
+                f"--classifier_path {self.classifier_path}: of which network? add --classifier_type, such as "
+                "resnet101"
+            )
+        if self.guided_off_the_shelf and self.latent_decoder == "tiny" and not self.decoder_path:
+            raise ValueError(
+                "--latent_decoder tiny needs --decoder_path: diffusers' folder of an AutoencoderTiny"
+            )
+
+
+class OneBatchFlags(DiscreteFlags):
+    """What the configurations share whose networks take labels and no labels in one batch."""
+
+    @property
+    def guided_by_noisy_classifier(self: Any) -> bool:
+        return False
+
+    @property
+    def in_one_batch(self: Any) -> bool:
+        """Whether labels and no labels are asked in one batch, under any sampler."""
+        return self.cfg_rule == "cfg" and self.cfg_scale != 1
+
+    @property
+    def uses_cfg(self: Any) -> bool:
+        """Whether two denoisers are mixed: under a solver, by another rule than the published one."""
+        return self.asks_denoiser and self.cfg_rule != "cfg"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiTFlags(
-    DiscreteFlags, LabelFlags, RunFlags, GuidanceFlags, MixedFlags, SolverFlags, LatentFlags, DiTSamplingFlags
+    OneBatchFlags, LabelFlags, RunFlags, GuidanceFlags, MixedFlags, SolverFlags, LatentFlags, DiTSamplingFlags
 ):
     """A DiT, guided."""
 
@@ -138,26 +168,11 @@ class DiTFlags(
 
     @classmethod
     def of(cls, values: Mapping[str, Any], given: frozenset[str]) -> "DiTFlags":
-        if values.get("sampler") == "heun" and "levels" not in values:
-            values = {**values, "levels": "karras"}  # the process's own levels are too far apart for it
+        values = cls.with_levels(values)
         if values.get("no_tf32"):
             values = {**values, "tf32": False}
         config = super().of(values, given)
         return replace(config, labels=str(config.fix_class_index)) if config.fix_class else config
-
-    @property
-    def guided_by_noisy_classifier(self) -> bool:
-        return False
-
-    @property
-    def in_one_batch(self) -> bool:
-        """Whether labels and no labels are asked in one batch, under any sampler."""
-        return self.cfg_rule == "cfg" and self.cfg_scale != 1
-
-    @property
-    def uses_cfg(self) -> bool:
-        """Whether two denoisers are mixed: under a solver, by another rule than the published one."""
-        return self.asks_denoiser and self.cfg_rule != "cfg"
 
     @property
     def folder(self) -> Path:
@@ -178,14 +193,5 @@ class DiTFlags(
                 f"--cfg_scale {self.cfg_scale} needs the labels: drop --unconditional, or add --cfg_scale 1"
             )
         self.check_draws()
-        if self.classifier_path and not self.classifier_type:
-            raise ValueError(
-                f"--classifier_path {self.classifier_path}: of which network? add --classifier_type, such as "
-                "resnet101"
-            )
         if self.no_tf32 and "tf32" in self.given:
             raise ValueError("--tf32 and --no-tf32 are two names of one thing: keep one")
-        if self.guided_off_the_shelf and self.latent_decoder == "tiny" and not self.decoder_path:
-            raise ValueError(
-                "--latent_decoder tiny needs --decoder_path: diffusers' folder of an AutoencoderTiny"
-            )

@@ -15,12 +15,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
+from guided_diffusion.files.run_folder import read_run
 from guided_diffusion.flags.parser import NOT_GIVEN, Parser, parse_bool, parse_floats
 from guided_diffusion.flags.presets import script_of
 
 Check = Callable[[Any], str | None]
+# In a run.json: what is no flag, at least not of every script, and what says where and how a run goes.
+_NO_FLAGS = {"sha256", "versions", "shard_size", "num_samples"}
+_PLACES = {"preset", "config", "out", "log_dir", "overwrite", "device", "dry_run"}
 
 
 @dataclass(frozen=True)
@@ -180,8 +185,8 @@ def parse(
     presets: Mapping[str, Mapping[str, Any]],
     argv: Sequence[str] | None = None,
 ) -> Any:
-    """A checked `config_class` of the flags in `argv`, over those of the preset that --preset names, over the
-    defaults.
+    """A checked `config_class` of the flags in `argv`, over those of the run that --config names, over those
+    of the preset that --preset names, over the defaults.
 
     Unknown flags and presets end the program as argparse does; ValueError for what `Flags.check` refuses.
     """
@@ -217,11 +222,40 @@ def configure(
     """
     fixed = fixed or {}
     preset = presets.get({**given, **fixed}.get("preset", ""), {})
+    if path := given.get("config"):
+        preset = {**preset, **recorded_flags(config_class, path)}
     if fixed:
         idle = config_class(**{**preset, **given, **fixed}).idle()
         given = {name: value for name, value in given.items() if name not in idle}
     given = {**given, **fixed}
     return config_class.of({**preset, **given}, frozenset(given))
+
+
+def recorded_flags(config_class: type, path: str) -> dict[str, Any]:
+    """{field: value} of the flags in a run.json, without those that say where and how a run goes. Raises
+    ValueError, with the file, for what is no run of this script, and FileNotFoundError.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"--config {path}: no such file; give the run.json of a run")
+    try:
+        run = read_run(path)
+    except ValueError as error:
+        raise ValueError(f"--config {path} was not written by a run: give its run.json") from error
+    recorded = {**run.get("not_compared", {}), **run["settings"]}
+    known = {written(each): each for each in flag_fields(config_class)}
+    if foreign := sorted(recorded.keys() - known.keys() - _NO_FLAGS):
+        raise ValueError(f"--config {path} is of another script, or version: there is no --{foreign[0]} here")
+    return {
+        known[name].name: _from_json(known[name], value)
+        for name, value in recorded.items()
+        if name in known.keys() - _PLACES
+    }
+
+
+def _from_json(each, value):
+    """A flag's value; JSON has no infinity, which is written as a word."""
+    kind = each.metadata["kind"] or type(each.default)
+    return float(value) if isinstance(value, str) and kind is float else value
 
 
 def add_flags(parser: Parser, config_class: type) -> None:

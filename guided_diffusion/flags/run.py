@@ -12,6 +12,12 @@ class RunFlags(Flags):
     preset: str = flag(
         "", "flags by name, which python scripts/presets.py lists; flags that you write win", compared=False
     )
+    config: str = flag(
+        "",
+        "run.json of another run of this script: its flags in the place of a preset's, but for where and how "
+        "it ran; flags that you write win",
+        compared=False,
+    )
     batch_size: int = flag(16, "images per step", check=at_least(1))
     out: str = flag("", "output folder; by default results/PRESET", compared=False)
     overwrite: bool = flag(

@@ -64,9 +64,13 @@ def drawn_labels(config: Any) -> tuple[Callable[[Sequence[int]], np.ndarray], di
     """The function indices -> labels that the flags describe, and who draws what, for the record. Raises
     ValueError for labels that cannot be.
     """
-    labels_of = label_source(config.labels, config.seed, config.num_classes)
+    return label_source(config.labels, config.seed, config.num_classes), drawn_by(config)
+
+
+def drawn_by(config: Any) -> dict[str, str]:
+    """Who draws what under the flags, for the record."""
     listed = {} if config.labels == "random" else {"labels": f"--labels {config.labels}, shuffled"}
-    return labels_of, DRAWN_BY_INDEX | listed
+    return DRAWN_BY_INDEX | listed
 
 
 def load_off_the_shelf(config: Any, classifiers: Any, num_classes: int, image_size: int) -> torch.nn.Module:

@@ -84,7 +84,7 @@ def build(
         shape=(net.in_channels, net.input_size, net.input_size),
         clip_denoised=False,
         labels_of=labels_of,
-        decode=partial(_decoded, autoencoder),
+        decode=partial(decoded, autoencoder),
     )
     return sampler_of(config, drawn, config.image_size, [*_notes(config), *about])
 
@@ -121,12 +121,13 @@ def refuse_for_networks(config: DiTFlags, net: DiT, autoencoder: Any) -> None:
         raise ValueError(
             f"--image_size {config.image_size}: {config.ckpt} and {config.vae} make images of {size}"
         )
-    _refuse_for_channels(config.autoencoder, autoencoder, net)
+    refuse_for_channels(config.autoencoder, autoencoder, net)
     if config.cfg_channels and config.in_one_batch and config.cfg_channels > net.in_channels:
         raise ValueError(f"--cfg_channels {config.cfg_channels}: the latents have {net.in_channels}")
 
 
-def _refuse_for_channels(name, decoder, net):
+def refuse_for_channels(name: object, decoder: Any, net: Any) -> None:
+    """Raise ValueError where a decoder is for other latents than the network's."""
     if net.in_channels != decoder.channels:
         raise ValueError(f"the latents have {net.in_channels} channels, but {name} is for {decoder.channels}")
 
@@ -172,7 +173,7 @@ def _guides(config, classifiers, net, device, tally) -> tuple[Mapping[str, Calla
     return {"guidance": tally.timed(config.build_guidance(guide, tally.observe))}, classifier.notes
 
 
-def load_guide_decoder(config: DiTFlags, classifiers: Any, net: DiT) -> torch.nn.Module:
+def load_guide_decoder(config: Any, classifiers: Any, net: Any) -> torch.nn.Module:
     """What shows latents to the classifier, on the CPU. Raises ValueError for one that the network's do not
     fit.
     """
@@ -180,7 +181,7 @@ def load_guide_decoder(config: DiTFlags, classifiers: Any, net: DiT) -> torch.nn
     decoder = classifiers.load_decoder(
         config.latent_decoder, path, size=config.image_size, checkpointing=config.decode_checkpointing
     )
-    _refuse_for_channels(path or "the public linear map", decoder, net)
+    refuse_for_channels(path or "the public linear map", decoder, net)
     if config.latent_decoder != "linear":
         if (size := net.input_size * decoder.factor) != config.image_size:
             raise ValueError(f"{path} makes images of {size}, and the run's are of {config.image_size}")
@@ -188,7 +189,7 @@ def load_guide_decoder(config: DiTFlags, classifiers: Any, net: DiT) -> torch.nn
     return decoder
 
 
-def _decoded(autoencoder: Any, latents: Tensor) -> Tensor:
+def decoded(autoencoder: Any, latents: Tensor) -> Tensor:
     """The images, few at a time: a decoder holds activations of some hundred times an image."""
     side = latents.shape[-1] * autoencoder.factor
     with torch.no_grad():

@@ -7,8 +7,9 @@ from typing import Any
 from guided_diffusion.flags.adm import ADMFlags
 from guided_diffusion.flags.dit import DiTFlags
 from guided_diffusion.flags.edm import EDMFlags
+from guided_diffusion.flags.pipeline import PipelineFlags
 from guided_diffusion.flags.presets import DIT_PRESETS, EDM_PRESETS, PRESETS
-from guided_diffusion.runs import adm, dit, edm
+from guided_diffusion.runs import adm, dit, edm, pipeline
 from guided_diffusion.runs.job import Job
 
 
@@ -25,6 +26,7 @@ SYSTEMS = {
     "adm": System(ADMFlags, PRESETS, adm.make_job),
     "edm": System(EDMFlags, EDM_PRESETS, edm.make_job),
     "dit": System(DiTFlags, DIT_PRESETS, dit.make_job),
+    "pipeline": System(PipelineFlags, {}, pipeline.make_job),
 }
 
 

@@ -240,6 +240,7 @@ def test_every_field_is_used_or_idle(name, noisy_files, tmp_path):
     parse(watched(flags, read), None, presets, argv[:-2]).folder  # noqa: B018, where no --out is given
     config = parse(flags, None, presets, argv)
     used = read | config.idle() | {each.name for each in flag_fields(flags) if each.metadata["builds"]}
+    used |= {"config"}  # taken as the configuration is made
     used |= BUILDERS | set(RESOLVED) if flags is ADMFlags else set(REFUSED)
     assert set(defaults_of(flags)) - used == set()
 

@@ -1,0 +1,102 @@
+"""Tiny pipelines of diffusers with random weights; a test that wants one skips without diffusers."""
+
+import json
+
+import pytest
+import torch
+
+UNET = {"sample_size": 8, "block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 8}
+
+
+def tiny(kind, folder=None, **options):
+    """A pipeline by its kind, "ddpm", "dit" or "sd"; saved in a folder, if one is given. options: of its
+    network.
+    """
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    pipe = {"ddpm": _ddpm, "dit": _dit, "sd": _stable_diffusion}[kind](options)
+    pipe.set_progress_bar_config(disable=True)
+    if folder is not None:
+        pipe.save_pretrained(folder)
+    return pipe
+
+
+def _ddpm(options):
+    import diffusers
+
+    ways = {"down": ("DownBlock2D", "AttnDownBlock2D"), "up": ("AttnUpBlock2D", "UpBlock2D")}
+    blocks = {f"{way}_block_types": names for way, names in ways.items()}
+    unet = diffusers.UNet2DModel(**{**UNET, "sample_size": 16}, **blocks, **options)
+    return diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+
+
+def _dit(options):
+    import diffusers
+
+    size = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "sample_size": 8}
+    net = diffusers.DiTTransformer2DModel(
+        **size, in_channels=4, out_channels=8, **{"num_embeds_ada_norm": 1000, **options}
+    )
+    return diffusers.DiTPipeline(net, _vae(), diffusers.DDIMScheduler(clip_sample=False))
+
+
+def _stable_diffusion(options):
+    import diffusers
+
+    ways = {"down": ("DownBlock2D", "CrossAttnDownBlock2D"), "up": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    blocks = {f"{way}_block_types": names for way, names in ways.items()}
+    latents = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 16, "attention_head_dim": 4}
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    tokenizer, encoder = _text()
+    return diffusers.StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=diffusers.UNet2DConditionModel(**UNET, **latents, **blocks, **options),
+        scheduler=diffusers.DDIMScheduler(**betas, steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _vae():
+    import diffusers
+
+    ways = {"down": "DownEncoder", "up": "UpDecoder"}
+    blocks = {f"{way}_block_types": (f"{name}Block2D",) * 2 for way, name in ways.items()}
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **blocks
+    ).requires_grad_(False)
+
+
+def _vocabulary():
+    words = ["<|startoftext|>", "<|endoftext|>"]
+    return words + [f"{letter}{end}" for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
+
+
+def _text():
+    """A tokenizer of single letters, and an encoder of 12 of them."""
+    import tempfile
+    from pathlib import Path
+
+    import transformers
+
+    words = _vocabulary()
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocabulary.write_text(json.dumps({word: i for i, word in enumerate(words)}))
+        merges.write_text("#version: 0.2\n")
+        tokenizer = transformers.CLIPTokenizer(str(vocabulary), str(merges), model_max_length=12)
+    config = transformers.CLIPTextConfig(
+        **dict.fromkeys(("hidden_size", "intermediate_size"), 16),
+        vocab_size=len(words),
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return tokenizer, transformers.CLIPTextModel(config)
