@@ -221,7 +221,7 @@ TINY_GUIDED = f"--model_path {{files}}/tiny.pt {' '.join(flags_of({**TINY_NOISY,
     rows(
         [
             (f"{NOISY} --classifier_width 64", "noisy.pt | time_embed.0.weight | [128, 32] | [256, 64]"),
-            (f"{TINY_GUIDED} --classifier_path {{files}}/noisy.pt", "16 | 64"),
+            (f"{TINY_GUIDED} --classifier_path {{files}}/noisy.pt", "noisy.pt | does not fit"),
             (f"--model_path {{files}}/tiny.pt {' '.join(flags_of(TINY))} --classifier_type digits_guide"
              " --num_classes 9",
              "guide.safetensors | fc.weight | [10, 512] | [9, 512]"),

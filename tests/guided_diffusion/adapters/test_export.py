@@ -14,8 +14,8 @@ UPDOWN = {"learn_sigma": True, "resblock_updown": True, "num_res_blocks": 2}
 
 LINE = (
     "--num_samples 3 --batch_size 3 --labels balanced --sampler dpmpp_2m --steps 4 --levels karras "
-    "--device cpu --cfg_scale 1.5 --guidance_strength posterior --classifier_type digits_guide --classifier_scale 2 "
-    "--softplus_beta 5 --margin_temperature_discount 0.5"
+    "--device cpu --cfg_scale 1.5 --guidance_strength posterior --classifier_type digits_guide "
+    "--classifier_scale 2 --softplus_beta 5 --margin_temperature_discount 0.5"
 )
 
 
