@@ -18,6 +18,7 @@ SCRIPT_OF = {
     "digits-fewstep": "compare_fewstep.py",
     "digits-edm": "compare_edm.py",
     "digits-dit": "compare_dit.py",
+    "cifar10": "compare_cifar10.py",
 }
 ASKED = "'{copy}/scripts/presets.py {preset}') echo {script}; exit;;\n"
 RUN = f"""'{{copy}}/scripts/presets.py '*) exec {sys.executable} "$@";;\n"""
