@@ -99,7 +99,7 @@ def _cifar(depth, file, **shipped):
         weights_files={"CIFAR10": url, **shipped},
         image_size=32,
         trained_on=InputTransform(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        licence="BSD-2-Clause (akamaster/pytorch_resnet_cifar10); trained on CIFAR-10",
+        licence="BSD-2-Clause (akamaster/pytorch_resnet_cifar10) as published, MIT where the weights ship",
         takes_raw=False,
     )
 
