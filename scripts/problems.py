@@ -14,12 +14,13 @@ import numpy as np
 from classifiers import load_classifier
 from classifiers.registry import Classifier, find_classifier
 from evaluation.evaluator import evaluate
+from evaluation.features import FeatureNetwork
 from evaluation.metrics import metric_key, metric_label
 from evaluation.networks import feature_network
 from evaluation.networks.cifar import CIFAR_NETWORK, CIFAR_WEIGHTS
 from evaluation.reference import Reference
 from evaluation.resampling import Options
-from evaluation.sets import DENSITY_NEIGHBOURS, measure, open_set
+from evaluation.sets import DENSITY_NEIGHBOURS, MeasuredSet, measure, open_set
 from guided_diffusion import dist_util
 from guided_diffusion.files.atomic import renamed_when_complete
 from guided_diffusion.files.pretrained import PRETRAINED_DIR
@@ -36,7 +37,8 @@ class Problem:
     name: of its presets' beginning and of its folder in pretrained_models/. judge: a classifier of another
     architecture than the guides; judge_weights: its file, None for its default; judge_input: see
     `load_classifier`. features: the feature network. images: of the reference, a file in pretrained_models/;
-    by default in the problem's folder. resamples: for `Quality`.
+    by default in the problem's folder. second: another feature network; second_images: its reference, by
+    default the same file. resamples: for `Quality`.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Problem:
     judge_input: str = "paper"
     features: str = ""
     images: str = ""
+    second: str = ""
+    second_images: str = ""
     num_classes: int = 10
     resamples: int = RESAMPLES
 
@@ -57,6 +61,11 @@ class Problem:
     def reference(self) -> Path:
         """Of the images that its networks were trained on: an npz that `open_set` reads."""
         return PRETRAINED_DIR / (self.images or f"{self.name}/reference.npz")
+
+    def reference_for(self, network: str) -> Path:
+        """The reference for `network`, or for `second`."""
+        other = network == self.second and self.second_images
+        return PRETRAINED_DIR / self.second_images if other else self.reference
 
     @property
     def held_out(self) -> Path:
@@ -81,8 +90,14 @@ class Problem:
 
 
 PROBLEMS = {
-    "digits": Problem("digits", "digits_judge"),
-    "cifar10": Problem("cifar10", str(_beside.ROOT / CIFAR_NETWORK), CIFAR_WEIGHTS),
+    "digits": Problem("digits", "digits_judge", second="digits_mixer"),
+    "cifar10": Problem(
+        "cifar10",
+        str(_beside.ROOT / CIFAR_NETWORK),
+        CIFAR_WEIGHTS,
+        second="cifar10_mixer",
+        second_images="cifar10/reference_mixer.npz",
+    ),
     # Without resamples: of 10,000 images in 2,048 dimensions each takes seconds.
     "imagenet128": Problem(
         "imagenet128",
@@ -90,6 +105,7 @@ PROBLEMS = {
         judge_input="imagenet",
         features="inception",
         images="VIRTUAL_imagenet128_labeled.npz",
+        second="dinov2",
         num_classes=1000,
         resamples=0,
     ),
@@ -119,25 +135,33 @@ def require_other_judge(judge: str, given: Mapping[str, Any], preset: Mapping[st
 class Quality:
     """Called on a set of images, it returns the metrics by its problem's features, against the images that
     the problem's networks were trained on, and the standard deviation of the distance over resamples, None
-    where the problem has none.
+    where the problem has none. features: another network than the problem's first, such as its second.
     """
 
     problem: Problem
+    features: str = ""
 
     @cached_property
-    def _network(self):
-        return feature_network(self.problem.network, device=dist_util.dev())
+    def network(self) -> FeatureNetwork:
+        """The feature network."""
+        return feature_network(self.features or self.problem.network, device=dist_util.dev())
 
     @cached_property
-    def _reference(self):
-        return Reference(self._measured(self.problem.reference))
+    def reference(self) -> Reference:
+        """The training images."""
+        return Reference(self.measured(self.problem.reference_for(self.features)))
 
-    def _measured(self, images):
-        return measure(open_set(images, self._network), self._network, progress=False)
+    def measured(self, images: Path) -> MeasuredSet:
+        """The features of a set of images."""
+        return measure(open_set(images, self.network), self.network, progress=False)
+
+    def distance(self, images: Path) -> float:
+        """The Frechet distance alone."""
+        return self.reference.pool.distance(self.measured(images).pool())
 
     def __call__(self, images: Path) -> dict[str, Any]:
         options = Options(bootstrap=self.problem.resamples)
-        result = evaluate(self._reference, self._measured(images), options)
+        result = evaluate(self.reference, self.measured(images), options)
         numbers = {metric_key(metric, self.problem.network): result.metrics[metric] for metric in METRICS}
         std = result.fid_error.std if result.fid_error else None
         return {**numbers, "resampled_std": std, "images": result.count}

@@ -5,12 +5,13 @@ choices alone, and whether calibration ranks classifiers as the distance does.
     python scripts/reproduce.py cifar10 --data_dir cifar-10-batches-py --processes 2
     python scripts/reproduce.py imagenet128 --dry_run
 
-The cells are those of docs/results/PROBLEM.txt, in the form of scripts/sweep.py. Calibration is measured by
-scripts/calibrate.py on --data_dir, labelled images that no network was trained on; without it (the digits
-have some) what needs them cannot be told. Writes PROBLEM.json with all numbers, PROBLEM.md and pictures into
-the folder results beside --page, and into that page, between two marker comments, the answers of all
-problems, computed from those files. What was drawn or measured is kept in --out: a run that was stopped
-resumes.
+The cells are those of docs/results/PROBLEM.txt, in the form of scripts/sweep.py. --data_dir has labelled
+images that no network was trained on: calibration is measured on them, by scripts/calibrate.py, they are what
+a perfect generator would draw, and they tell how near to the training images others come. Without it (the
+digits have some) what needs them cannot be told. Writes PROBLEM.json with all numbers, PROBLEM.md and
+pictures into the folder results beside --page, and into that page, between two marker comments, the answers
+of all problems, computed from those files. What was drawn or measured is kept in --out: a run that was
+stopped resumes.
 --dry_run lists the files, the hours and the disk that it takes, and draws nothing.
 """
 
@@ -25,6 +26,7 @@ from comparison import distinct_numbers
 from plot_sweep import curves, draw
 from problems import PROBLEMS
 from reproduce_claims import CLAIMS, SHELF, answer, rank_answer
+from reproduce_opinion import Opinions
 from reproduce_page import page, part, with_part
 from reproduce_plan import dry_run
 from sweep import add_run_flags, check_run_flags, measured, numbers_of, summed
@@ -37,7 +39,7 @@ from guided_diffusion.files.figures import plain_style, require_matplotlib, save
 from guided_diffusion.flags.parser import Parser, run_main
 from guided_diffusion.runs.lock import locked
 
-SIZES = {"digits": ("0-4", 1000), "cifar10": ("0-2", 2000), "imagenet128": ("0-2", 10000)}
+SIZES = {"digits": ("0-4", 1000), "cifar10": ("0-2", 800), "imagenet128": ("0-2", 10000)}
 
 
 def main():
@@ -60,8 +62,9 @@ def main():
         if failures:
             raise ValueError(f"{len(failures)} of {len(unique)} runs failed: {'; '.join(failures)}")
         runs = calibrated(args, cells, seeds, out)
+        about = looked_at(args, planned, seeds, out)
     done = [{**rows[each.id], **each.about()} for each in planned]
-    print_result("\n".join(f"{path}" for path in write(args, cells, seeds, done, runs)))
+    print_result("\n".join(f"{path}" for path in write(args, cells, done, runs, about)))
 
 
 def create_argparser():
@@ -71,8 +74,8 @@ def create_argparser():
     sizes = ", ".join(f"{name} {seeds} of {count:,}" for name, (seeds, count) in SIZES.items())
     parser.add_argument("--seeds", help=f"by default, with the images of each: {sizes}")
     add_run_flags(parser, num_samples=None)
-    parser.add_argument("--data_dir", help="labelled images for the calibration, see scripts/calibrate.py")
-    parser.add_argument("--num_labelled", type=int, help="so many of them; by default all")
+    parser.add_argument("--data_dir", help="labelled images that no network was trained on")
+    parser.add_argument("--num_labelled", type=int, help="of the calibration; by default all of them")
     parser.add_argument("--num_levels", type=int, default=10, help="noise levels of the calibration")
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="the page of the answers")
     parser.add_argument("--out", type=Path, help="of the runs, by default results/reproduce/PROBLEM")
@@ -101,13 +104,43 @@ def cells_of(args):
 def calibrated(args, cells, seeds, out):
     """The files of calibrate.py's runs; none without labelled images."""
     ranked = [cell for same in calibration.ranked(cells).values() for cell in same]
-    if not ranked or (args.data_dir is None and args.problem != "digits"):
+    held_out = held_out_of(args)
+    if not ranked or held_out is None:
         print("no calibration: it takes labelled images, --data_dir", file=sys.stderr)
         return []
-    more = ["--num_levels", str(args.num_levels)]
-    more += ["--data_dir", args.data_dir] if args.data_dir else []
+    more = ["--num_levels", str(args.num_levels), "--data_dir", str(held_out)]
     more += ["--num_samples", str(args.num_labelled)] if args.num_labelled else []
     return list(calibration.measured(ranked, seeds, more, out / "calibration"))
+
+
+def held_out_of(args):
+    """Labelled images that no network was trained on: the user's, else the problem's; None if it has none."""
+    shipped = PROBLEMS[args.problem].held_out
+    return Path(args.data_dir) if args.data_dir else shipped if shipped.exists() else None
+
+
+def looked_at(args, planned, seeds, out):
+    """What the page says beside the rows: opinions of the table's runs, real images, and of what it all is."""
+    problem, held_out = PROBLEMS[args.problem], held_out_of(args)
+    opinions = Opinions(problem, args.judge or problem.judge, held_out, out)
+    of_table = [each for each in planned if panel_of(each.cell.name)[0] == "table"]
+    found = opinions({each.id: each.job.folder for each in of_table})
+    return {
+        "seeds": seeds,
+        "opinions": [{**each.about(), **found[each.id]} for each in of_table],
+        "real": [{"seed": seed, **opinions.real(seed, args.num_samples)} for seed in seeds if held_out],
+        "training_images": opinions.training_images(),
+        "labels": sorted({str(each.job.settings().get("labels")) for each in planned}),
+        "sha256": {**hashes(planned), **opinions.hashes()},
+    }
+
+
+def hashes(planned):
+    """{file: its SHA-256} of the networks that sampled and guided."""
+    found = {}
+    for job in (each.job for each in planned):
+        found |= {job.files[flag]().name: digest for flag, digest in job.settings()["sha256"].items()}
+    return found
 
 
 def command_of(args):
@@ -121,7 +154,7 @@ def command_of(args):
     return " ".join(words)
 
 
-def write(args, cells, seeds, rows, runs):
+def write(args, cells, rows, runs, about):
     """Write pictures, numbers and pages; return their paths."""
     problem, folder = PROBLEMS[args.problem], args.page.parent / "results"
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +173,6 @@ def write(args, cells, seeds, rows, runs):
     result = {
         "problem": problem.name,
         "command": command_of(args),
-        "seeds": seeds,
         "num_samples": args.num_samples,
         "seconds": {
             "sampling": sum(row["seconds_per_image"] * row["images"] for row in each_once),
@@ -149,6 +181,7 @@ def write(args, cells, seeds, rows, runs):
         "answers": answers,
         "ranking": ranking,
         "pictures": pictures,
+        **about,
         "rows": rows,
     }
     write_json(folder / f"{problem.name}.json", result)

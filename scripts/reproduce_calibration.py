@@ -60,7 +60,8 @@ def setting_of(cell: Cell) -> Setting:
     words = ["--preset", cell.preset]
     for name in sorted(given.keys() & USED - RUN):
         words += [f"--{name}", str(given[name])]
-    shown = "x_t" if config.unit_gradient else "x0"  # the released rule of EDM looks at the noisy sample
+    # The released rule of EDM looks at the noisy sample too.
+    shown = "x_t" if config.is_cond_fn or config.unit_gradient else "x0"
     return Setting(tuple(words), shown, config.softplus_beta, config.joint_temperature)
 
 

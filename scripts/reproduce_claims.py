@@ -36,7 +36,7 @@ CLAIMS = (
     Claim("it guides better than a classifier of noisy images", SHELF, "table / noisy classifier"),
     Claim("it guides better than classifier-free guidance", SHELF, "table / classifier-free"),
     Claim("a deeper classifier guides better", f"{SHELF}, deeper", SHELF),
-    Claim("the predicted x0 guides better than x_t", "input / predicted x0", "input / x_t"),
+    Claim("the predicted x0 guides better than x_t", "ablation / predicted x0", "ablation / x_t"),
     Claim("Softplus lowers the distance", "ablation / Softplus", "ablation / predicted x0"),
     Claim("a lower tau2 lowers the distance", "ablation / lower tau2", "ablation / Softplus"),
     Claim("the sine term lowers the distance", "ablation / sine term", "ablation / lower tau2"),

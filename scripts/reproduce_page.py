@@ -12,11 +12,15 @@ from typing import Any
 import _beside  # noqa: F401
 import numpy as np
 from problems import PROBLEMS, Problem
-from reproduce_claims import AGREES, DISAGREES, UNTOLD
+from reproduce_claims import AGREES, DISAGREES, UNTOLD, rank_correlation
 from sweep_statistics import EQUAL, REAL, by_seed, paired, panel_of, standard_error
+
+from evaluation.metrics import metric_label
 
 BEGIN, END = "<!-- scripts/reproduce.py: begin -->", "<!-- scripts/reproduce.py: end -->"
 WIDTH = 110
+QUALITY = {"precision": ".3f", "recall": ".3f", "hit": ".1%"}
+NEARER = {"nearer": "nearer", "nearer_confident": "nearer, the surest"}
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # of each cell, in the order of the file
 
 
@@ -25,11 +29,15 @@ def page(result: Mapping[str, Any]) -> str:
     problem, rows = PROBLEMS[result["problem"]], by_cell(result["rows"])
     table = [panel_of(name)[1] for name in rows if panel_of(name)[0] == "table"]
     sections: dict[str, list[str]] = {
-        "Results": section(rows, "table", problem, lambda i: table.index("off the shelf")),
+        "Results": [
+            *section(rows, "table", problem, lambda i: table.index("off the shelf")),
+            *real_line(result["real"], problem),
+        ],
+        "A second look": second_lines(result, table, problem),
         "Each choice added to the ones above": section(rows, "ablation", problem, lambda i: i - 1),
-        "What the classifier is shown": section(rows, "input", problem, lambda i: i - 1),
         "Calibration and distance": ranking_lines(result["ranking"], problem),
         "Claims of the paper": claim_lines(result["answers"]),
+        "Files": file_lines(result["sha256"]),
     }
     lines = [f"# {problem.name}, reproduced", "", f"    {result['command']}", "", *about(result), ""]
     for title, content in sections.items():
@@ -61,7 +69,8 @@ def about(result: Mapping[str, Any]) -> list[str]:
         "and noise in each seed: a difference is taken seed by seed, and stands with its 95 % interval "
         "(Student's t); in brackets where zero is inside, so that it cannot be told. Of twenty differences "
         "that are none, one is still told apart. The first table compares with the line off the shelf, the "
-        f"others with the line above. [{file}]({file}) has the flags of each line. {'; '.join(machines)}. "
+        f"others with the line above. Labels: {', '.join(result['labels'])}. [{file}]({file}) has the flags of "
+        f"each line. {'; '.join(machines)}. "
         f"Sampling took {drawn} minutes of one process, calibration {calibrated}."
     )
     return textwrap.wrap(text, WIDTH)
@@ -74,7 +83,6 @@ def section(rows: Rows, panel: str, problem: Problem, base: Callable[[int], int]
     cells = {panel_of(name)[1]: same for name, same in rows.items() if panel_of(name)[0] == panel}
     if not cells:
         return []
-    titles = ("", "evaluations", problem.distance_label, "difference", "precision", "recall", "wanted class")
     lines, every = [], list(cells.values())
     for i, (name, same) in enumerate(cells.items()):
         other = every[base(i)] if base(i) not in (i, -1) else None
@@ -82,15 +90,68 @@ def section(rows: Rows, panel: str, problem: Problem, base: Callable[[int], int]
         lines.append(
             [
                 name,
-                f"{same[0]['evaluations']:.0f}",
+                *(f"{same[0][key]:.0f}" for key in ("evaluations", "classifier_passes")),
                 with_error(same, problem.distance, ".2f"),
                 bracketed(difference, ".2f"),
-                with_error(same, "precision", ".3f"),
-                with_error(same, "recall", ".3f"),
-                with_error(same, "hit", ".1%"),
+                *(with_error(same, key, form) for key, form in QUALITY.items()),
             ]
         )
+    costs = ("evaluations", "classifier passes")
+    titles = ("", *costs, problem.distance_label, "difference", "precision", "recall", "wanted class")
     return markdown([titles, *lines])
+
+
+def real_line(real: Sequence[Mapping[str, Any]], problem: Problem) -> list[str]:
+    """The last line of the table: real images, as if they were drawn; none without any."""
+    if not real:
+        return []
+    numbers = [with_error(real, key, form) for key, form in QUALITY.items()]
+    name = f"*{real[0]['images']:,} real images that no network has seen*"
+    return [f"| {' | '.join([name, '', '', with_error(real, problem.distance, '.2f'), '', *numbers])} |"]
+
+
+def second_lines(result: Mapping[str, Any], table: Sequence[str], problem: Problem) -> list[str]:
+    """The lines of the table by both feature networks, and how near they come to training images."""
+    cells, rows = by_cell(result["opinions"]), by_cell(result["rows"])
+    if all(each["second"] is None and each["nearer"] is None for each in result["opinions"]):
+        return []
+    base = list(cells)[table.index("off the shelf")]
+    first = {name: by_seed(rows[name], problem.distance) for name in cells}
+    second = {name: by_seed(same, "second") for name, same in cells.items()}
+    lines = [
+        [
+            panel_of(name)[1],
+            *(text for of in (first, second) for text in distance_and_difference(of, name, base)),
+            *(with_error(cells[name], key, ".3f") for key in NEARER),
+        ]
+        for name in cells
+    ]
+    label, other = problem.distance_label, metric_label("fid", problem.second)
+    titles = ("", label, "difference", other, "difference", *NEARER.values())
+    correlation = rank_correlation(list(first.values()), list(second.values()))
+    note = (
+        f"{other} is the distance by another network, trained on the same images. *Nearer*: the probability "
+        f"that a sample lies nearer, by the first network, to one of {result['training_images']:,} training "
+        "images than an image that no network has seen does: 0.5 for an honest generator, 1 for one that "
+        "copies; then of the tenth of the samples that the judge is surest of."
+    )
+    if correlation:
+        orders = "Spearman's rank correlation of the two distances over these lines"
+        note += f" {orders}: {bracketed(correlation, '.2f')}."
+    return [*textwrap.wrap(note, WIDTH), "", *markdown([titles, *lines])]
+
+
+def distance_and_difference(
+    of: Mapping[str, Mapping[int, float | None]], name: str, base: str
+) -> tuple[str, str]:
+    """A distance, and its difference to that of `base`."""
+    ours, theirs = ({seed: x for seed, x in of[each].items() if x is not None} for each in (name, base))
+    return of_seeds(ours, ".2f"), bracketed(paired(ours, theirs) if name != base else None, ".2f")
+
+
+def file_lines(hashes: Mapping[str, str]) -> list[str]:
+    """What the numbers are of."""
+    return markdown([("", "SHA-256"), *([name, f"{digest[:16]}…"] for name, digest in hashes.items())])
 
 
 def ranking_lines(ranking: Mapping[str, Sequence[Mapping[str, Any]]], problem: Problem) -> list[str]:
@@ -124,9 +185,9 @@ def claim_lines(answers: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*textwrap.wrap(note, WIDTH), "", *markdown([("", "here", "difference"), *lines])]
 
 
-def of_seeds(values: Mapping[Any, float], form: str) -> str:
+def of_seeds(values: Mapping[Any, float | None], form: str) -> str:
     """Mean and standard error over the seeds; "–" of none."""
-    numbers = list(values.values())
+    numbers = [value for value in values.values() if value is not None]
     if not numbers:
         return "–"  # noqa: RUF001
     error = f"±{standard_error(numbers):{form}}" if len(numbers) > 1 else ""

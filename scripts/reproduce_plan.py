@@ -74,7 +74,8 @@ def files(problem: Problem, configs: Sequence[Any], args: Any) -> list[tuple[str
         wanted += system.make_job(config, classifiers).files.values()
     judge = None if args.judge else problem.judge_weights
     wanted += classifiers.classifier_files(args.judge or problem.judge, judge).values()
-    wanted += [partial(feature_file, problem), partial(reference_file, problem)]
+    for network in (problem.network, problem.second):
+        wanted += [partial(feature_file, network), partial(reference_file, problem, network)]
     return list(dict.fromkeys(line for find in wanted if (line := told(find))))
 
 
@@ -87,14 +88,15 @@ def told(find: Callable[[], Path | None]) -> tuple[str, bool] | None:
     return (f"found: {path}, {path.stat().st_size:,} bytes", True) if path else None
 
 
-def feature_file(problem: Problem) -> None:
-    """Raises FileNotFoundError that says which weights of the feature network to put where."""
-    feature_network(problem.network)
+def feature_file(network: str) -> None:
+    """Raises FileNotFoundError that says which weights of a feature network to put where."""
+    feature_network(network)
 
 
-def reference_file(problem: Problem) -> Path:
-    """The reference. Raises FileNotFoundError that says how to get it."""
-    return find_pretrained(problem.images) if problem.images else existing_file(problem.reference)
+def reference_file(problem: Problem, network: str) -> Path:
+    """Its reference. Raises FileNotFoundError that says how to get it."""
+    path = problem.reference_for(network)
+    return find_pretrained(path.name) if path.name == problem.images else existing_file(path)
 
 
 # Hours

@@ -9,12 +9,24 @@ from evaluation.features import FeatureNetwork
 from evaluation.networks.cifar import CIFAR_WEIGHTS, CIFARFeatures
 from evaluation.networks.digits import DIGITS_WEIGHTS, DigitsFeatures
 from evaluation.networks.inception import PROTOCOLS, InceptionFeatures, find_inception_weights
+from evaluation.networks.mixer import (
+    CIFAR_MIXER_WEIGHTS,
+    DIGITS_MIXER_WEIGHTS,
+    CIFARMixerFeatures,
+    DigitsMixerFeatures,
+)
 from evaluation.networks.own import OwnFeatures
 from evaluation.networks.vision_transformers import CLIPFeatures, DINOv2Features
 from evaluation.networks.weights import read_weights
 
+SHIPPED = {
+    "digits": (DigitsFeatures, DIGITS_WEIGHTS),
+    "digits_mixer": (DigitsMixerFeatures, DIGITS_MIXER_WEIGHTS),
+    "cifar10": (CIFARFeatures, CIFAR_WEIGHTS),
+    "cifar10_mixer": (CIFARMixerFeatures, CIFAR_MIXER_WEIGHTS),
+}
 TRANSFORMERS = {network.name: network for network in (DINOv2Features, CLIPFeatures)}
-WRITE = "inception, digits, cifar10, dinov2, clip, FILE.safetensors or FILE.py:builder"
+WRITE = f"inception, {', '.join(SHIPPED)}, dinov2, clip, FILE.safetensors or FILE.py:builder"
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,8 @@ class NetworkOptions:
     features: str = field(
         default="inception",
         metadata={
-            "help": "inception; digits or cifar10, or FILE.safetensors with weights of one of these two; "
+            "help": "inception; digits or cifar10, or FILE.safetensors with weights of one of these two; digits_mixer or "
+            "cifar10_mixer, a second opinion on these; "
             "dinov2 or clip, or dinov2:FOLDER, clip:FOLDER; FILE.py:builder, your own"
         },
     )
@@ -75,10 +88,9 @@ def feature_network(
         raise ValueError(
             f"--protocol and --weights are Inception's; with --features {features} leave them out"
         )
-    if features == "digits":
-        return DigitsFeatures(DIGITS_WEIGHTS, device)
-    if features == "cifar10":
-        return CIFARFeatures(CIFAR_WEIGHTS, device)
+    if features in SHIPPED:
+        network, shipped = SHIPPED[features]
+        return network(shipped, device)
     name, _, path = features.partition(":")
     if name in TRANSFORMERS:
         return TRANSFORMERS[name](path or None, device)

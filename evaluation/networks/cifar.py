@@ -13,11 +13,12 @@ CIFAR_WEIGHTS = PRETRAINED_DIR / "cifar10" / "judge.safetensors"
 
 def cifar_network(num_classes: int = 10) -> DigitsNetwork:
     """The digits' architecture, wider: (N, 3, 32, 32) images in [-1, 1] -> logits; `pool` gives (N, 256)."""
-    return DigitsNetwork(num_classes, CIFARFeatures.widths)
+    return DigitsNetwork(num_classes, (64, 128, 256))
 
 
 class CIFARFeatures(DigitsFeatures):
     """As `DigitsFeatures`, of (N, 32, 32, 3) images: `pool3` (N, 256) and `logits` (N, 10)."""
 
     name, protocol, batch_size = "cifar10", "cifar10", 500
-    size, widths = 32, (64, 128, 256)
+    size = 32
+    build = staticmethod(cifar_network)

@@ -2,8 +2,9 @@
 FD(digits), never FID.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,11 +67,12 @@ class DigitsFeatures:
 
     name, protocol, batch_size = "digits", "digits", 256
     outputs = ("pool3", "logits")
-    size, widths = SIZE, (32, 64, 64)
+    size = SIZE
+    build: Callable[[], Any] = DigitsNetwork
 
     def __init__(self, weights: str | Path | Mapping[str, Tensor], device: str | torch.device = "cpu"):
         state_dict, self.sha256 = read_weights(weights)
-        self.network = DigitsNetwork(widths=self.widths)
+        self.network = type(self).build()
         load_into(self.network, state_dict, weights if isinstance(weights, str | Path) else "the state dict")
         self.network.to(device).eval()
         self.device = device

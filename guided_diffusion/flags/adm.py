@@ -9,6 +9,7 @@ from typing import Any
 from guided_diffusion.flags.fields import Flags, Need, at_least, finite, flag
 from guided_diffusion.flags.guidance import OFF_THE_SHELF, GuidanceFlags
 from guided_diffusion.flags.mixed import MixedFlags
+from guided_diffusion.flags.needs import A_RULE
 from guided_diffusion.flags.networks import DiffusionFlags, NoisyClassifierFlags, UNetFlags
 from guided_diffusion.flags.run import RunFlags
 from guided_diffusion.flags.solvers import SolverFlags
@@ -21,9 +22,18 @@ SAMPLERS = (*LOOPS, *SOLVERS)
 LABELS = Need(lambda config: config.class_cond)
 FIXED_CLASS = Need(lambda config: config.fix_class, lambda config: "without --fix_class True: add it")
 ANCESTRAL = Need(
-    lambda config: config.guided_off_the_shelf and config.sampler == "ddpm",
+    lambda config: A_RULE.met(config) and config.sampler == "ddpm",
     lambda config: (
-        "without the ancestral sampler under an off-the-shelf classifier: "
+        A_RULE.text(config)
+        if config.is_cond_fn
+        else "without the ancestral sampler under an off-the-shelf classifier: "
+        "drop it, or add --sampler ddpm and --classifier_type"
+    ),
+)
+LOOP_GUIDED = Need(
+    lambda config: config.guided_off_the_shelf and not config.asks_denoiser,
+    lambda config: (
+        "without a loop of the process under an off-the-shelf classifier: "
         "drop it, or add --sampler ddpm and --classifier_type"
     ),
 )
@@ -123,6 +133,12 @@ class ADMFlags(
     margin_temperature_discount: float = flag(
         1.0, "tau_2 / tau_1, tau_2 the factor inside the logsumexp", check=finite, needs=OFF_THE_SHELF
     )
+    looks_at: str = flag(
+        "denoised",
+        "what the off-the-shelf classifier is shown: the predicted clean image, or the noisy sample x_t",
+        choices=("denoised", "noisy"),
+        needs=LOOP_GUIDED,
+    )
     log_dir: str = flag("", "--out under EluCD's name", compared=False)
 
     @classmethod
@@ -136,6 +152,10 @@ class ADMFlags(
             values = {**values, "timestep_respacing": str(values["steps"])}
         config = super().of(values, given)
         return replace(config, labels=str(config.fix_class_index)) if config.fix_class else config
+
+    @property
+    def is_cond_fn(self) -> bool:
+        return self.guided_off_the_shelf and self.looks_at == "noisy"
 
     @property
     def folder(self) -> Path:

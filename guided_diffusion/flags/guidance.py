@@ -24,6 +24,7 @@ from guided_diffusion.flags.needs import (
 from guided_diffusion.flags.rules import RuleFlags
 from guided_diffusion.guidance import (
     ClassifierGuidance,
+    Direction,
     Guidance,
     Observe,
     Strength,
@@ -136,7 +137,7 @@ class GuidanceFlags(RuleFlags):
     @property
     def has_strength(self) -> bool:
         """Whether a rule guides whose strength is to choose."""
-        settled = self.unit_gradient or (self.through_network and self.guides_denoiser)
+        settled = self.is_cond_fn or self.unit_gradient or (self.through_network and self.guides_denoiser)
         return self.guided_off_the_shelf and not settled
 
     @property
@@ -152,6 +153,11 @@ class GuidanceFlags(RuleFlags):
     @property
     def unit_gradient(self) -> bool:
         """Whether the rule brings the gradient to unit length."""
+        return False
+
+    @property
+    def is_cond_fn(self) -> bool:
+        """Whether an off-the-shelf classifier guides as one of noisy images does, by a `cond_fn`."""
         return False
 
     @property
@@ -171,16 +177,19 @@ class GuidanceFlags(RuleFlags):
 
     def build_guidance(self, classifier: Callable[[Tensor], Tensor], observe: Observe | None) -> Guidance:
         """The rule that the flags describe, around a classifier of [-1, 1] images."""
-        direction = tempered(self.joint_temperature, self.marginal_temperature)
         rule = self.rule(
             classifier,
-            direction=self._built("direction", direction),
+            direction=self.direction(),
             strength=self._built("strength", self.strength()),
             gradient=partial(self._built, "gradient"),
             on_nonfinite=self.on_nonfinite,
             observe=observe,
         )
         return self._built("guidance", rule)
+
+    def direction(self) -> Direction:
+        """What is to grow."""
+        return self._built("direction", tempered(self.joint_temperature, self.marginal_temperature))
 
     def rule(self, classifier: Callable[[Tensor], Tensor], **parts: Any) -> Guidance:
         """The rule itself, of a direction and a strength."""

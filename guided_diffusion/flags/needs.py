@@ -10,6 +10,10 @@ def _unguided(config: Any) -> str:
     return f"without an off-the-shelf classifier: add {config.HOW_TO_GUIDE}"
 
 
+def _at_noisy() -> str:
+    return "with --looks_at noisy, whose gradient is used as it is: drop one"
+
+
 OFF_THE_SHELF = Need(
     lambda config: config.guided_off_the_shelf,
     _unguided,
@@ -26,12 +30,16 @@ SCALABLE = Need(
     lambda config: A_CLASSIFIER.met(config) or config.classifier_scale == 0,
     lambda config: f"without a classifier: add {config.HOW_TO_GUIDE}",
 )
+A_RULE = Need(
+    lambda config: config.guided_off_the_shelf and not config.is_cond_fn,
+    lambda config: _at_noisy() if config.is_cond_fn else _unguided(config),
+)
 NOT_FIXED = Need(
-    lambda config: config.guided_off_the_shelf and not config.fixed_length,
+    lambda config: A_RULE.met(config) and not config.fixed_length,
     lambda config: (
         "with --fixed_length, which sets the length at last: keep one"
-        if config.guided_off_the_shelf
-        else _unguided(config)
+        if A_RULE.met(config)
+        else A_RULE.text(config)  # type: ignore[misc]
     ),
 )
 SIZED = Need(
@@ -52,6 +60,8 @@ def _strengthless(config: Any, otherwise: str) -> str:
     """What is missing where a rule has no strength to choose; `otherwise` where it has one."""
     if not config.guided_off_the_shelf:
         return _unguided(config)
+    if config.is_cond_fn:
+        return _at_noisy()
     if config.unit_gradient:
         return "with --guidance_form released, which has a schedule of its own: add --guidance_form score"
     if not config.has_strength:

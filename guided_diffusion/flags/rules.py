@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from guided_diffusion.flags.fields import Flags, at_least, between, finite, flag, some_numbers
-from guided_diffusion.flags.needs import GUIDES_DENOISER, NOT_FIXED, OFF_THE_SHELF, SIZED
+from guided_diffusion.flags.needs import A_RULE, GUIDES_DENOISER, NOT_FIXED, OFF_THE_SHELF, SIZED
 from guided_diffusion.flags.parser import parse_floats, parse_interval
 from guided_diffusion.guidance import Guidance, directions, stateful, within_interval, wrappers
 from guided_diffusion.guidance.universal import noise_variance, through_network
@@ -77,7 +77,7 @@ class RuleFlags(Flags):
         0,
         "average the gradient over so many shifted copies of the image",
         check=at_least(0),
-        needs=OFF_THE_SHELF,
+        needs=A_RULE,
         gradient=wrappers.augmentations,
     )
     through_network: bool = flag(
@@ -91,21 +91,21 @@ class RuleFlags(Flags):
         0.0,
         "share of the earlier gradients that is added; APG's is -0.75",
         check=finite,
-        needs=OFF_THE_SHELF,
+        needs=A_RULE,
         gradient=stateful.momentum,
     )
     adam: str = flag(
         "",
         "B1,B2: the gradient as Adam's step, its entries about 1: choose the scale anew",
         check=some_numbers(2),
-        needs=OFF_THE_SHELF,
+        needs=A_RULE,
         gradient=_spread(stateful.adam),
     )
     guidance_every: int = flag(
         1,
         "ask the classifier at every so many calls, and use its gradient until the next",
         check=at_least(1),
-        needs=OFF_THE_SHELF,
+        needs=A_RULE,
         gradient=stateful.every,
     )
     # Rules about the shift
@@ -120,34 +120,34 @@ class RuleFlags(Flags):
         1.0,
         "APG: share that is kept of the part along the predicted image; 0 is the orthogonal part alone",
         check=finite,
-        needs=OFF_THE_SHELF,
+        needs=A_RULE,
         guidance=wrappers.parallel_part,
     )
     band_weights: str = flag(
         "",
         "LOW,HIGH: factors of the shift's low and high frequencies",
         check=some_numbers(2),
-        needs=OFF_THE_SHELF,
+        needs=A_RULE,
         guidance=_spread(wrappers.band_weights),
     )
     fixed_length: float = flag(
         0.0,
         "root mean square of every image's shift; 0 leaves it as it is",
         check=at_least(0),
-        needs=OFF_THE_SHELF,
+        needs=A_RULE,
         guidance=wrappers.fixed_length,
     )
     damping: float = flag(
         0.0,
         "less of a shift that is large beside the image, exp(-ALPHA |shift| / |image|); MAMBO-G's is 8",
         check=at_least(0),
-        needs=OFF_THE_SHELF,
+        needs=A_RULE,
         guidance=wrappers.damping,
     )
     # The last, so that nothing is asked and nothing remembered outside
     guidance_interval: str = flag(
         "",
         "LO,HI: guide only while the noise level sigma is in (LO, HI]",
-        needs=OFF_THE_SHELF,
+        needs=A_RULE,
         guidance=_interval,
     )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from guided_diffusion.guidance.directions import log_prob
+from guided_diffusion.guidance.directions import Direction, log_prob
 from guided_diffusion.guidance.gradient import ClassifierGradient, Observe
 
 
@@ -13,16 +13,17 @@ def noisy_classifier_gradient(
     classifier_scale: float = 1.0,
     on_nonfinite: str = "stop",
     observe: Observe | None = None,
+    direction: Direction = log_prob,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return the classic `cond_fn(x, t, y)` of a classifier that was trained on noisy images (Dhariwal and
     Nichol, 2021).
 
     classifier(x_t, t) -> logits. The result goes to the loops as `cond_fn=`, not as `guidance=`: it is taken
-    at x_t. on_nonfinite and observe: as in `ClassifierGradient`, but that the original timestep t stands in
+    at x_t. direction: see guidance/directions.py. on_nonfinite and observe: as in `ClassifierGradient`, but that the original timestep t stands in
     the place of the index, in the error as well.
     """
     gradient_of = ClassifierGradient(
-        log_prob, scale=classifier_scale, on_nonfinite=on_nonfinite, observe=observe
+        direction, scale=classifier_scale, on_nonfinite=on_nonfinite, observe=observe
     )
 
     def cond_fn(x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -148,6 +148,15 @@ def load_guides(
     if config.guided_off_the_shelf:
         classifier = load_guide(config, classifiers, device)
         tally.count(CLASSIFIER, classifier)
+        if config.is_cond_fn and config.classifier_scale != 0:
+            gradient = noisy_classifier_gradient(
+                lambda x, t: classifier(x),
+                config.classifier_scale,
+                config.on_nonfinite,
+                tally.observe,
+                config.direction(),
+            )
+            return {"cond_fn": tally.stopwatch.wrap(gradient)}, classifier.notes
         guidance = config.build_guidance(classifier, tally.observe)
         return {"guidance": tally.timed(guidance)}, classifier.notes
     if config.guided_by_noisy_classifier and config.classifier_scale != 0:

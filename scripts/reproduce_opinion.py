@@ -1,0 +1,138 @@
+"""A second look at the runs of the table, for scripts/reproduce.py: by another feature network, and by how
+near they come to the training images; and real images as if they were a run. It is no script of its own.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import _beside  # noqa: F401
+import numpy as np
+import torch
+from comparison import judge
+from numpy.typing import NDArray
+from problems import Problem, Quality
+
+from classifiers.registry import Classifier, classifier_files
+from evaluation.memorisation import nearer_share, nearest_training
+from guided_diffusion import dist_util
+from guided_diffusion.files.atomic import renamed_when_complete, write_json
+from guided_diffusion.files.labelled import LabelledImages, read_labelled
+from guided_diffusion.files.pretrained import sha256
+from guided_diffusion.files.run_folder import read_samples
+
+CONFIDENT = 0.1  # the share of samples that the judge is most sure of
+REAL = "real images, held out"
+
+
+@dataclass
+class Opinions:
+    """Called on finished runs by their ids, it gives {id: numbers}: those that FOLDER/opinions.json has, and
+    else those that it measures, which it keeps there.
+
+    "second": the distance by the problem's second network; None where its weights are not there. "nearer":
+    the probability that a sample lies nearer to a training image than a held-out image does, 0.5 for an
+    honest generator; "nearer_confident": of the samples that the judge is most sure of. Both are None without
+    held_out, a set of labelled images.
+    """
+
+    problem: Problem
+    judge_name: str
+    held_out: Path | None
+    folder: Path
+
+    def __call__(self, runs: Mapping[str, Path]) -> dict[str, dict[str, float | None]]:
+        path = self.folder / "opinions.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        for key, run in runs.items():
+            if key not in known:
+                known[key] = {"second": self._second(run), **self._nearness(run)}
+                write_json(path, known)
+        return {key: known[key] for key in runs}
+
+    def real(self, seed: int, count: int) -> dict[str, Any]:
+        """The numbers of `count` held-out images, or of all if they are fewer, drawn with `seed`."""
+        labels = self._unseen.require_labels(str(self.held_out), self.problem.num_classes)
+        chosen = np.random.RandomState(seed).permutation(len(labels))[:count]
+        run = self._as_run(f"real{seed}", self._unseen.images[chosen], labels[chosen])
+        return {**judge(run, self._judge), **self._first(run), "second": self._second(run)}
+
+    def hashes(self) -> dict[str, str]:
+        """{what judges: the SHA-256 of its weights or file}."""
+        own = self.judge_name == self.problem.judge
+        judged_by = classifier_files(self.judge_name, self.problem.judge_weights if own else None)
+        files = {f"judge, {path.name}": path for find in judged_by.values() if (path := find())}
+        files["reference"] = self.problem.reference
+        networks = [quality.network for quality in (self._first, self._other) if quality]
+        return {
+            **{name: sha256(path) for name, path in files.items()},
+            **{f"features {network.name}": network.sha256 for network in networks},
+        }
+
+    def training_images(self) -> int:
+        """How many of them the reference has."""
+        return len(self._first.reference.features)
+
+    def _second(self, run: Path) -> float | None:
+        return self._other.distance(run) if self._other else None
+
+    def _nearness(self, run):
+        if self.held_out is None:
+            return {"nearer": None, "nearer_confident": None}
+        distances, sure = self._to_training(run), self._confidence(run)
+        first = np.argsort(-sure, kind="stable")[: max(1, round(CONFIDENT * len(sure)))]
+        return {
+            "nearer": nearer_share(distances, self._unseen_to_training),
+            "nearer_confident": nearer_share(distances[first], self._unseen_to_training),
+        }
+
+    def _to_training(self, run) -> NDArray[np.float64]:
+        """(N,) from each image to the nearest training image."""
+        points, train = self._first.measured(run).features, self._first.reference.features
+        return nearest_training(train=train, points=points.pool3).distances
+
+    def _confidence(self, run) -> NDArray[np.float32]:
+        """(N,) the judge's probability of the class that it finds likeliest."""
+        images = torch.from_numpy(read_samples(run)[0]).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            logits = [self._judge(part.to(dist_util.dev()) / 127.5 - 1) for part in images.split(100)]
+        return torch.cat(logits).float().softmax(1).amax(1).cpu().numpy()
+
+    def _as_run(self, name, images, labels) -> Path:
+        """Images as the folder of a finished run."""
+        run = self.folder / name
+        run.mkdir(exist_ok=True)
+        with renamed_when_complete(run / f"samples_{'x'.join(map(str, images.shape))}.npz") as file:
+            np.savez(file, arr_0=images, arr_1=labels)
+        return run
+
+    @cached_property
+    def _unseen(self) -> LabelledImages:
+        return read_labelled(self.held_out, self._first.reference.measured.resolution[0])
+
+    @cached_property
+    def _unseen_to_training(self) -> NDArray[np.float64]:
+        images = self._unseen.images
+        return self._to_training(self._as_run("held_out", images, np.zeros(len(images), np.int64)))
+
+    @cached_property
+    def _judge(self) -> Classifier:
+        return self.problem.load_judge(self.judge_name)
+
+    @cached_property
+    def _first(self) -> Quality:
+        return Quality(self.problem)
+
+    @cached_property
+    def _other(self) -> Quality | None:
+        quality = Quality(self.problem, self.problem.second)
+        try:
+            quality.network  # noqa: B018
+        except (FileNotFoundError, ValueError) as error:
+            print(f"no second opinion: {error}", file=sys.stderr)
+            return None
+        return quality
