@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from classifiers.zoo import require
 from guided_diffusion.files.checkpoints import load_state_dict
 from guided_diffusion.files.diffusers_dit import read_config
 from guided_diffusion.files.state_dicts import load_into, renamed
@@ -156,11 +157,7 @@ def autoencoder_weights(path: str | Path) -> Path:
 
 def require_diffusers() -> Any:
     """The diffusers package. Raises ValueError that says what to install."""
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ValueError('an autoencoder needs diffusers: pip install -e ".[dit]"') from error
-    return diffusers
+    return require("diffusers", "an autoencoder", extra="dit")
 
 
 def present_name(name: str) -> str:

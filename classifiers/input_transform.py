@@ -6,6 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 INPUTS = ("paper", "imagenet")
+_SHARP = ("bicubic", "lanczos", 3, 1)  # by name and by Pillow's number
+
+
+def resize_mode(interpolation: str | int) -> str:
+    """The nearest mode here to an interpolation as torchvision and timm name it, or as Pillow numbers it."""
+    return "bicubic" if interpolation in _SHARP else "bilinear"
 
 
 @dataclass(frozen=True)

@@ -13,23 +13,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from classifiers.input_transform import InputTransform
+from classifiers.input_transform import InputTransform, resize_mode
 from classifiers.spec import ClassifierSpec
 from guided_diffusion.files.state_dicts import first_line
 
 PACKAGES = {"timm": "timm", "hf": "transformers", "clip": "transformers"}  # by what their names begin with
+FOLDER_LICENCE = "that of its folder, not known here"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_SMOOTH_RESIZES = (1, 3)  # Lanczos and bicubic, in Pillow's numbers
 # What a preprocessor may do beside size, mean and std: such an input is refused rather than shown wrong.
 _UNKNOWN = ("include_top", "rescale_offset", "do_flip_channel_order")
 
 
-def require(package: str, name: str) -> Any:
-    """The package that a classifier needs. Raises ValueError that says what to install."""
+def require(package: str, name: str, extra: str = "zoo") -> Any:
+    """The package that a classifier or a decoder needs. Raises ValueError that says what to install."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ValueError(f'{name} needs {package}: pip install -e ".[zoo]"') from error
+        raise ValueError(f'{name} needs {package}: pip install -e ".[{extra}]"') from error
 
 
 # timm
@@ -60,7 +60,9 @@ def from_timm(name: str) -> ClassifierSpec:
         build=lambda num_classes: timm.create_model(model, pretrained=False, num_classes=num_classes),
         weights_files={published.tag or "timm": _timm_file(published, model)},
         image_size=height,
-        trained_on=InputTransform(height, published.mean, published.std, _mode(published.interpolation)),
+        trained_on=InputTransform(
+            height, published.mean, published.std, resize_mode(published.interpolation)
+        ),
         licence=f"{published.license or 'not known'} (timm)",
         takes_raw=False,
     )
@@ -68,15 +70,10 @@ def from_timm(name: str) -> ClassifierSpec:
 
 def _timm_file(published, model):
     """Where the weights are to lie in pretrained_models/, behind the address that they come from."""
-    file = f"timm/{model}.safetensors"
-    repository = published.hf_hub_id
-    return (
-        f"https://huggingface.co/{repository}/resolve/main/model.safetensors#{file}" if repository else file
-    )
-
-
-def _mode(interpolation):
-    return "bicubic" if interpolation == "bicubic" else "bilinear"
+    file, source = f"timm/{model}.safetensors", published.url
+    if published.hf_hub_id:
+        source = f"https://huggingface.co/{published.hf_hub_id}/resolve/main/model.safetensors"
+    return f"{source}#{file}" if source else file
 
 
 # transformers
@@ -91,7 +88,7 @@ def from_folder(name: str) -> ClassifierSpec:
         name=name,
         build=partial(_image_classifier, transformers, config, name),
         weights_files=saved_weights(name),
-        licence="not known: that of its folder",
+        licence=FOLDER_LICENCE,
         takes_raw=False,
         fill=converted,
         **saved_input(name),
@@ -194,6 +191,6 @@ def saved_input(name: str) -> dict[str, Any]:
     normalises = getattr(processor, "do_normalize", True)
     mean, std = (processor.image_mean, processor.image_std) if normalises else ([0.0] * 3, [1.0] * 3)
     factor = 255 * (processor.rescale_factor if getattr(processor, "do_rescale", True) else 1)
-    mode = "bicubic" if processor.resample in _SMOOTH_RESIZES else "bilinear"
-    transform = InputTransform(side, tuple(m / factor for m in mean), tuple(s / factor for s in std), mode)
+    mean, std = (tuple(value / factor for value in values) for values in (mean, std))
+    transform = InputTransform(side, mean, std, resize_mode(processor.resample))
     return {"image_size": side, "trained_on": transform}

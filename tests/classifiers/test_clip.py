@@ -100,6 +100,7 @@ def test_prompts_of_a_file_and_of_a_text(tmp_path, prompts):
     ("content", "words"),
     [
         (b"a dog\n\na cat\n", "no prompt in line 2"),
+        (b"\na dog\n\na cat\n", "no prompt in line 1"),  # nor is every label moved by one
         (b"", "no prompt in line 1"),
         (b"\xff\xfe\xfa", "not text in UTF-8"),
     ],
