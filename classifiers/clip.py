@@ -19,6 +19,7 @@ from classifiers.open_clip import is_open_clip, open_clip_parts
 from classifiers.spec import ClassifierSpec
 from classifiers.zoo import (
     FOLDER_LICENCE,
+    built,
     converted,
     folder_of,
     require,
@@ -94,7 +95,7 @@ def _build(transformers, config, name, prompts, num_classes):
         raise ValueError(
             f"{prompts} has {count} prompts, one for each class, and num_classes is {num_classes}"
         )
-    return transformers.CLIPModel(config)
+    return built(name, "CLIP", partial(transformers.CLIPModel, config))
 
 
 def text_features(model: Any, tokenizer: Any, prompts: str) -> Tensor:

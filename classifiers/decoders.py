@@ -132,6 +132,8 @@ def load_autoencoder(path: str | Path, *, tiny: bool = False) -> Any:
     name = "AutoencoderTiny" if tiny else "AutoencoderKL"
     if config.get("_class_name", name) != name:
         raise ValueError(f"{folder} holds a {config['_class_name']}, not an {name}")
+    if config.get("latents_mean") or config.get("latents_std"):
+        raise ValueError(f"{folder} has latents_mean and latents_std, which are not known here")
     if tiny:  # which writes this key beside those that it was made of, and does not know it again
         config = {key: value for key, value in config.items() if key != "block_out_channels"}
     network = getattr(diffusers, name).from_config(config)

@@ -31,7 +31,7 @@ class InputTransform:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, 3, size, size), normalised: the whole image, antialiased where it
-        shrinks.
+        shrinks. Where bicubic overshoots it is not clamped: there would be no gradient.
         """
         x = (x + 1) / 2
         if x.shape[-2:] != (self.size, self.size):

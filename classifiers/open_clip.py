@@ -7,13 +7,13 @@ such as a ResNet, a tower of timm's or transformers', CoCa or SigLIP, is refused
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from classifiers.input_transform import InputTransform, resize_mode
-from classifiers.zoo import folder_of
+from classifiers.zoo import built, folder_of, normalised_input
 from guided_diffusion.files.state_dicts import load_into
 
 CONFIG = "open_clip_config.json"
@@ -79,11 +79,11 @@ def open_clip_parts(name: str, transformers: Any) -> tuple[Any, dict[str, Any]]:
     text = _settings(name, "text_cfg", model["text_cfg"], _TEXT)
     seen = _INPUT | (content.get("preprocess_cfg") or {})
     size = vision["image_size"]
-    mode = resize_mode(seen["interpolation"])
-    return _config(transformers, model, vision, text), {
+    config = partial(transformers.CLIPConfig, **_towers(model, vision, text))
+    return built(name, "CLIP", config), {
         "weights_files": {"saved": str(_weights(folder).absolute())},
         "image_size": size,
-        "trained_on": InputTransform(size, tuple(seen["mean"]), tuple(seen["std"]), mode),
+        "trained_on": normalised_input(name, size, seen["mean"], seen["std"], seen["interpolation"]),
         "fill": _filled,
     }
 
@@ -116,18 +116,19 @@ def _is_square(value):
     return isinstance(value, list) and len(value) == 2 and value[0] == value[1]
 
 
-def _config(transformers, model, vision, text):
+def _towers(model, vision, text):
+    """The arguments of a CLIPConfig."""
     both = {"hidden_act": "quick_gelu" if model["quick_gelu"] else "gelu", "layer_norm_eps": 1e-5}
     of_text = {"num_attention_heads": text["heads"], "vocab_size": text["vocab_size"]}
     # 2 is what transformers takes as: the largest token ends the text, as open_clip has it.
     of_text |= {"max_position_embeddings": text["context_length"], "eos_token_id": 2}
     of_image = {"num_attention_heads": vision["width"] // vision["head_width"]}
     of_image |= {"image_size": vision["image_size"], "patch_size": vision["patch_size"]}
-    return transformers.CLIPConfig(
-        text_config={**both, **_tower(text), **of_text},
-        vision_config={**both, **_tower(vision), **of_image},
-        projection_dim=model["embed_dim"],
-    )
+    return {
+        "text_config": {**both, **_tower(text), **of_text},
+        "vision_config": {**both, **_tower(vision), **of_image},
+        "projection_dim": model["embed_dim"],
+    }
 
 
 def _tower(settings):

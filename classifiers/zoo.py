@@ -4,8 +4,9 @@ Neither package is imported before such a network is asked for, and nothing is f
 """
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -60,9 +61,7 @@ def from_timm(name: str) -> ClassifierSpec:
         build=lambda num_classes: timm.create_model(model, pretrained=False, num_classes=num_classes),
         weights_files={published.tag or "timm": _timm_file(published, model)},
         image_size=height,
-        trained_on=InputTransform(
-            height, published.mean, published.std, resize_mode(published.interpolation)
-        ),
+        trained_on=normalised_input(name, height, published.mean, published.std, published.interpolation),
         licence=f"{published.license or 'not known'} (timm)",
         takes_raw=False,
     )
@@ -98,10 +97,17 @@ def from_folder(name: str) -> ClassifierSpec:
 def _image_classifier(transformers, config, name, num_classes):
     if config.num_labels != num_classes:
         raise ValueError(f"{name} is for {config.num_labels} classes, and num_classes is {num_classes}")
+    build = transformers.AutoModelForImageClassification.from_config
+    build = partial(build, config, trust_remote_code=False)
+    return built(name, f"image classifier of {config.model_type}", build)
+
+
+def built(name: str, kind: str, make: Callable[[], Any]) -> Any:
+    """What transformers makes of a configuration. Raises ValueError where it cannot."""
     try:
-        return transformers.AutoModelForImageClassification.from_config(config, trust_remote_code=False)
-    except ValueError as error:
-        raise ValueError(f"{name} holds no image classifier, but {config.model_type}") from error
+        return make()
+    except Exception as error:  # transformers does not say what it raises
+        raise ValueError(f"{name}: no {kind} can be built ({_reason(error)})") from error
 
 
 def folder_of(name: str) -> Path:
@@ -123,8 +129,13 @@ def saved(name: str, kind: str) -> Any:
     try:
         with _quiet():
             return reader.from_pretrained(folder_of(name), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        raise ValueError(f"{name}: {kind} cannot read its folder ({first_line(error)})") from error
+    except Exception as error:  # transformers does not say what it raises
+        raise ValueError(f"{name}: {kind} cannot read its folder ({_reason(error)})") from error
+
+
+def _reason(error):
+    """The first sentence of what an error of transformers says, which may go over several lines."""
+    return first_line(ValueError(" ".join(str(error).split())))
 
 
 @contextmanager
@@ -191,6 +202,21 @@ def saved_input(name: str) -> dict[str, Any]:
     normalises = getattr(processor, "do_normalize", True)
     mean, std = (processor.image_mean, processor.image_std) if normalises else ([0.0] * 3, [1.0] * 3)
     factor = 255 * (processor.rescale_factor if getattr(processor, "do_rescale", True) else 1)
-    mean, std = (tuple(value / factor for value in values) for values in (mean, std))
-    transform = InputTransform(side, mean, std, resize_mode(processor.resample))
-    return {"image_size": side, "trained_on": transform}
+    transform = normalised_input(name, side, mean, std, processor.resample)
+    mean, std = (tuple(value / factor for value in values) for values in (transform.mean, transform.std))
+    return {"image_size": side, "trained_on": replace(transform, mean=mean, std=std)}
+
+
+def normalised_input(name: str, side: int, mean: Any, std: Any, interpolation: str | int) -> InputTransform:
+    """What the files of a classifier say of its input. Raises ValueError for what is no mean or no std."""
+    try:
+        transform = InputTransform(
+            side, (*map(float, mean),), (*map(float, std),), resize_mode(interpolation)
+        )
+    except (TypeError, ValueError):
+        transform = None
+    if transform is None or not len(transform.mean) == len(transform.std) == 3 or min(transform.std) <= 0:
+        raise ValueError(
+            f"{name} has the mean {mean} and the std {std}: three numbers each, the latter above 0"
+        )
+    return transform

@@ -137,6 +137,11 @@ BAD = {
     "CoCa": ({"multimodal_cfg": {"layers": 1}}, r"model_cfg\.multimodal_cfg \{'layers': 1\}"),
     "SigLIP": ({"init_logit_bias": -10}, r"model_cfg\.init_logit_bias -10"),
     "no text": ({"text_cfg": None}, r"model_cfg\.text_cfg None"),
+    "heads": (
+        {"text_cfg": {"heads": 3}},
+        "no CLIP can be built .*not a multiple of the number of attention heads .3",
+    ),
+    "no mean": ({"preprocess_cfg": {"mean": None}}, r"the mean None and the std \[0\.2"),
     "nothing": ({"model_cfg": None}, "has None as its model_cfg"),
     "other weights": ({"text_cfg": {"width": 32}}, "safetensors does not fit"),
 }
