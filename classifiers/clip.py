@@ -47,9 +47,12 @@ class PromptedCLIP(nn.Module):
         self.register_buffer("scale", model.logit_scale.detach().exp())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, size, size), normalised -> scaled cosine similarities (N, K)."""
-        image = F.normalize(self.projection(self.vision(pixel_values=x).pooler_output), dim=-1)
-        return self.scale * image @ self.text.T
+        """(N, 3, size, size), normalised -> scaled cosine similarities (N, K), in float32 (float64 if the
+        network is): of 25, a usual one, float16 would leave steps of 1/64.
+        """
+        image = self.projection(self.vision(pixel_values=x).pooler_output)
+        image = F.normalize(image if image.dtype == torch.float64 else image.float(), dim=-1)
+        return self.scale.to(image) * image @ self.text.T.to(image)
 
 
 def from_clip(name: str, prompts: str) -> ClassifierSpec:
@@ -99,8 +102,8 @@ def _build(transformers, config, name, prompts, num_classes):
 
 
 def text_features(model: Any, tokenizer: Any, prompts: str) -> Tensor:
-    """(K, D) features of the prompts, of unit length. Raises ValueError for a prompt that is too long, and for
-    tokens that are not the model's.
+    """(K, D) features of the prompts, of unit length. Raises ValueError for a prompt that is too long, and
+    for tokens that the model does not know.
     """
     words, text = read_prompts(prompts), model.config.text_config
     tokens = tokenizer(words, padding=True, return_tensors="pt")

@@ -60,6 +60,12 @@ def test_input_and_licence_are_those_of_timms_configuration(timm, name):
     assert published.license in spec.licence
 
 
+def test_timm_says_where_the_weights_are_published(timm):
+    for name, host in (("test_vit", "https://huggingface.co/timm/"), ("gcvit_tiny", "https://github.com/")):
+        (url,) = find_classifier(f"timm:{name}").weights_files.values()
+        assert url.startswith(host) and url.endswith(f"#timm/{name}.safetensors")
+
+
 def test_timm_by_file(timm, timm_file):
     classifier = load_classifier("timm:test_vit", timm_file, num_classes=10, image_size=16)
     network = timm.create_model("test_vit", num_classes=10).eval()
