@@ -199,9 +199,10 @@ def _probe(classifier, name, size):
 
 def _check_answer(classifier, name, size, num_classes):
     logits = _probe(classifier, name, size)
-    if logits.shape != (1, num_classes):
+    answer = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    if answer != [1, num_classes]:
         raise ValueError(
-            f"{name} answers {list(logits.shape)} to one image; "
+            f"{name} answers {answer} to one image; "
             f"with num_classes {num_classes} it must be [1, {num_classes}]"
         )
 
