@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from classifiers.zoo import require
 from guided_diffusion.files.checkpoints import load_state_dict
 from guided_diffusion.files.diffusers_dit import read_config
 from guided_diffusion.files.state_dicts import load_into, renamed
@@ -131,6 +132,8 @@ def load_autoencoder(path: str | Path, *, tiny: bool = False) -> Any:
     name = "AutoencoderTiny" if tiny else "AutoencoderKL"
     if config.get("_class_name", name) != name:
         raise ValueError(f"{folder} holds a {config['_class_name']}, not an {name}")
+    if config.get("latents_mean") or config.get("latents_std"):
+        raise ValueError(f"{folder} has latents_mean and latents_std, which are not known here")
     if tiny:  # which writes this key beside those that it was made of, and does not know it again
         config = {key: value for key, value in config.items() if key != "block_out_channels"}
     network = getattr(diffusers, name).from_config(config)
@@ -156,11 +159,7 @@ def autoencoder_weights(path: str | Path) -> Path:
 
 def require_diffusers() -> Any:
     """The diffusers package. Raises ValueError that says what to install."""
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ValueError('an autoencoder needs diffusers: pip install -e ".[dit]"') from error
-    return diffusers
+    return require("diffusers", "an autoencoder", extra="dit")
 
 
 def present_name(name: str) -> str:

@@ -6,6 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 INPUTS = ("paper", "imagenet")
+_SHARP = ("bicubic", "lanczos", 3, 1)  # by name and by Pillow's number
+
+
+def resize_mode(interpolation: str | int) -> str:
+    """The nearest mode here to an interpolation as torchvision and timm name it, or as Pillow numbers it."""
+    return "bicubic" if interpolation in _SHARP else "bilinear"
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class InputTransform:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, 3, size, size), normalised: the whole image, antialiased where it
-        shrinks.
+        shrinks. Where bicubic overshoots it is not clamped: there would be no gradient.
         """
         x = (x + 1) / 2
         if x.shape[-2:] != (self.size, self.size):

@@ -145,7 +145,8 @@ def _load(
     seen = "the raw image" if transform is raw_image else str(transform)
     if not math.isinf(softplus_beta):
         _smooth(classifier, name, softplus_beta, image_size or spec.image_size)
-    classifier.notes = [f"classifier {name}: sees {seen}; {classifier.smoothing}; licence {spec.licence}"]
+    licence = f"licence of its published weights: {spec.licence}"
+    classifier.notes = [f"classifier {name}: sees {seen}; {classifier.smoothing}; {licence}"]
     if image_size is not None:
         _check_answer(classifier, name, image_size, num_classes)
     return classifier
@@ -163,7 +164,7 @@ def _filled(spec, network, weights, checkpoint_key):
     if isinstance(weights, Mapping):
         source = f"the given state dict for {spec.name}"
         return spec.fill(network, choose_state_dict(weights, source, checkpoint_key), source)
-    if source := weights_path(spec.name, weights):
+    if source := _file_of(spec.weights_files, weights):
         return spec.fill(network, load_state_dict(source, checkpoint_key), source)
     return network
 
@@ -198,9 +199,10 @@ def _probe(classifier, name, size):
 
 def _check_answer(classifier, name, size, num_classes):
     logits = _probe(classifier, name, size)
-    if logits.shape != (1, num_classes):
+    answer = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    if answer != [1, num_classes]:
         raise ValueError(
-            f"{name} answers {list(logits.shape)} to one image; "
+            f"{name} answers {answer} to one image; "
             f"with num_classes {num_classes} it must be [1, {num_classes}]"
         )
 
@@ -209,7 +211,11 @@ def weights_path(name: str, weights: str | Path | None) -> Path | None:
     """The file that `load_classifier` would read for one name; None where it would read none. Raises
     FileNotFoundError if it is not there.
     """
-    files = {} if ".py:" in name else find_classifier(name).weights_files
+    return _file_of({} if ".py:" in name else find_classifier(name).weights_files, weights)
+
+
+def _file_of(files, weights):
+    """The file that `weights` means, of those that a ClassifierSpec names."""
     if weights == "random" or (weights is None and not files):
         return None
     # "ResNet50_Weights.IMAGENET1K_V2" and "IMAGENET1K_V2" mean the same.

@@ -10,6 +10,7 @@ each within a constant over beta of the original. GELU, SiLU, Mish, tanh and the
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,25 +23,22 @@ _KINKED = (
     nn.LeakyReLU,
     nn.PReLU,
     nn.RReLU,
+    nn.SELU,
     nn.Hardtanh,  # whose subclass ReLU6 has one
     nn.Hardshrink,
     nn.Softshrink,
     nn.Threshold,
 )
-_FUNCTIONAL_KINKED = (
-    F.leaky_relu,
-    F.leaky_relu_,
-    F.prelu,
-    F.rrelu,
-    F.rrelu_,
-    F.hardtanh,
-    F.hardtanh_,
-    F.hardshrink,
-    F.softshrink,
-    F.threshold,
-    torch.threshold_,
+_FUNCTIONAL_KINKED = {
+    getattr(place, f"{name}{inplace}")
+    for place in (F, torch, torch.Tensor)
+    for name in ("leaky_relu", "prelu", "rrelu", "selu", "hardtanh", "hardshrink", "softshrink", "threshold")
+    for inplace in ("", "_")
+    if hasattr(place, f"{name}{inplace}")
+}
+_CLAMPS = tuple(
+    getattr(place, name) for place in (torch, torch.Tensor) for name in ("clamp", "clamp_", "clip", "clip_")
 )
-_CLAMPS = (torch.clamp, torch.clamp_, torch.Tensor.clamp, torch.Tensor.clamp_)
 _LOWER_CLAMPS = (torch.clamp_min, torch.clamp_min_, torch.Tensor.clamp_min, torch.Tensor.clamp_min_)
 _SMOOTH_ALREADY = {"gelu", "silu", "mish", "tanh", "sigmoid"}
 
@@ -67,21 +65,6 @@ FORMULAS = {
     "Hardswish": "x (S(x + 3) - S(x - 3)) / 6",
 }
 _Smooth = Callable[[Tensor, float], Tensor]
-_SMOOTH: dict[type, _Smooth] = {
-    nn.ReLU: F.softplus,
-    nn.ReLU6: smooth_relu6,
-    nn.Hardsigmoid: smooth_hardsigmoid,
-    nn.Hardswish: smooth_hardswish,
-}
-_FUNCTIONAL_SMOOTH: dict[Callable, tuple[str, _Smooth]] = {
-    **dict.fromkeys(
-        (F.relu, F.relu_, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_),
-        ("ReLU", F.softplus),
-    ),
-    F.relu6: ("ReLU6", smooth_relu6),
-    F.hardsigmoid: ("Hardsigmoid", smooth_hardsigmoid),
-    F.hardswish: ("Hardswish", smooth_hardswish),
-}
 
 
 class Smooth(nn.Module):
@@ -93,6 +76,23 @@ class Smooth(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x, self.beta)
+
+
+_SMOOTH: dict[type, Callable[[float], nn.Module]] = {
+    nn.ReLU: nn.Softplus,
+    nn.ReLU6: partial(Smooth, smooth_relu6),
+    nn.Hardsigmoid: partial(Smooth, smooth_hardsigmoid),
+    nn.Hardswish: partial(Smooth, smooth_hardswish),
+}
+_FUNCTIONAL_SMOOTH: dict[Callable, tuple[str, _Smooth]] = {
+    **dict.fromkeys(
+        (F.relu, F.relu_, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_),
+        ("ReLU", F.softplus),
+    ),
+    F.relu6: ("ReLU6", smooth_relu6),
+    F.hardsigmoid: ("Hardsigmoid", smooth_hardsigmoid),
+    F.hardswish: ("Hardswish", smooth_hardswish),
+}
 
 
 def smooth_activations(network: nn.Module, beta: float) -> Counter[str]:
@@ -111,10 +111,9 @@ def smooth_activations(network: nn.Module, beta: float) -> Counter[str]:
     for module in network.modules():
         # Not named_children(), which passes over the second name of a shared module.
         for name, child in module._modules.items():
-            for kind, function in _SMOOTH.items():
+            for kind, smooth in _SMOOTH.items():
                 if isinstance(child, kind):
-                    is_relu = kind is nn.ReLU
-                    module._modules[name] = nn.Softplus(beta) if is_relu else Smooth(function, beta)
+                    module._modules[name] = smooth(beta)
                     replaced[kind.__name__] += 1
     return replaced
 

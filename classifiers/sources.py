@@ -1,5 +1,7 @@
 """Where classifiers come from: torchvision, this project, timm, transformers, a file of the user's. Each
 gives a `ClassifierSpec`.
+
+torchvision is imported where one of its networks is asked for: that alone takes as long as all of torch.
 """
 
 import importlib.util
@@ -7,12 +9,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torchvision
-from torchvision.models.resnet import BasicBlock, ResNet
-
 from classifiers.cifar_resnet import CIFARResNet
 from classifiers.clip import from_clip
-from classifiers.input_transform import InputTransform
+from classifiers.input_transform import InputTransform, resize_mode
 from classifiers.spec import ClassifierSpec
 from classifiers.zoo import from_folder, from_timm
 
@@ -32,28 +31,29 @@ def find_classifier(name: str, prompts: str = "") -> ClassifierSpec:
         return _from_file(name)
     if name in OWN:
         return OWN[name]
-    choices = torchvision.models.list_models(module=torchvision.models)
-    if name not in choices:
-        listed = ", ".join([*OWN, *choices])
-        raise ValueError(f"unknown classifier {name!r}; choose {OTHERS} or one of {listed}")
     return _from_torchvision(name)
 
 
 def _from_torchvision(name):
-    table = {w.name: w for w in torchvision.models.get_model_weights(name)}
-    default = torchvision.models.get_model_weights(name).DEFAULT
+    from torchvision import models
+
+    choices = models.list_models(module=models)
+    if name not in choices:
+        listed = ", ".join([*OWN, *choices])
+        raise ValueError(f"unknown classifier {name!r}; choose {OTHERS} or one of {listed}")
+    table = {w.name: w for w in models.get_model_weights(name)}
+    default = models.get_model_weights(name).DEFAULT
     preset = default.transforms()
+    size, mode = preset.crop_size[0], resize_mode(preset.interpolation.value)
     # What torchvision itself sets for the published weights of these two.
     published = {"transform_input": True, "init_weights": False}
     options = published if name in ("googlenet", "inception_v3") else {}
     return ClassifierSpec(
         name=name,
-        build=lambda num_classes: torchvision.models.get_model(
-            name, weights=None, num_classes=num_classes, **options
-        ),
+        build=lambda num_classes: models.get_model(name, weights=None, num_classes=num_classes, **options),
         weights_files={key: table[key].url for key in [default.name, *table]},
-        image_size=preset.crop_size[0],
-        trained_on=InputTransform(preset.crop_size[0], tuple(preset.mean), tuple(preset.std)),
+        image_size=size,
+        trained_on=InputTransform(size, tuple(preset.mean), tuple(preset.std), mode),
         licence="BSD-3-Clause (torchvision); trained on ImageNet, whose terms allow research only",
     )
 
@@ -75,13 +75,15 @@ def _from_file(name):
 
 
 def _digits_guide(num_classes):
+    from torchvision.models.resnet import BasicBlock, ResNet
+
     return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
 
 
 def _digits_judge(num_classes):
-    return torchvision.models.DenseNet(
-        growth_rate=16, block_config=(4, 4), num_init_features=32, num_classes=num_classes
-    )
+    from torchvision.models import DenseNet
+
+    return DenseNet(growth_rate=16, block_config=(4, 4), num_init_features=32, num_classes=num_classes)
 
 
 def _digits(name, build):

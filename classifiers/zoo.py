@@ -4,8 +4,9 @@ Neither package is imported before such a network is asked for, and nothing is f
 """
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -13,23 +14,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from classifiers.input_transform import InputTransform
+from classifiers.input_transform import InputTransform, resize_mode
 from classifiers.spec import ClassifierSpec
 from guided_diffusion.files.state_dicts import first_line
 
 PACKAGES = {"timm": "timm", "hf": "transformers", "clip": "transformers"}  # by what their names begin with
+FOLDER_LICENCE = "that of its folder, not known here"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_SMOOTH_RESIZES = (1, 3)  # Lanczos and bicubic, in Pillow's numbers
 # What a preprocessor may do beside size, mean and std: such an input is refused rather than shown wrong.
 _UNKNOWN = ("include_top", "rescale_offset", "do_flip_channel_order")
 
 
-def require(package: str, name: str) -> Any:
-    """The package that a classifier needs. Raises ValueError that says what to install."""
+def require(package: str, name: str, extra: str = "zoo") -> Any:
+    """The package that a classifier or a decoder needs. Raises ValueError that says what to install."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ValueError(f'{name} needs {package}: pip install -e ".[zoo]"') from error
+        raise ValueError(f'{name} needs {package}: pip install -e ".[{extra}]"') from error
 
 
 # timm
@@ -60,7 +61,7 @@ def from_timm(name: str) -> ClassifierSpec:
         build=lambda num_classes: timm.create_model(model, pretrained=False, num_classes=num_classes),
         weights_files={published.tag or "timm": _timm_file(published, model)},
         image_size=height,
-        trained_on=InputTransform(height, published.mean, published.std, _mode(published.interpolation)),
+        trained_on=normalised_input(name, height, published.mean, published.std, published.interpolation),
         licence=f"{published.license or 'not known'} (timm)",
         takes_raw=False,
     )
@@ -68,15 +69,10 @@ def from_timm(name: str) -> ClassifierSpec:
 
 def _timm_file(published, model):
     """Where the weights are to lie in pretrained_models/, behind the address that they come from."""
-    file = f"timm/{model}.safetensors"
-    repository = published.hf_hub_id
-    return (
-        f"https://huggingface.co/{repository}/resolve/main/model.safetensors#{file}" if repository else file
-    )
-
-
-def _mode(interpolation):
-    return "bicubic" if interpolation == "bicubic" else "bilinear"
+    file, source = f"timm/{model}.safetensors", published.url
+    if published.hf_hub_id:
+        source = f"https://huggingface.co/{published.hf_hub_id}/resolve/main/model.safetensors"
+    return f"{source}#{file}" if source else file
 
 
 # transformers
@@ -91,7 +87,7 @@ def from_folder(name: str) -> ClassifierSpec:
         name=name,
         build=partial(_image_classifier, transformers, config, name),
         weights_files=saved_weights(name),
-        licence="not known: that of its folder",
+        licence=FOLDER_LICENCE,
         takes_raw=False,
         fill=converted,
         **saved_input(name),
@@ -101,10 +97,17 @@ def from_folder(name: str) -> ClassifierSpec:
 def _image_classifier(transformers, config, name, num_classes):
     if config.num_labels != num_classes:
         raise ValueError(f"{name} is for {config.num_labels} classes, and num_classes is {num_classes}")
+    build = transformers.AutoModelForImageClassification.from_config
+    build = partial(build, config, trust_remote_code=False)
+    return built(name, f"image classifier of {config.model_type}", build)
+
+
+def built(name: str, kind: str, make: Callable[[], Any]) -> Any:
+    """What transformers makes of a configuration. Raises ValueError where it cannot."""
     try:
-        return transformers.AutoModelForImageClassification.from_config(config, trust_remote_code=False)
-    except ValueError as error:
-        raise ValueError(f"{name} holds no image classifier, but {config.model_type}") from error
+        return make()
+    except Exception as error:  # transformers does not say what it raises
+        raise ValueError(f"{name}: no {kind} can be built ({_reason(error)})") from error
 
 
 def folder_of(name: str) -> Path:
@@ -126,8 +129,13 @@ def saved(name: str, kind: str) -> Any:
     try:
         with _quiet():
             return reader.from_pretrained(folder_of(name), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        raise ValueError(f"{name}: {kind} cannot read its folder ({first_line(error)})") from error
+    except Exception as error:  # transformers does not say what it raises
+        raise ValueError(f"{name}: {kind} cannot read its folder ({_reason(error)})") from error
+
+
+def _reason(error):
+    """The first sentence of what an error of transformers says, which may go over several lines."""
+    return first_line(ValueError(" ".join(str(error).split())))
 
 
 @contextmanager
@@ -194,6 +202,21 @@ def saved_input(name: str) -> dict[str, Any]:
     normalises = getattr(processor, "do_normalize", True)
     mean, std = (processor.image_mean, processor.image_std) if normalises else ([0.0] * 3, [1.0] * 3)
     factor = 255 * (processor.rescale_factor if getattr(processor, "do_rescale", True) else 1)
-    mode = "bicubic" if processor.resample in _SMOOTH_RESIZES else "bilinear"
-    transform = InputTransform(side, tuple(m / factor for m in mean), tuple(s / factor for s in std), mode)
-    return {"image_size": side, "trained_on": transform}
+    transform = normalised_input(name, side, mean, std, processor.resample)
+    mean, std = (tuple(value / factor for value in values) for values in (transform.mean, transform.std))
+    return {"image_size": side, "trained_on": replace(transform, mean=mean, std=std)}
+
+
+def normalised_input(name: str, side: int, mean: Any, std: Any, interpolation: str | int) -> InputTransform:
+    """What the files of a classifier say of its input. Raises ValueError for what is no mean or no std."""
+    try:
+        transform = InputTransform(
+            side, (*map(float, mean),), (*map(float, std),), resize_mode(interpolation)
+        )
+    except (TypeError, ValueError):
+        transform = None
+    if transform is None or not len(transform.mean) == len(transform.std) == 3 or min(transform.std) <= 0:
+        raise ValueError(
+            f"{name} has the mean {mean} and the std {std}: three numbers each, the latter above 0"
+        )
+    return transform

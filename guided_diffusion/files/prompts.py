@@ -25,7 +25,7 @@ def read_prompts(prompts: str) -> list[str]:
     if file is None:
         return [prompts, ""]
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").strip().splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not text in UTF-8 ({error.reason})") from error
     if not all(lines) or not lines:

@@ -5,8 +5,9 @@ import torch
 
 SIZE, CLASSES = 16, 10
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-# Of words that no merges put together: letters, and those that end a word.
-LETTERS = ["<|startoftext|>", "<|endoftext|>", *"adgit", *(f"{letter}</w>" for letter in "adgit0123456789")]
+# Of words that no merges put together: letters, those that end a word, and as in CLIP's the ends of a text.
+LETTERS = [*"adgit", *(f"{letter}</w>" for letter in "adgit0123456789"), "<|startoftext|>", "<|endoftext|>"]
+START, END = range(len(LETTERS))[-2:]
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +41,7 @@ def resnet_folder(transformers, tmp_path_factory):
 def clip_folder(transformers, tmp_path_factory):
     """A CLIP of 16 pixels that knows prompts of 10 of LETTERS, with beginning and end."""
     torch.manual_seed(0)
-    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    ends = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END}
     text = {**TOWER, **ends, "vocab_size": len(LETTERS), "max_position_embeddings": 12}
     config = transformers.CLIPConfig(
         text_config=text, vision_config={**TOWER, "image_size": SIZE, "patch_size": 8}, projection_dim=12

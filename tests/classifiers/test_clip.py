@@ -46,6 +46,12 @@ def test_input_is_clips(clip_folder, prompts):
     assert clip.transform.std == pytest.approx((0.26862954, 0.26130258, 0.27577711))
 
 
+def test_similarities_of_a_network_in_float16_are_not_rounded(clip_folder, prompts):
+    clip = load_classifier(f"clip:{clip_folder}", num_classes=10, prompts=str(prompts)).half()
+    logits = clip(images())
+    assert logits.dtype == torch.float32 and (logits != logits.half()).any()
+
+
 def test_one_prompt_is_weighed_against_the_empty_one(transformers, clip_folder):
     x = images()
     clip = load_classifier(f"clip:{clip_folder}", prompts="a digit 3")  # whatever num_classes
@@ -100,6 +106,7 @@ def test_prompts_of_a_file_and_of_a_text(tmp_path, prompts):
     ("content", "words"),
     [
         (b"a dog\n\na cat\n", "no prompt in line 2"),
+        (b"\na dog\n\na cat\n", "no prompt in line 1"),  # nor is every label moved by one
         (b"", "no prompt in line 1"),
         (b"\xff\xfe\xfa", "not text in UTF-8"),
     ],

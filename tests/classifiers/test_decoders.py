@@ -3,6 +3,7 @@ against least squares, and files of diffusers.
 """
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -151,6 +152,10 @@ def test_what_cannot_be_loaded(tmp_path, folders):
         load_decoder("linear", tmp_path / "half.safetensors")
     config = json.loads((folders / "vae/config.json").read_text())
     assert config["scaling_factor"] == 0.18215
+    shutil.copytree(folders / "vae", tmp_path / "other")
+    (tmp_path / "other/config.json").write_text(json.dumps(config | {"latents_mean": [0.5] * 4}))
+    with pytest.raises(ValueError, match="other has latents_mean and latents_std, which are not known here"):
+        load_decoder("vae", tmp_path / "other")
 
 
 def test_without_diffusers_one_line_says_what_to_install(tmp_path, monkeypatch):

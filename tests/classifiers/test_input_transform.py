@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from classifiers.input_transform import InputTransform, raw_image
+from classifiers.registry import find_classifier
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PLAIN = (0.0,) * 3, (1.0,) * 3
@@ -52,3 +53,10 @@ def test_shrinking_is_antialiased():
 def test_gradient_matches_finite_differences(size):
     x = images(size)[:1].requires_grad_()
     assert torch.autograd.gradcheck(InputTransform(8, MEAN, STD), x)
+
+
+@pytest.mark.parametrize(
+    ("name", "seen"), [("resnet50", "224x224 bilinear"), ("efficientnet_b0", "224x224 bicubic")]
+)
+def test_torchvisions_networks_see_what_their_weights_were_trained_on(name, seen):
+    assert str(find_classifier(name).trained_on).startswith(seen)

@@ -48,9 +48,8 @@ def picky(num_classes):
 def leaky(num_classes):
     return nn.Sequential(build(num_classes), nn.LeakyReLU())
 
-def nothing(num_classes):
-    return None
-
+nothing = lambda num_classes: None
+pair = lambda num_classes: nn.AdaptiveMaxPool2d(1, return_indices=True)
 number = 3
 """
 
@@ -276,6 +275,7 @@ def test_imagenet_gradient_matches_finite_differences():
         ("OWN:build", {"classifier_input": "imagenet"}, r"classifier_input.*paper"),
         ("OWN:build", {"softplus_beta": 3.0}, r"own\.py:build.*image_size"),
         ("OWN:seven", {"num_classes": 5, "image_size": 16}, r"\[1, 7\].*num_classes 5.*\[1, 5\]"),
+        ("OWN:pair", {"num_classes": 5, "image_size": 16}, r"answers a tuple .*num_classes 5.*\[1, 5\]"),
         ("OWN:picky", {"num_classes": 4, "image_size": 16}, r"own\.py:picky cannot take 16x16 images"),
         ("OWN:picky", {"num_classes": 4, "image_size": 9, "softplus_beta": 3.0}, "cannot take 9x9 images"),
     ],

@@ -135,7 +135,7 @@ def test_smooth_forms_have_no_kink_and_end_in_the_kinked_ones(name):
     torch.testing.assert_close(y, module(x), rtol=0, atol=math.log(2) / 300)
 
 
-KINKED = [nn.LeakyReLU(), nn.PReLU(), nn.RReLU(), nn.Hardtanh(), nn.Hardshrink(), nn.Softshrink()]
+KINKED = [nn.LeakyReLU(), nn.PReLU(), nn.RReLU(), nn.SELU(), nn.Hardtanh(), nn.Hardshrink(), nn.Softshrink()]
 
 
 @pytest.mark.parametrize("activation", [*KINKED, nn.Threshold(0.1, 0.0)], ids=lambda m: type(m).__name__)
@@ -248,7 +248,7 @@ def test_smoothing_ends_with_the_classifiers_call(load):
     assert F.relu(torch.tensor([-1.0, 2.0])).tolist() == [0, 2]
 
 
-@pytest.mark.parametrize("name", ["leaky_relu", "hardtanh", "hardshrink", "softshrink"])
+@pytest.mark.parametrize("name", ["leaky_relu", "selu", "hardtanh", "hardshrink", "softshrink"])
 @pytest.mark.parametrize("module", [None, nn.ReLU()], ids=["functions", "and a module"])
 def test_other_functional_kinks_are_refused_by_name(load, name, module):
     # Alone, there is nothing to smooth, as the message for networks without ReLU says.
@@ -263,6 +263,8 @@ def test_other_functional_kinks_are_refused_by_name(load, name, module):
         (lambda x: torch.clamp(x, 0), {"clamp"}),
         (lambda x: x.clamp_(min=0.0), {"clamp_"}),
         (lambda x: x.clamp_min(0), {"clamp_min"}),
+        (lambda x: x.clip(0), {"clip"}),
+        (lambda x: torch.clip_(x, min=0), {"clip_"}),
         (lambda x: x.clamp(-1, 1), set()),
         (lambda x: x.clamp(max=0), set()),
         (lambda x: x.clamp(min=1e-6), set()),

@@ -60,6 +60,12 @@ def test_input_and_licence_are_those_of_timms_configuration(timm, name):
     assert published.license in spec.licence
 
 
+def test_timm_says_where_the_weights_are_published(timm):
+    for name, host in (("test_vit", "https://huggingface.co/timm/"), ("gcvit_tiny", "https://github.com/")):
+        (url,) = find_classifier(f"timm:{name}").weights_files.values()
+        assert url.startswith(host) and url.endswith(f"#timm/{name}.safetensors")
+
+
 def test_timm_by_file(timm, timm_file):
     classifier = load_classifier("timm:test_vit", timm_file, num_classes=10, image_size=16)
     network = timm.create_model("test_vit", num_classes=10).eval()
@@ -201,7 +207,25 @@ BAD = {
     "no preprocessor": (without("preprocessor_config.json"), "AutoImageProcessor cannot read its folder"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "AutoConfig cannot read its folder"),
     "unknown network": (changed("config.json", model_type="nothing"), "AutoConfig cannot read its folder"),
-    "no classifier": (changed("config.json", model_type="bert"), "holds no image classifier, but bert"),
+    "no classifier": (changed("config.json", model_type="bert"), "no image classifier of bert can be built"),
+    "no number": (
+        changed("config.json", hidden_size="x"),
+        r"AutoConfig cannot .*expected int, got str .*'x'",
+    ),
+    "no activation": (
+        changed("config.json", hidden_act="x"),
+        "no image classifier of vit can be built .*'x'",
+    ),
+    "no list": (
+        lambda folder: (folder / "preprocessor_config.json").write_text("[]"),
+        "AutoImageProcessor cannot read its folder",
+    ),
+    "two means": (
+        changed("preprocessor_config.json", image_mean=[0.5, 0.5]),
+        "the mean .* three numbers each",
+    ),
+    "no mean": (changed("preprocessor_config.json", image_mean=0.5), "the mean 0.5 and the std"),
+    "std of zero": (changed("preprocessor_config.json", image_std=[0.2, 0, 0.2]), "the latter above 0"),
     "another network": (changed("config.json", hidden_size=8), "does not fit"),
     "flipped": (changed("preprocessor_config.json", do_flip_channel_order=True), "do_flip_channel_order"),
     "not square": (changed("preprocessor_config.json", size={"height": 8, "width": 16}), "only squares fit"),
