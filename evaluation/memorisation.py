@@ -41,7 +41,7 @@ def nearest_training(*, train: ArrayLike, points: ArrayLike) -> Nearest:
     tiled = TiledDistances(train, points, None, 1)
     found = _NearestReal(len(points))
     tiled.compare(found)
-    which = found.which.cpu().numpy()
+    which = found.which.numpy()
     distances = np.empty(len(points))
     for start in range(0, len(points), ROWS):  # again, without the rounding of differences of squares
         rows = slice(start, start + ROWS)
@@ -79,7 +79,7 @@ def copies_share(samples: NDArray[np.float64], held_out: NDArray[np.float64]) ->
     return float((samples < np.quantile(held_out, CLOSEST_HELD_OUT)).mean())
 
 
-def count_equal(distances: NDArray[np.float64], train: NDArray) -> int:
-    """How many of these distances are those of a training image to itself."""
+def are_training_images(distances: NDArray[np.float64], train: NDArray) -> NDArray[np.bool_]:
+    """(N,): which of these distances are those of a training image to itself; train (M, D)."""
     spread = np.sqrt(np.var(train, axis=0, dtype=np.float64).sum())
-    return int((distances <= EQUAL * spread).sum())
+    return distances <= EQUAL * spread

@@ -72,8 +72,9 @@ def test_training_images_tell_a_memorising_generator_from_an_honest_one(make, wi
     for sides in ((stats, train), (wide, stats)):
         with pytest.raises(ValueError, match=r"--against compares images, and stats.npz holds statistics"):
             Reference(sides[0], against=sides[1])
-    some = make("some", arr_0=np.concatenate([FRESH[:3], FRESH[160:]]))
-    assert any("3 of 143 images are training images" in note for note in Reference(some, against=train).notes)
+    some = Reference(make("some", arr_0=np.concatenate([FRESH[:3], FRESH[160:]])), against=train)
+    assert any("3 of 143 images are training images: mem" in note for note in some.notes)
+    assert evaluate(some, copied).metrics["copies"] == pytest.approx(0.3, abs=0.05)
 
 
 def test_only_inception_gives_a_fid_and_each_metric_has_its_decimals():
