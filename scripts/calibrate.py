@@ -203,7 +203,7 @@ def measure(batches, classifiers, levels, temperatures, bins):
         for t, sigma in levels:
             logits = logits_at(batches, classifiers, inputs, t, sigma, bar)
             for cell in cells:
-                probs = (cell.tau * logits[cell.shown, cell.beta]).softmax(dim=1).numpy()
+                probs = (cell.tau * logits[cell.shown, cell.beta].double()).softmax(dim=1).numpy()
                 cell.levels.append({"t": t, "sigma": sigma, **numbers(probs, batches.labels, bins)})
                 errors = calibration.resampled_errors(probs, batches.labels, weights, bins)
                 cell.resampled = cell.resampled + errors / len(levels)
@@ -212,14 +212,14 @@ def measure(batches, classifiers, levels, temperatures, bins):
 
 @torch.no_grad()
 def logits_at(batches, classifiers, inputs, t, sigma, bar):
-    """{(shown, beta): (n, K) float64 on the CPU}."""
+    """{(shown, beta): (n, K) float32 on the CPU}."""
     logits = {(shown, beta): [] for shown in inputs for beta in classifiers}
     for views in batches.at(sigma, both="x0" in inputs):
         for (shown, beta), parts in logits.items():
             x = views[shown]
             answer = classifiers[beta](x, torch.full((len(x),), t, device=x.device))
             require_finite(answer, "classifier logits", t, sigma)
-            parts.append(answer.double().cpu())
+            parts.append(answer.float().cpu())
         bar.update(len(x))
     return {key: torch.cat(parts) for key, parts in logits.items()}
 

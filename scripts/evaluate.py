@@ -187,10 +187,11 @@ def judge_all(args, opened):
         return {}
     sets = list(samples_of(opened).values())
     if without := [samples.name for samples in sets if samples.images is None]:
-        raise ValueError(f"--judge looks at images; {without[0]} holds statistics")
+        raise ValueError(f"--judge looks at images; {without[0]} holds statistics, give its images instead")
     size, device = sets[0].resolution[0], choose_device(args.device)
     judge = Judge(args.judge, args.judge_weights, args.num_classes, size, device)
-    return {samples.name: judge(samples.images) for samples in sets}
+    labels = [judge.labels(samples.images) for samples in sets]
+    return {each.name: judge(each.images, wanted) for each, wanted in zip(sets, labels, strict=True)}
 
 
 def names_of(paths):

@@ -133,7 +133,9 @@ FLAGS = ["--judge", "digits_judge", "--features", "weights.safetensors"]
         ),
         (["--features", "digits", "--judge_weights", "w.pth"], "--judge_weights w.pth without --judge"),
         (["--features", "digits", "--judge", "nobody"], "unknown classifier 'nobody'"),
+        (FLAGS, "--judge digits_judge with --num_classes 1000: "),
         ([*FLAGS, "--num_classes", "5"], "classifier.weight is [10, 112] in the file but [5, 112]"),
+        (["short.npz", *FLAGS, "--num_classes", "10"], "short.npz has 2 labels for 90 images"),
         (
             ["bare.npz", *FLAGS, "--num_classes", "10"],
             "--judge needs the labels of bare.npz: give an npz with",
@@ -147,6 +149,7 @@ FLAGS = ["--judge", "digits_judge", "--features", "weights.safetensors"]
 def test_wrong_flags(run, flags, message):
     np.savez("bare.npz", arr_0=FRESH)
     np.savez("wrong.npz", arr_0=FRESH, arr_1=np.full(90, 11))
+    np.savez("short.npz", arr_0=FRESH, arr_1=[1, 2])
     result = run("real.npz", "fake.npz", *flags)
     assert (result.code, result.out) == (1, "") and message in result.err, result.err
     assert len(result.err.splitlines()) == 1
