@@ -63,7 +63,9 @@ def test_dinov2_is_its_cls_token_of_224_pixels(saved):
     images = RANDOM.randint(0, 256, (3, 224, 224, 3), dtype=np.uint8)
     x = torch.from_numpy((images / 255 - MEAN) / STD).permute(0, 3, 1, 2).float()
     same = transformers.Dinov2Model(transformers.Dinov2Config(**{**SIZES, "image_size": 224})).eval()
-    positions = {"embeddings.position_embeddings": resize_positions(network.embeddings.position_embeddings, 16)}
+    positions = {
+        "embeddings.position_embeddings": resize_positions(network.embeddings.position_embeddings, 16)
+    }
     same.load_state_dict(network.state_dict() | positions)
     with torch.no_grad():
         expected = same(pixel_values=x).last_hidden_state[:, 0].numpy()
