@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from evaluation.frechet import FrechetReference
 from evaluation.memorisation import are_training_images, nearest_training
-from evaluation.sets import MeasuredSet, require_measured_alike
+from evaluation.sets import MeasuredSet, OpenedSet, require_measured_alike
 
 MAX_REFERENCE_IMAGES = 10_000  # as in guided-diffusion's evaluation
 ENOUGH_IMAGES = 10_000  # from here on little is left of the bias of precision, recall and Inception Score
@@ -60,9 +60,7 @@ class Reference:
 
     def _distances_to(self, train):
         require_measured_alike(train, self.measured)
-        if self.features is None or train.features is None:
-            without = self.measured.name if self.features is None else train.name
-            raise ValueError(f"--against compares images, and {without} holds statistics: give its images")
+        require_images(self.measured, train)
         distances = nearest_training(train=train.features.pool3, points=self.features).distances
         equal = are_training_images(distances, train.features.pool3)
         shares = f"{equal.sum()} of {len(distances)} images"
@@ -82,6 +80,13 @@ class Reference:
             return self.measured.provenance
         about = {key: self.against.provenance[key] for key in ("images", "count", "fingerprint")}
         return self.measured.provenance | {"against": about}
+
+
+def require_images(*sets: OpenedSet | MeasuredSet) -> None:
+    """Raise ValueError for a set without images or their features, as memorisation compares."""
+    for each in sets:
+        if not (each.features or getattr(each, "images", None)):
+            raise ValueError(f"--against compares images, and {each.name} holds statistics: give its images")
 
 
 def some_rows(features: NDArray, count: int, seed: int) -> NDArray:

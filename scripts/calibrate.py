@@ -141,9 +141,9 @@ def check_outputs(args):
     for flag, path in (("json", args.json), ("plot", args.plot)):
         if path and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise ValueError(f"--{flag} {path} must be a file in a folder that is there")
-    for flag in ("bins", "num_samples"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+    for flag, least in (("bins", 1), ("num_samples", 2)):  # one image has no resamples
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            raise ValueError(f"--{flag} must be at least {least}, got {getattr(args, flag)}")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
 

@@ -26,7 +26,7 @@ from evaluation.accuracy import summary
 from evaluation.evaluator import evaluate
 from evaluation.metrics import metric_label
 from evaluation.networks import NetworkOptions
-from evaluation.reference import Reference
+from evaluation.reference import Reference, require_images
 from evaluation.report import require_matplotlib, to_json, write_report
 from evaluation.resampling import Options, compare
 from evaluation.sets import measure, open_set, require_comparable, require_images_only
@@ -39,6 +39,7 @@ from guided_diffusion.flags.parser import Parser, run_main
 
 COMPARE_RESAMPLES = 200
 GRID_IMAGES = 64
+NUM_CLASSES = 1000
 
 
 def main():
@@ -108,11 +109,9 @@ def make_parser():
         metavar="TRAIN",
         help="training images: are samples nearer to them than the reference's, held-out ones?",
     )
-    parser.add_argument(
-        "--judge", metavar="NAME", help="a classifier that finds the samples' classes, or not"
-    )
+    parser.add_argument("--judge", metavar="NAME", help="a classifier that is asked for the samples' classes")
     parser.add_argument("--judge_weights", metavar="FILE", help="by default those in pretrained_models/")
-    parser.add_argument("--num_classes", type=int, default=1000, help="of the judge")
+    parser.add_argument("--num_classes", type=int, default=NUM_CLASSES, help="of the judge")
     parser.add_argument(
         "--json",
         metavar="FILE",
@@ -142,8 +141,8 @@ def check_flags(args):
         raise ValueError(f"--json {args.json}: there is no such folder; create it first")
     if args.report:
         require_matplotlib()
-    if args.judge_weights and not args.judge:
-        raise ValueError(f"--judge_weights {args.judge_weights} without --judge; name the judge")
+    if not args.judge and (args.judge_weights or args.num_classes != NUM_CLASSES):
+        raise ValueError("--judge_weights and --num_classes are of the judge: name it by --judge")
     for flag in ("report", "cache"):
         if getattr(args, flag) and Path(getattr(args, flag)).is_file():
             raise ValueError(f"--{flag} {getattr(args, flag)} is a file; give a folder")
@@ -165,9 +164,9 @@ def open_all(args, network):
     for path in args.compare or ():
         require_images_only(opened[Path(path).resolve()])
     if args.against:
-        train = open_set(args.against, network, skip_unreadable=args.skip_unreadable)
-        require_comparable(opened[None], train, network, args.allow_resolution)
-        opened["against"] = train
+        opened["against"] = open_set(args.against, network, skip_unreadable=args.skip_unreadable)
+        require_images(opened[None], opened["against"])
+        require_comparable(opened[None], opened["against"], network, args.allow_resolution)
     return opened
 
 

@@ -140,7 +140,7 @@ def test_cmmd_of_shifted_gaussians_is_their_closed_form():
     within = (100 / (100 + 2)) ** 1.5  # mean kernel of two points with deviation 1 in each of 3 dimensions
     across = within * np.exp(-(shift**2) / (2 * (100 + 2)))
     bias = 2 * (1 - within) / 600  # each point beside itself has the kernel 1
-    distance = clip_mmd(real=x, fake=y + [shift, 0, 0])
+    distance = clip_mmd(real=x, fake=y + np.array([shift, 0, 0]))
     assert distance == pytest.approx(1000 * (2 * within - 2 * across + bias), rel=0.05)
     assert clip_mmd(real=x, fake=y) == pytest.approx(1000 * bias, abs=0.05)
 

@@ -211,6 +211,7 @@ def test_a_disagreement_of_the_scores_and_the_end_of_a_grid_are_said():
         (("--preset", "digits", "--num_levels", 1001), "--num_levels 1001 must be from 1 to 1000"),
         (("--preset", "digits", "--num_samples", 361), "--num_samples 361: .* has 360 images"),
         (("--preset", "digits", "--bins", 0), "--bins must be at least 1, got 0"),
+        (("--preset", "digits", "--num_samples", 1), "--num_samples must be at least 2, got 1"),
         (("--preset", "digits", "--json", "nowhere/a.json"), "--json nowhere/a.json must be a file in a fol"),
         (("--preset", "digits", "--data_dir", "none.npz"), "there is nothing at none.npz"),
         (("--preset", "digits", "--data_dir", "plain.npz"), "plain.npz has no labels"),
