@@ -57,9 +57,9 @@ class _NearestReal:
 
     def add(self, reals: slice, fakes: slice, tile: Tensor) -> None:
         squares, which = tile.min(dim=0)
-        nearer = squares.to(self.squares) < self.squares[fakes]
-        self.squares[fakes] = torch.where(nearer, squares.to(self.squares), self.squares[fakes])
-        self.which[fakes] = torch.where(nearer, which.to(self.which) + reals.start, self.which[fakes])
+        nearer = squares < self.squares[fakes]
+        self.squares[fakes] = torch.where(nearer, squares, self.squares[fakes])
+        self.which[fakes] = torch.where(nearer, which + reals.start, self.which[fakes])
 
 
 def nearer_share(samples: NDArray[np.float64], held_out: NDArray[np.float64]) -> float:
