@@ -16,7 +16,7 @@ from evaluation.distances import TiledDistances
 from evaluation.moments import to_float64, to_numpy
 
 CLOSEST_HELD_OUT = 0.01  # the share of held-out images that sets what counts as a copy
-EQUAL = 1e-4  # of the spread of the training features: the same image, as two batches compute it
+EQUAL = 1e-3  # of the spread of the training features: the same image in another batch, or kept in float16
 ROWS = 4096
 
 
