@@ -68,6 +68,8 @@ def main(argv=None):
     args, rest = create_argparser().parse_known_args(argv)
     betas = positive_numbers(args.softplus_betas or "3,5,10,inf", "--softplus_betas", math.inf)
     temperatures = positive_numbers(args.joint_temperatures, "--joint_temperatures")
+    if not args.data_dir and args.preset.startswith("digits"):
+        args.data_dir = str(HELD_OUT)
     check_outputs(args)
     system = system_of(args.preset) if args.preset else SYSTEMS[args.system]
     config = configured(system, [*(["--preset", args.preset] if args.preset else []), *rest])
@@ -150,16 +152,15 @@ def check_outputs(args):
 
 def chosen_images(args, subject):
     """(their numbers in the set, (n, 3, S, S) float32 in [-1, 1], (n,) int64 labels)."""
-    data = args.data_dir or (HELD_OUT if args.preset.startswith("digits") else None)
-    if data is None:
+    if not args.data_dir:
         raise ValueError("--data_dir is missing: give labelled images that the classifier was not trained on")
     if subject.num_classes < 2:
         raise ValueError(f"{subject.num_classes} class: it takes at least 2 to be calibrated")
-    found = read_labelled(data, subject.image_size)
-    labels = found.require_labels(data, subject.num_classes)
+    found = read_labelled(args.data_dir, subject.image_size)
+    labels = found.require_labels(args.data_dir, subject.num_classes)
     count = len(labels) if args.num_samples is None else args.num_samples
     if count > len(labels):
-        raise ValueError(f"--num_samples {count}: {data} has {len(labels)} images")
+        raise ValueError(f"--num_samples {count}: {args.data_dir} has {len(labels)} images")
     indices = np.sort(np.random.RandomState(args.seed).permutation(len(labels))[:count])
     images = torch.from_numpy(found.images[indices]).permute(0, 3, 1, 2).float() / 127.5 - 1
     return indices.tolist(), images, labels[indices]

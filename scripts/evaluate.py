@@ -7,8 +7,9 @@ coverage, KID, MIND, clipped density and coverage; CMMD by CLIP; memorisation; a
     python scripts/evaluate.py held_out.npz a.npz --features inception,dinov2 --against train.npz
 
 A set is an npz, a folder or a zip of images, an output folder of this project, or an npz with statistics. The
-table goes to stdout, the rest to stderr. Numbers of another --protocol or --features must not be compared;
-distances by another network than Inception's are called FD(NAME), never FID.
+table goes to stdout, the rest to stderr. --features takes several networks, with commas between them. Numbers
+of another --protocol or --features must not be compared; distances by another network than Inception's are
+called FD(NAME), never FID.
 """
 
 import json

@@ -94,6 +94,7 @@ def test_every_setting_is_a_row_and_the_integral_is_the_mean_over_levels(digits)
         ["x_t", beta, tau] for beta in ("3", "inf") for tau in ("0.5", "1")
     ]
     assert len(report["cells"]) == 8 and report["images"] == 7
+    assert report["flags"].items() >= {"data_dir": str(DIGITS / "held_out.npz"), "num_samples": "7"}.items()
     for cell in report["cells"]:
         assert [level["t"] for level in cell["levels"]] == [999, 0]
         assert all(sum(level["reliability"]["counts"]) == 7 for level in cell["levels"])
