@@ -6,7 +6,8 @@ arXiv 2507.01761). The ball of a real point reaches to its k-th neighbour among 
 Clipped density: balls larger than the median are cut to it, and a point counts as 1 from k balls on; the mean
 over the fake points is divided by that over the real ones, which are not counted in their own balls. Clipped
 coverage: a ball counts as 1 from k fake points on; the mean over the balls is turned into the share of good
-samples that would give it.
+samples that would give it. A real point that stands there more than k times has a ball of radius 0, which
+nothing covers.
 """
 
 import numpy as np

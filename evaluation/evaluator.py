@@ -31,6 +31,7 @@ from evaluation.sets import (
     require_measured_alike,
     require_same_resolution,
 )
+from evaluation.sliced import DIRECTIONS
 from guided_diffusion.files.console import print_result
 
 FIVE_LINES = {
@@ -125,6 +126,7 @@ def _on_record(reference, options):
         **asdict(options),
         "neighbours": NEIGHBOURS,
         "density_neighbours": DENSITY_NEIGHBOURS,
+        "mind_directions": DIRECTIONS,
         "reference_images_used": None if reference.features is None else len(reference.features),
         "reference_seed": reference.seed,
         "scipy": scipy.__version__,

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.frechet import FrechetReference
-from evaluation.memorisation import count_equal, nearest_training
-from evaluation.sets import MeasuredSet, require_measured_alike
+from evaluation.memorisation import are_training_images, nearest_training
+from evaluation.sets import MeasuredSet, OpenedSet, require_measured_alike
 
 MAX_REFERENCE_IMAGES = 10_000  # as in guided-diffusion's evaluation
 ENOUGH_IMAGES = 10_000  # from here on little is left of the bias of precision, recall and Inception Score
@@ -22,8 +22,9 @@ class Reference:
     `spatial` is None where it has no spatial features. `notes` are about the reference.
 
     against: the training images, measured alike, if memorisation is asked about; the reference then is of
-    held-out images, and `held_out` has the distance of each of `features` to the nearest training image.
-    Raises ValueError where one of the two has no images, and where the reference's are training images.
+    held-out images, and `held_out` has the distances of `features` to their nearest training images, without
+    those that are training images themselves. Raises ValueError where one of the two has no images, and where
+    most of the reference's are training images.
     """
 
     measured: MeasuredSet
@@ -59,21 +60,18 @@ class Reference:
 
     def _distances_to(self, train):
         require_measured_alike(train, self.measured)
-        if self.features is None or train.features is None:
-            without = self.measured.name if self.features is None else train.name
-            raise ValueError(f"--against compares images, and {without} holds statistics: give its images")
+        require_images(self.measured, train)
         distances = nearest_training(train=train.features.pool3, points=self.features).distances
-        equal = count_equal(distances, train.features.pool3)
-        if 2 * equal > len(distances):
+        equal = are_training_images(distances, train.features.pool3)
+        shares = f"{equal.sum()} of {len(distances)} images"
+        if 2 * equal.sum() > len(distances):
             raise ValueError(
-                f"--against {train.name}: {equal} of {len(distances)} images of the reference "
-                f"{self.measured.name} are training images themselves; give held-out images as the reference"
+                f"--against {train.name}: {shares} of the reference {self.measured.name} are training images "
+                "themselves; give held-out images as the reference"
             )
-        if equal:
-            self.notes.append(
-                f"{equal} of {len(distances)} images are training images: fewer copies are seen"
-            )
-        return distances
+        if equal.any():  # left in, they would make a distance of 0 normal, and no copy would be seen
+            self.notes.append(f"{shares} are training images: memorisation is measured without them")
+        return distances[~equal]
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -82,6 +80,13 @@ class Reference:
             return self.measured.provenance
         about = {key: self.against.provenance[key] for key in ("images", "count", "fingerprint")}
         return self.measured.provenance | {"against": about}
+
+
+def require_images(*sets: OpenedSet | MeasuredSet) -> None:
+    """Raise ValueError for a set without images or their features, as memorisation compares."""
+    for each in sets:
+        if not (each.features or getattr(each, "images", None)):
+            raise ValueError(f"--against compares images, and {each.name} holds statistics: give its images")
 
 
 def some_rows(features: NDArray, count: int, seed: int) -> NDArray:

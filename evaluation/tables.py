@@ -137,8 +137,8 @@ def _notes(results):
         notes.append(note if note.startswith((f"{names[0]} ", f"{names[0]}:")) else f"{about}: {note}")
     if len({result.count for result in results}) > 1:
         notes.append(
-            "the sets differ in their number of images, by which Frechet distances and Inception Scores are "
-            "biased: compare equal ones"
+            "the sets differ in their number of images, by which Inception Scores and all distances but KID "
+            "are biased: compare equal ones"
         )
     if any(result.fid_error for result in results):
         notes.append(

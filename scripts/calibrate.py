@@ -68,6 +68,8 @@ def main(argv=None):
     args, rest = create_argparser().parse_known_args(argv)
     betas = positive_numbers(args.softplus_betas or "3,5,10,inf", "--softplus_betas", math.inf)
     temperatures = positive_numbers(args.joint_temperatures, "--joint_temperatures")
+    if not args.data_dir and args.preset.startswith("digits"):
+        args.data_dir = str(HELD_OUT)
     check_outputs(args)
     system = system_of(args.preset) if args.preset else SYSTEMS[args.system]
     config = configured(system, [*(["--preset", args.preset] if args.preset else []), *rest])
@@ -141,25 +143,24 @@ def check_outputs(args):
     for flag, path in (("json", args.json), ("plot", args.plot)):
         if path and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise ValueError(f"--{flag} {path} must be a file in a folder that is there")
-    for flag in ("bins", "num_samples"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+    for flag, least in (("bins", 1), ("num_samples", 2)):  # one image has no resamples
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            raise ValueError(f"--{flag} must be at least {least}, got {getattr(args, flag)}")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
 
 
 def chosen_images(args, subject):
     """(their numbers in the set, (n, 3, S, S) float32 in [-1, 1], (n,) int64 labels)."""
-    data = args.data_dir or (HELD_OUT if args.preset.startswith("digits") else None)
-    if data is None:
+    if not args.data_dir:
         raise ValueError("--data_dir is missing: give labelled images that the classifier was not trained on")
     if subject.num_classes < 2:
         raise ValueError(f"{subject.num_classes} class: it takes at least 2 to be calibrated")
-    found = read_labelled(data, subject.image_size)
-    labels = found.require_labels(data, subject.num_classes)
+    found = read_labelled(args.data_dir, subject.image_size)
+    labels = found.require_labels(args.data_dir, subject.num_classes)
     count = len(labels) if args.num_samples is None else args.num_samples
     if count > len(labels):
-        raise ValueError(f"--num_samples {count}: {data} has {len(labels)} images")
+        raise ValueError(f"--num_samples {count}: {args.data_dir} has {len(labels)} images")
     indices = np.sort(np.random.RandomState(args.seed).permutation(len(labels))[:count])
     images = torch.from_numpy(found.images[indices]).permute(0, 3, 1, 2).float() / 127.5 - 1
     return indices.tolist(), images, labels[indices]
@@ -203,7 +204,7 @@ def measure(batches, classifiers, levels, temperatures, bins):
         for t, sigma in levels:
             logits = logits_at(batches, classifiers, inputs, t, sigma, bar)
             for cell in cells:
-                probs = (cell.tau * logits[cell.shown, cell.beta]).softmax(dim=1).numpy()
+                probs = (cell.tau * logits[cell.shown, cell.beta].double()).softmax(dim=1).numpy()
                 cell.levels.append({"t": t, "sigma": sigma, **numbers(probs, batches.labels, bins)})
                 errors = calibration.resampled_errors(probs, batches.labels, weights, bins)
                 cell.resampled = cell.resampled + errors / len(levels)
@@ -212,14 +213,14 @@ def measure(batches, classifiers, levels, temperatures, bins):
 
 @torch.no_grad()
 def logits_at(batches, classifiers, inputs, t, sigma, bar):
-    """{(shown, beta): (n, K) float64 on the CPU}."""
+    """{(shown, beta): (n, K) float32 on the CPU}."""
     logits = {(shown, beta): [] for shown in inputs for beta in classifiers}
     for views in batches.at(sigma, both="x0" in inputs):
         for (shown, beta), parts in logits.items():
             x = views[shown]
             answer = classifiers[beta](x, torch.full((len(x),), t, device=x.device))
             require_finite(answer, "classifier logits", t, sigma)
-            parts.append(answer.double().cpu())
+            parts.append(answer.float().cpu())
         bar.update(len(x))
     return {key: torch.cat(parts) for key, parts in logits.items()}
 

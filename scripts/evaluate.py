@@ -7,8 +7,9 @@ coverage, KID, MIND, clipped density and coverage; CMMD by CLIP; memorisation; a
     python scripts/evaluate.py held_out.npz a.npz --features inception,dinov2 --against train.npz
 
 A set is an npz, a folder or a zip of images, an output folder of this project, or an npz with statistics. The
-table goes to stdout, the rest to stderr. Numbers of another --protocol or --features must not be compared;
-distances by another network than Inception's are called FD(NAME), never FID.
+table goes to stdout, the rest to stderr. --features takes several networks, with commas between them. Numbers
+of another --protocol or --features must not be compared; distances by another network than Inception's are
+called FD(NAME), never FID.
 """
 
 import json
@@ -26,7 +27,7 @@ from evaluation.accuracy import summary
 from evaluation.evaluator import evaluate
 from evaluation.metrics import metric_label
 from evaluation.networks import NetworkOptions
-from evaluation.reference import Reference
+from evaluation.reference import Reference, require_images
 from evaluation.report import require_matplotlib, to_json, write_report
 from evaluation.resampling import Options, compare
 from evaluation.sets import measure, open_set, require_comparable, require_images_only
@@ -39,6 +40,7 @@ from guided_diffusion.flags.parser import Parser, run_main
 
 COMPARE_RESAMPLES = 200
 GRID_IMAGES = 64
+NUM_CLASSES = 1000
 
 
 def main():
@@ -108,11 +110,9 @@ def make_parser():
         metavar="TRAIN",
         help="training images: are samples nearer to them than the reference's, held-out ones?",
     )
-    parser.add_argument(
-        "--judge", metavar="NAME", help="a classifier that finds the samples' classes, or not"
-    )
+    parser.add_argument("--judge", metavar="NAME", help="a classifier that is asked for the samples' classes")
     parser.add_argument("--judge_weights", metavar="FILE", help="by default those in pretrained_models/")
-    parser.add_argument("--num_classes", type=int, default=1000, help="of the judge")
+    parser.add_argument("--num_classes", type=int, default=NUM_CLASSES, help="of the judge")
     parser.add_argument(
         "--json",
         metavar="FILE",
@@ -142,8 +142,8 @@ def check_flags(args):
         raise ValueError(f"--json {args.json}: there is no such folder; create it first")
     if args.report:
         require_matplotlib()
-    if args.judge_weights and not args.judge:
-        raise ValueError(f"--judge_weights {args.judge_weights} without --judge; name the judge")
+    if not args.judge and (args.judge_weights or args.num_classes != NUM_CLASSES):
+        raise ValueError("--judge_weights and --num_classes are of the judge: name it by --judge")
     for flag in ("report", "cache"):
         if getattr(args, flag) and Path(getattr(args, flag)).is_file():
             raise ValueError(f"--{flag} {getattr(args, flag)} is a file; give a folder")
@@ -165,9 +165,9 @@ def open_all(args, network):
     for path in args.compare or ():
         require_images_only(opened[Path(path).resolve()])
     if args.against:
-        train = open_set(args.against, network, skip_unreadable=args.skip_unreadable)
-        require_comparable(opened[None], train, network, args.allow_resolution)
-        opened["against"] = train
+        opened["against"] = open_set(args.against, network, skip_unreadable=args.skip_unreadable)
+        require_images(opened[None], opened["against"])
+        require_comparable(opened[None], opened["against"], network, args.allow_resolution)
     return opened
 
 
@@ -187,10 +187,11 @@ def judge_all(args, opened):
         return {}
     sets = list(samples_of(opened).values())
     if without := [samples.name for samples in sets if samples.images is None]:
-        raise ValueError(f"--judge looks at images; {without[0]} holds statistics")
+        raise ValueError(f"--judge looks at images; {without[0]} holds statistics, give its images instead")
     size, device = sets[0].resolution[0], choose_device(args.device)
     judge = Judge(args.judge, args.judge_weights, args.num_classes, size, device)
-    return {samples.name: judge(samples.images) for samples in sets}
+    labels = [judge.labels(samples.images) for samples in sets]
+    return {each.name: judge(each.images, wanted) for each, wanted in zip(sets, labels, strict=True)}
 
 
 def names_of(paths):

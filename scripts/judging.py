@@ -3,12 +3,12 @@ script of its own.
 """
 
 import json
-import math
 from pathlib import Path, PurePosixPath
 
 import _beside  # noqa: F401
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from classifiers import load_classifier
 from classifiers.registry import find_classifier
@@ -31,35 +31,47 @@ class Judge:
     ):
         trained_on = find_classifier(name).trained_on
         self.name, self.device, self.num_classes = name, device, num_classes
-        self.classifier = load_classifier(
-            name,
-            weights,
-            num_classes=num_classes,
-            softplus_beta=math.inf,
-            classifier_input="imagenet" if trained_on else "paper",
-            image_size=image_size,
-        ).to(device)
+        try:
+            classifier = load_classifier(
+                name,
+                weights,
+                num_classes=num_classes,
+                classifier_input="imagenet" if trained_on else "paper",
+                image_size=image_size,
+            )
+        except ValueError as error:
+            raise ValueError(f"--judge {name} with --num_classes {num_classes}: {error}") from error
+        self.classifier = classifier.to(device)
 
-    @torch.inference_mode()
-    def __call__(self, images: Images) -> Judgement:
-        """Raises ValueError for a set without labels, and for labels that it does not know."""
+    def labels(self, images: Images) -> np.ndarray:
+        """(N,) of a set. Raises ValueError where not every image has one, and for those that it does not
+        know.
+        """
         labels = labels_of(images.path)
+        if len(labels) != images.entries:
+            raise ValueError(f"{images.name} has {len(labels)} labels for {images.entries} images")
         if wrong := sorted({int(label) for label in labels if not 0 <= label < self.num_classes}):
             raise ValueError(
                 f"{images.name} has label {wrong[0]}, and --num_classes {self.num_classes} allows 0 to "
                 f"{self.num_classes - 1}"
             )
-        predicted = [
-            self.classifier(
-                torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            ).argmax(dim=1)
-            for batch in images.batches(BATCH)
-            if len(batch)
-        ]
-        found = torch.cat(predicted).cpu().numpy()
-        if len(found) != len(labels):
-            raise ValueError(f"{images.name} has {len(labels)} labels for {len(found)} images that were read")
-        return judgement(self.name, found, labels)
+        return labels
+
+    @torch.inference_mode()
+    def __call__(self, images: Images, labels: np.ndarray) -> Judgement:
+        """Of a set and its labels. Raises ValueError where damaged images are skipped."""
+        predicted = []
+        with tqdm(total=images.entries, unit="image", desc=f"{self.name} on {images.name}") as bar:
+            for batch in images.batches(BATCH):
+                x = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+                predicted += self.classifier(x).argmax(dim=1).tolist() if len(x) else []
+                bar.update(len(batch))
+        if len(predicted) != len(labels):
+            damaged = f"{len(labels) - len(predicted)} of {len(labels)} images are damaged"
+            raise ValueError(
+                f"{images.name}: {damaged}, and which labels are theirs is not known: repair them"
+            )
+        return judgement(self.name, predicted, labels)
 
 
 def labels_of(path: Path) -> np.ndarray:

@@ -72,6 +72,8 @@ def images_of_subset(images, features, args):
 
 def features_of_subset(images, features, args):
     subset = some_rows(features.pool3, min(args.num_images, features.count), args.seed)
+    if (largest := np.abs(subset).max()) > np.finfo(np.float16).max:
+        raise ValueError(f"--features_only keeps float16, and a feature is {largest:.3g}: keep the images")
     return {"pool3": subset.astype(np.float16), "resolution": np.array(images.resolution)}
 
 

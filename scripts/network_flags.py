@@ -27,12 +27,12 @@ def network_of(args, features=None):
 
 
 def networks_of(args):
-    """The networks whose names stand in --features, with commas between them. Raises ValueError for one that
-    is named twice.
+    """The networks whose names stand in --features, with commas between them. Raises ValueError for a name
+    that is empty or stands there twice.
     """
     names = args.features.split(",")
-    if len(set(names)) < len(names):
-        raise ValueError(f"--features {args.features} names a network twice; name each once")
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError(f"--features {args.features!r} must name networks, each once, with commas between")
     if len(names) > 1 and "inception" not in names and (args.protocol or args.weights):
         raise ValueError("--protocol and --weights are Inception's, which --features does not name")
     return [network_of(args, name) for name in names]

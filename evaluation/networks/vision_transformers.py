@@ -8,13 +8,14 @@ get other numbers.
 """
 
 import importlib
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluation.networks.weights import read_weights
@@ -44,6 +45,20 @@ def centre_square(images: Tensor) -> Tensor:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return images[:, :, top : top + side, left : left + side]
+
+
+def resize_positions(table: Tensor, side: int) -> Tensor:
+    """Position embeddings (1, 1 + n * n, D), the CLS token's first -> (1, 1 + side * side, D).
+
+    As the published code of DINOv2 resizes them: by the factor (side + 0.1) / n, where transformers takes
+    side / n. That moves each by up to a tenth of a patch.
+    """
+    n = math.isqrt(table.shape[1] - 1)
+    if n == side:
+        return table
+    grid = table[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, scale_factor=(side + 0.1) / n, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 class TransformerFeatures:
@@ -171,8 +186,15 @@ class DINOv2Features(TransformerFeatures):
     prefixes = ("embeddings.", "encoder.", "layernorm.")
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+    def _load(self, library, path, config, state):
+        network = super()._load(library, path, config, state)
+        embeddings = network.embeddings
+        resized = resize_positions(embeddings.position_embeddings.detach(), 224 // network.config.patch_size)
+        embeddings.position_embeddings = nn.Parameter(resized)  # now as many as patches: taken as they are
+        return network
+
     def _size(self):
-        return 224  # the network interpolates its position embeddings
+        return 224
 
     def _features(self, x):
         return self.network(pixel_values=x).last_hidden_state[:, 0]

@@ -59,7 +59,7 @@ def test_the_error_is_that_of_a_loop_over_bins(bins):
     assert expected_calibration_error(PROBS, Y, bins) == pytest.approx(by_loops(PROBS, Y, bins), rel=1e-12)
 
 
-def test_a_reliability_diagram_is_scikit_learns_with_counts():
+def test_a_reliability_diagram_and_its_error_are_scikit_learns():
     diagram = reliability(PROBS, Y)
     right, confidence = PROBS.argmax(axis=1) == Y, PROBS.max(axis=1)
     expected = calibration_curve(right, confidence, n_bins=15)
@@ -68,6 +68,9 @@ def test_a_reliability_diagram_is_scikit_learns_with_counts():
     np.testing.assert_allclose(diagram.accuracy[filled], expected[0], rtol=1e-12)
     np.testing.assert_allclose(diagram.confidence[filled], expected[1], rtol=1e-12)
     assert np.isnan(diagram.accuracy[~filled]).all() and np.isnan(diagram.confidence[~filled]).all()
+    shares = np.histogram(confidence, bins=15, range=(0, 1))[0][filled] / 400
+    error = expected_calibration_error(PROBS, Y)
+    assert error == pytest.approx(shares @ np.abs(expected[0] - expected[1]), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -74,6 +74,14 @@ def test_they_are_the_share_of_good_samples(dtype, good):
     assert scores == pytest.approx((good / 1000, good / 1000), abs=0.08 if good else 0)
 
 
+def test_they_fall_with_the_shift_of_a_gaussian_from_1_to_0():
+    shifts = (0, 0.5, 1, 2, 4, 20)
+    scores = [clipped_density_coverage(real=REAL[:400], fake=FRESH[:400] + shift) for shift in shifts]
+    for numbers in zip(*scores, strict=True):
+        assert numbers[0] == pytest.approx(1, abs=0.08) and numbers[-1] == 0
+        assert (np.diff(numbers) < 0).sum() >= 4 and (np.diff(numbers) <= 0).all()
+
+
 def test_a_collapsed_a_memorising_generator_and_outliers():
     density, coverage = clipped_density_coverage(real=REAL, fake=0.05 * FRESH)
     assert density == 1 and coverage < 0.3

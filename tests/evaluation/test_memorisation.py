@@ -6,7 +6,7 @@ from scipy.spatial.distance import cdist
 from scipy.stats import mannwhitneyu
 
 from evaluation import distances
-from evaluation.memorisation import copies_share, count_equal, nearer_share, nearest_training
+from evaluation.memorisation import are_training_images, copies_share, nearer_share, nearest_training
 
 TRAIN, POINTS = np.random.RandomState(0).standard_normal((2, 120, 5))
 
@@ -27,8 +27,13 @@ def test_near_copies_keep_their_digits_in_float32():
     near = train + np.float32(2**-12)
     found = nearest_training(train=train, points=near)
     assert found.distances == pytest.approx(5**0.5 * 2**-12, rel=1e-2)
-    assert count_equal(nearest_training(train=train, points=train).distances, train) == 120
-    assert count_equal(nearest_training(train=train, points=POINTS.astype(np.float32)).distances, train) == 0
+
+
+def test_training_images_are_recognised_also_where_float16_kept_their_features():
+    kept = TRAIN.astype(np.float16).astype(np.float64)  # as make_reference.py --features_only does
+    for points, equal in ((TRAIN, True), (kept, True), (POINTS, False), (TRAIN + 0.01, False)):
+        distances = nearest_training(train=TRAIN, points=points).distances
+        assert are_training_images(distances, TRAIN).tolist() == [equal] * 120
 
 
 def test_the_share_that_is_nearer_is_mann_and_whitneys():

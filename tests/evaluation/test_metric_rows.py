@@ -9,10 +9,12 @@ import pytest
 from pictures_util import TestNetwork
 
 from evaluation.evaluator import evaluate
+from evaluation.features import Features
 from evaluation.metrics import BY_KEY, METRICS, metric_key, metric_label, rounded
+from evaluation.moments import moments_of
 from evaluation.reference import Reference
 from evaluation.scores import clip_mmd
-from evaluation.sets import measure, open_set
+from evaluation.sets import MeasuredSet, measure, open_set
 from evaluation.tables import table
 
 WIDE, FRESH = np.random.RandomState(9).randint(0, 256, (2, 300, 16, 16, 3), dtype=np.uint8)
@@ -72,8 +74,55 @@ def test_training_images_tell_a_memorising_generator_from_an_honest_one(make, wi
     for sides in ((stats, train), (wide, stats)):
         with pytest.raises(ValueError, match=r"--against compares images, and stats.npz holds statistics"):
             Reference(sides[0], against=sides[1])
-    some = make("some", arr_0=np.concatenate([FRESH[:3], FRESH[160:]]))
-    assert any("3 of 143 images are training images" in note for note in Reference(some, against=train).notes)
+    some = Reference(make("some", arr_0=np.concatenate([FRESH[:3], FRESH[160:]])), against=train)
+    assert any("3 of 143 images are training images: mem" in note for note in some.notes)
+    assert evaluate(some, copied).metrics["copies"] == pytest.approx(0.3, abs=0.05)
+
+
+# Against an honest generator a memorising one, one collapsed onto a training image, and one whose first
+# sample is far outside have: the same number, or a higher or a lower one.
+CONVENTIONS = {
+    "fid": "=>>",
+    "sfid": "=>>",
+    "inception_score": "=<=",
+    "precision": "===",
+    "recall": "=<=",
+    "density": "=>=",
+    "coverage": "=<=",
+    "kid": "=>?",  # without the outlier's pair with itself, its terms have mean 0
+    "mind": "=>>",
+    "cmmd": "=>=",
+    "clipped_density": "===",
+    "clipped_coverage": "=<=",
+    "nearer": ">>=",
+    "copies": ">>=",
+}
+
+
+@pytest.fixture(scope="module")
+def generators():
+    """[the honest, the memorising, the collapsed, the one with an outlier]: their numbers by key."""
+    real, train, honest = np.random.RandomState(0).standard_normal((3, 300, 6)).astype(np.float32)
+    centre = train[np.square(train).sum(axis=1).argmin()]
+    outlier = np.concatenate([np.full((1, 6), 25, np.float32), honest[1:]])
+
+    def measured(points):
+        about = dict.fromkeys(("images", "count", "fingerprint", "protocol", "weights_sha256"))
+        features = Features(points, 3 * points, moments_of(points), (1, 1), {})
+        return MeasuredSet("points", features, None, [], {"features": "clip", **about})
+
+    reference = Reference(measured(real), against=measured(train))
+    sets = (honest, train, centre + 0.01 * honest, outlier)
+    return [evaluate(reference, measured(points)).metrics for points in sets]
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=KEYS)
+def test_every_metric_has_its_conventions(generators, metric):
+    honest, *others = (numbers[metric.key] for numbers in generators)
+    close = 0.15 if metric.share else 0.15 * abs(others[1] - honest)
+    for value, convention in zip(others, CONVENTIONS[metric.key], strict=True):
+        found = "=" if abs(value - honest) <= close else ">" if value > honest else "<"
+        assert convention in (found, "?"), (honest, others)
 
 
 def test_only_inception_gives_a_fid_and_each_metric_has_its_decimals():

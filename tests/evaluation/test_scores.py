@@ -135,6 +135,16 @@ def test_cmmd_is_the_biased_mmd_of_normalised_features(monkeypatch, tile):
     assert clip_mmd(real=square, fake=corner) == pytest.approx(500 * -np.expm1(-0.01), rel=1e-12)
 
 
+def test_cmmd_of_shifted_gaussians_is_their_closed_form():
+    shift, (x, y) = 4, np.random.RandomState(4).standard_normal((2, 600, 3))
+    within = (100 / (100 + 2)) ** 1.5  # mean kernel of two points with deviation 1 in each of 3 dimensions
+    across = within * np.exp(-(shift**2) / (2 * (100 + 2)))
+    bias = 2 * (1 - within) / 600  # each point beside itself has the kernel 1
+    distance = clip_mmd(real=x, fake=y + np.array([shift, 0, 0]))
+    assert distance == pytest.approx(1000 * (2 * within - 2 * across + bias), rel=0.05)
+    assert clip_mmd(real=x, fake=y) == pytest.approx(1000 * bias, abs=0.05)
+
+
 def test_cmmd_of_a_collapsed_a_memorising_and_an_almost_right_generator():
     real = unit(np.random.RandomState(3).standard_normal((120, 5)))
     memorised, outlier = clip_mmd(real=real, fake=real[::-1]), clip_mmd(real=real, fake=[*real[1:], -real[0]])

@@ -94,6 +94,7 @@ def test_every_setting_is_a_row_and_the_integral_is_the_mean_over_levels(digits)
         ["x_t", beta, tau] for beta in ("3", "inf") for tau in ("0.5", "1")
     ]
     assert len(report["cells"]) == 8 and report["images"] == 7
+    assert report["flags"].items() >= {"data_dir": str(DIGITS / "held_out.npz"), "num_samples": "7"}.items()
     for cell in report["cells"]:
         assert [level["t"] for level in cell["levels"]] == [999, 0]
         assert all(sum(level["reliability"]["counts"]) == 7 for level in cell["levels"])
@@ -211,6 +212,7 @@ def test_a_disagreement_of_the_scores_and_the_end_of_a_grid_are_said():
         (("--preset", "digits", "--num_levels", 1001), "--num_levels 1001 must be from 1 to 1000"),
         (("--preset", "digits", "--num_samples", 361), "--num_samples 361: .* has 360 images"),
         (("--preset", "digits", "--bins", 0), "--bins must be at least 1, got 0"),
+        (("--preset", "digits", "--num_samples", 1), "--num_samples must be at least 2, got 1"),
         (("--preset", "digits", "--json", "nowhere/a.json"), "--json nowhere/a.json must be a file in a fol"),
         (("--preset", "digits", "--data_dir", "none.npz"), "there is nothing at none.npz"),
         (("--preset", "digits", "--data_dir", "plain.npz"), "plain.npz has no labels"),

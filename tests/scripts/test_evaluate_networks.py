@@ -122,7 +122,8 @@ FLAGS = ["--judge", "digits_judge", "--features", "weights.safetensors"]
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--features", "weights.safetensors,weights.safetensors"], "names a network twice"),
+        (["--features", "digits,digits"], "--features 'digits,digits' must name networks, each once"),
+        (["--features", "digits,"], "--features 'digits,' must name networks, each once"),
         (
             ["--features", "digits,own.py:pixels", "--weights", "w.pth"],
             "Inception's, which --features does not",
@@ -131,9 +132,16 @@ FLAGS = ["--judge", "digits_judge", "--features", "weights.safetensors"]
             ["--features", "digits,own.py:pixels", "--compare", "real.npz", "train.npz"],
             "--compare takes one netw",
         ),
-        (["--features", "digits", "--judge_weights", "w.pth"], "--judge_weights w.pth without --judge"),
+        (["--features", "digits", "--judge_weights", "w.pth"], "are of the judge: name it by --judge"),
+        (["--features", "digits", "--num_classes", "10"], "are of the judge: name it by --judge"),
+        (
+            ["--features", "digits", "--against", "stats.npz"],
+            "--against compares images, and stats.npz holds",
+        ),
         (["--features", "digits", "--judge", "nobody"], "unknown classifier 'nobody'"),
+        (FLAGS, "--judge digits_judge with --num_classes 1000: "),
         ([*FLAGS, "--num_classes", "5"], "classifier.weight is [10, 112] in the file but [5, 112]"),
+        (["short.npz", *FLAGS, "--num_classes", "10"], "short.npz has 2 labels for 90 images"),
         (
             ["bare.npz", *FLAGS, "--num_classes", "10"],
             "--judge needs the labels of bare.npz: give an npz with",
@@ -147,6 +155,8 @@ FLAGS = ["--judge", "digits_judge", "--features", "weights.safetensors"]
 def test_wrong_flags(run, flags, message):
     np.savez("bare.npz", arr_0=FRESH)
     np.savez("wrong.npz", arr_0=FRESH, arr_1=np.full(90, 11))
+    np.savez("short.npz", arr_0=FRESH, arr_1=[1, 2])
+    np.savez("stats.npz", mu=np.zeros(64), sigma=np.eye(64))
     result = run("real.npz", "fake.npz", *flags)
     assert (result.code, result.out) == (1, "") and message in result.err, result.err
     assert len(result.err.splitlines()) == 1

@@ -146,6 +146,14 @@ def test_bad_input_ends_in_one_line(tmp_path, weights):
     assert call(make_reference.main, [tmp_path / "images.npz"]).code == 2
 
 
+def test_features_beyond_float16_are_not_kept(tmp_path, weights):
+    own = "from torch import nn\nclass Large(nn.Flatten):\n    def forward(self, x):\n"
+    (tmp_path / "own.py").write_text(own + "        return 1e6 * super().forward(x)[:, :9]\n")
+    result = make(tmp_path, f"{tmp_path}/own.py:Large", "--features_only")
+    assert result.code == 1 and "keeps float16, and a feature is 1e+06: keep the images" in result.err
+    assert not (tmp_path / "ref.npz").exists()
+
+
 def test_features_in_place_of_images_give_the_same_metrics(tmp_path, weights):
     """To within float16; the distance, of the statistics, to the bit."""
     np.savez(tmp_path / "samples.npz", arr_0=255 - IMAGES[:80] // 2)

@@ -13,7 +13,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 from evaluation.networks import feature_network
-from evaluation.networks.vision_transformers import CLIPFeatures, DINOv2Features, pillow_resize
+from evaluation.networks.vision_transformers import (
+    CLIPFeatures,
+    DINOv2Features,
+    pillow_resize,
+    resize_positions,
+)
 
 transformers = pytest.importorskip("transformers")
 RANDOM = np.random.RandomState(0)
@@ -57,13 +62,33 @@ def test_dinov2_is_its_cls_token_of_224_pixels(saved):
     features = feature_network(f"dinov2:{folder}")
     images = RANDOM.randint(0, 256, (3, 224, 224, 3), dtype=np.uint8)
     x = torch.from_numpy((images / 255 - MEAN) / STD).permute(0, 3, 1, 2).float()
+    same = transformers.Dinov2Model(transformers.Dinov2Config(**{**SIZES, "image_size": 224})).eval()
+    positions = {
+        "embeddings.position_embeddings": resize_positions(network.embeddings.position_embeddings, 16)
+    }
+    same.load_state_dict(network.state_dict() | positions)
     with torch.no_grad():
-        expected = network(pixel_values=x).last_hidden_state[:, 0].numpy()
+        expected = same(pixel_values=x).last_hidden_state[:, 0].numpy()
     result = features(images)
     assert (features.name, features.protocol, tuple(result)) == ("dinov2", "dinov2-224", ("pool3",))
     assert np.ptp(expected, axis=0).max() > 0.01  # the images differ
     assert np.abs(result["pool3"] - expected).max() < 1e-4
     assert features(images[:2, ::7, ::7])["pool3"].shape == (2, 16)  # 32x32, resized
+
+
+def test_positions_are_resized_by_the_factor_of_the_published_code():
+    """Place i of 16 lies at (i + 1/2) 37 / 16.1 - 1/2 of 37; torch's cubic bends a line by 0.05 at most."""
+    rows, columns = np.meshgrid(np.arange(37.0), np.arange(37.0), indexing="ij")
+    table = torch.from_numpy(np.stack([rows.ravel(), columns.ravel()], axis=1))[None]
+    table = torch.cat([torch.full((1, 1, 2), 9.0), table], dim=1)
+    resized = resize_positions(table, 16)
+    assert resized.shape == (1, 257, 2) and resized[0, 0].tolist() == [9, 9]
+    row, column = resized[0, 1:].reshape(16, 16, 2).unbind(2)
+    inside = (np.arange(16) + 0.5) * 37 / 16.1 - 0.5
+    assert row[1:-1, 3].numpy() == pytest.approx(inside[1:-1], abs=0.06)
+    assert column[3, 1:-1].numpy() == pytest.approx(inside[1:-1], abs=0.06)
+    assert np.abs(inside - ((np.arange(16) + 0.5) * 37 / 16 - 0.5))[14] > 0.2  # what transformers has
+    assert resize_positions(table, 37) is table
 
 
 def test_clip_is_its_normalised_embedding_of_the_centre(saved):
