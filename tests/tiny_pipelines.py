@@ -6,16 +6,17 @@ import pytest
 import torch
 
 UNET = {"sample_size": 8, "block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 8}
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def tiny(kind, folder=None, **options):
-    """A pipeline by its kind, "ddpm", "dit" or "sd"; saved in a folder, if one is given. options: of its
+    """A pipeline by its kind, "ddpm", "dit", "sd" or "sdxl"; saved in a folder, if one is given. options: of its
     network.
     """
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
     torch.manual_seed(0)
-    pipe = {"ddpm": _ddpm, "dit": _dit, "sd": _stable_diffusion}[kind](options)
+    pipe = {"ddpm": _ddpm, "dit": _dit, "sd": _stable_diffusion, "sdxl": _sdxl}[kind](options)
     pipe.set_progress_bar_config(disable=True)
     if folder is not None:
         pipe.save_pretrained(folder)
@@ -41,23 +42,47 @@ def _dit(options):
     return diffusers.DiTPipeline(net, _vae(), diffusers.DDIMScheduler(clip_sample=False))
 
 
-def _stable_diffusion(options):
+def _text_unet(options):
     import diffusers
 
     ways = {"down": ("DownBlock2D", "CrossAttnDownBlock2D"), "up": ("CrossAttnUpBlock2D", "UpBlock2D")}
     blocks = {f"{way}_block_types": names for way, names in ways.items()}
     latents = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 16, "attention_head_dim": 4}
-    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    return diffusers.UNet2DConditionModel(**{**UNET, **latents, **blocks, **options})
+
+
+def _stable_diffusion(options):
+    import diffusers
+
     tokenizer, encoder = _text()
     return diffusers.StableDiffusionPipeline(
         vae=_vae(),
         text_encoder=encoder,
         tokenizer=tokenizer,
-        unet=diffusers.UNet2DConditionModel(**UNET, **latents, **blocks, **options),
-        scheduler=diffusers.DDIMScheduler(**betas, steps_offset=1, clip_sample=False),
+        unet=_text_unet(options),
+        scheduler=diffusers.DDIMScheduler(**BETAS, steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def _sdxl(options):
+    """Its two text encoders say 16 + 24 numbers, and 12 pooled ones."""
+    import diffusers
+
+    (first, narrow), (second, wide) = _text(), _text(24, projection_dim=12)
+    asked = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    asked |= {"cross_attention_dim": 40, "projection_class_embeddings_input_dim": 6 * 8 + 12}
+    return diffusers.StableDiffusionXLPipeline(
+        vae=_vae(),
+        text_encoder=narrow,
+        text_encoder_2=wide,
+        tokenizer=first,
+        tokenizer_2=second,
+        unet=_text_unet({**asked, **options}),
+        scheduler=diffusers.EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
+        add_watermarker=False,
     )
 
 
@@ -76,8 +101,8 @@ def _vocabulary():
     return words + [f"{letter}{end}" for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
 
 
-def _text():
-    """A tokenizer of single letters, and an encoder of 12 of them."""
+def _text(width=16, **projection):
+    """A tokenizer of single letters, and an encoder of 12 of them, with a projection or without."""
     import tempfile
     from pathlib import Path
 
@@ -90,13 +115,15 @@ def _text():
         merges.write_text("#version: 0.2\n")
         tokenizer = transformers.CLIPTokenizer(str(vocabulary), str(merges), model_max_length=12)
     config = transformers.CLIPTextConfig(
-        **dict.fromkeys(("hidden_size", "intermediate_size"), 16),
+        **dict.fromkeys(("hidden_size", "intermediate_size"), width),
+        **projection,
         vocab_size=len(words),
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=12,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
     )
-    return tokenizer, transformers.CLIPTextModel(config)
+    kind = "CLIPTextModelWithProjection" if projection else "CLIPTextModel"
+    return tokenizer, getattr(transformers, kind)(config)
