@@ -1,10 +1,17 @@
-"""Tiny pipelines of diffusers with random weights; a test that wants one skips without diffusers."""
+"""Tiny pipelines of diffusers with random weights, and sampling them by our steps and by their scheduler's; a
+test that wants one skips without diffusers.
+"""
 
 import json
+import math
 
 import pytest
 import torch
 
+from guided_diffusion.solvers import SOLVERS
+
+FLOW = "FlowMatchEulerDiscreteScheduler"
+STEPS = 4
 UNET = {"sample_size": 8, "block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 8}
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -127,3 +134,49 @@ def _text(width=16, **projection):
     )
     kind = "CLIPTextModelWithProjection" if projection else "CLIPTextModel"
     return tokenizer, getattr(transformers, kind)(config)
+
+
+# Sampling by both
+
+
+def with_scheduler(pipe, name, **options):
+    """The pipeline with another scheduler, by its name in diffusers."""
+    import diffusers
+
+    pipe.scheduler = getattr(diffusers, name)(**options)
+    return pipe
+
+
+def noise_like(network, n=2):
+    shape = (n, network.in_channels, network.input_size, network.input_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def levels_of(network, scheduler):
+    """Those that the scheduler takes, its ends in noise and in the image as ours."""
+    if network.schedule.is_flow:
+        return [min(s / (1 - s), 1e6) if s < 1 else 1e6 for s in scheduler.sigmas.double().tolist()]
+    process = network.process(STEPS)
+    return [*(process.sigma(t) for t in range(STEPS - 1, -1, -1)), 0.0]
+
+
+def sampled(denoise, noise, sigmas, scheduler):
+    """Euler's method, from where the scheduler begins: in diffusers not always at sqrt(1 + sigma^2)."""
+    start = math.sqrt(1 + sigmas[0] ** 2)
+    if type(scheduler).__name__ == "EulerDiscreteScheduler":
+        start = float(scheduler.init_noise_sigma)
+    elif scheduler.config.get("use_flow_sigmas") or type(scheduler).__name__ == FLOW:
+        start = 1 + sigmas[0]  # noise stands for x_0 (1 - s) + s noise, s = sigma / (1 + sigma)
+    return SOLVERS["euler"](denoise, noise.double() * start, sigmas)
+
+
+@torch.no_grad()
+def own_loop(pipe, noise, callback=lambda pipe, i, t, kwargs: kwargs):
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(STEPS)
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    for i, t in enumerate(scheduler.timesteps):
+        given = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(pipe.unet(given, t).sample, t, x).prev_sample
+        x = callback(pipe, i, t, {"latents": x})["latents"]
+    return x

@@ -49,25 +49,25 @@ class _GuidedSteps:
         after = callback_kwargs["latents"]
         before_step, after_step = _coefficients(pipe.scheduler, timestep)
         if step == 0:
-            self._begin(pipe.scheduler)
+            self._begin(pipe.scheduler, after.device)
         if self._sample is not None:
             shift = self._shift(after.float(), before_step, after_step)
             after = (after + shift).to(after.dtype)
         self._sample = after.float()
         return {**callback_kwargs, "latents": after}
 
-    def _begin(self, scheduler):
+    def _begin(self, scheduler, device):
         start, scale = self.latents, float(getattr(scheduler, "init_noise_sigma", 1.0))
-        self._sample = None if start is None else (start * scale).float()
+        self._sample = None if start is None else (start * scale).float().to(device)
         # The pipeline's own prediction stands for a network's.
         self._denoiser = GuidedDenoiser(
-            lambda denoised, sigma: denoised, self.guidance, self.y, clip_denoised=False
+            lambda denoised, sigma: denoised, self.guidance, self.y.to(device), clip_denoised=False
         )
 
     def _shift(self, after, before_step, after_step):
         (a, b), (a_next, b_next) = before_step, after_step
         weight = a_next - a * b_next / b
-        denoised = (after - b_next / b * self._sample.to(after.device)) / weight
+        denoised = (after - b_next / b * self._sample) / weight
         sigma = min(b / a, HIGHEST_LEVEL) if a else HIGHEST_LEVEL
         return weight * self._denoiser.parts(denoised, sigma)[1]
 

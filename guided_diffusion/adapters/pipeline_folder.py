@@ -175,7 +175,11 @@ def _existing(path):
 
 
 def _factor(config):
-    """Of an autoencoder's configuration: it halves the image between two levels."""
+    """Of an autoencoder's configuration: it halves the image between two levels. Raises ValueError for one
+    whose latents are not its own times a number.
+    """
+    if config.get("latents_mean") or config.get("latents_std"):
+        raise ValueError("an autoencoder with latents_mean and latents_std is not known")
     return 2 ** (len(config.get("block_out_channels") or [0]) - 1)
 
 

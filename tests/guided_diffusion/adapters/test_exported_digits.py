@@ -12,7 +12,6 @@ from helpers import call, load_script
 
 import classifiers
 from guided_diffusion.adapters.diffusers import load_pipeline
-from guided_diffusion.adapters.pipeline_folder import pipeline_files
 from guided_diffusion.files.checkpoints import load_state_dict
 from guided_diffusion.files.pretrained import PRETRAINED_DIR
 from guided_diffusion.flags.adm import ADMFlags
@@ -27,11 +26,11 @@ EXPORT = load_script("export_diffusers").main
 UNET = PRETRAINED_DIR / "digits" / "unet.safetensors"
 TIMM = "timm:test_efficientnet"
 BETA = ("--softplus_beta",)
-LINE = (
+FLAGS = (
     "--num_samples 2 --batch_size 2 --labels 3,8 --sampler dpmpp_2m --steps 3 --levels karras --sigma_max 5 "
     "--device cpu --cfg_scale 1.5 --guidance_strength posterior --classifier_scale 4 "
     "--margin_temperature_discount 0.5"
-).split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +89,7 @@ def hf_classifier(folder):
 
 def drawn(runs, flags, *more):
     """The float images of a run, before they are rounded to pixels, and the labels."""
-    config = parse(flags, None, PRESETS, [*map(str, more), *LINE])
+    config = parse(flags, None, PRESETS, [*map(str, more), *FLAGS.split()])
     job = runs.make_job(config, classifiers)
     return job.build(torch.device("cpu"), Tally(torch.device("cpu"))).sample(range(2), lambda: None)
 
