@@ -17,8 +17,8 @@ BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.
 
 
 def tiny(kind, folder=None, **options):
-    """A pipeline by its kind, "ddpm", "dit", "sd" or "sdxl"; saved in a folder, if one is given. options: of its
-    network.
+    """A pipeline by its kind, "ddpm", "dit", "sd" or "sdxl"; saved in a folder, if one is given. options: of
+    its network.
     """
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")

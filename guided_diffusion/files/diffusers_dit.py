@@ -97,8 +97,8 @@ def weight_files(folder: Path) -> list[Path]:
             found += [index, *_shards(index)]
     if not found:
         raise FileNotFoundError(
-            f"{folder} holds no {' or '.join(SAFETENSORS)}, and pickles are not read: save the pipeline again "
-            "with save_pretrained(FOLDER)"
+            f"{folder} holds no {' or '.join(SAFETENSORS)}, and pickles are not read: save the pipeline "
+            "again with save_pretrained(FOLDER)"
         )
     return found
 

@@ -1,5 +1,5 @@
-"""The digits' network as a pipeline of diffusers, guided by networks of timm and transformers that are trained
-here: what the ADM run gives.
+"""The digits' network as a pipeline of diffusers, guided by networks of timm and transformers that are
+trained here: what the ADM run gives.
 """
 
 from itertools import islice
