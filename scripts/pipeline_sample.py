@@ -2,7 +2,7 @@
 
     python scripts/pipeline_sample.py --pipeline FOLDER --prompt "a red car" --cfg_scale 7.5 --out results/car
 
-FOLDER is a DDPMPipeline, DiTPipeline or StableDiffusionPipeline as save_pretrained writes it, with
+FOLDER is a DDPMPipeline, DiTPipeline, StableDiffusionPipeline or SD-XL's as save_pretrained writes it, with
 safetensors. Writes samples_NxHxWx3.npz (arr_0 uint8 images, arr_1 int64 labels) and grid.png, or with
 --format png a PNG per sample with the labels in dataset.json beside the npz; and run.json. A run that was
 interrupted resumes when the same command is given again, on any number of processes (torchrun). It needs

@@ -13,6 +13,12 @@ from guided_diffusion.denoisers import GuidedDenoiser
 from guided_diffusion.guidance import Guidance
 
 Coefficients = tuple[float, float]  # of clean image and noise in the sample
+# Options under which a step is not the sum below: the prediction is clamped and its noise is not, or noise is
+# added.
+_NO_SUM = {
+    "DDIMScheduler": ("clip_sample", "thresholding"),
+    "FlowMatchEulerDiscreteScheduler": ("stochastic_sampling",),
+}
 
 
 def guided_step_callback(
@@ -27,8 +33,8 @@ def guided_step_callback(
     A pipeline shows the sample after a step, not the prediction D that made it. Where a step adds no noise,
     sample' = a' D + (b' / b) (sample - a D), so that both samples tell D, and a shift of D is a sum: under
     DDIM and Euler the same as GuidedDenoiser, under DPM-Solver++ guidance outside the solver's memory. No
-    network is asked again. DDIM is to have eta 0 and clip_sample False. Raises ValueError for schedulers of
-    another kind.
+    network is asked again. A pipeline is to give DDIM eta 0, its default. Raises ValueError for schedulers of
+    another kind, and for options of theirs under which this does not hold.
     """
     return _GuidedSteps(guidance, y, latents)
 
@@ -43,41 +49,43 @@ class _GuidedSteps:
         after = callback_kwargs["latents"]
         before_step, after_step = _coefficients(pipe.scheduler, timestep)
         if step == 0:
-            self._begin(pipe.scheduler)
+            self._begin(pipe.scheduler, after.device)
         if self._sample is not None:
             shift = self._shift(after.float(), before_step, after_step)
             after = (after + shift).to(after.dtype)
         self._sample = after.float()
         return {**callback_kwargs, "latents": after}
 
-    def _begin(self, scheduler):
+    def _begin(self, scheduler, device):
         start, scale = self.latents, float(getattr(scheduler, "init_noise_sigma", 1.0))
-        self._sample = None if start is None else (start * scale).float()
-        self._denoiser = GuidedDenoiser(self._told, self.guidance, self.y, clip_denoised=False)
-
-    def _told(self, denoised, sigma):
-        """The pipeline's own prediction stands for a network."""
-        return denoised
+        self._sample = None if start is None else (start * scale).float().to(device)
+        # The pipeline's own prediction stands for a network's.
+        self._denoiser = GuidedDenoiser(
+            lambda denoised, sigma: denoised, self.guidance, self.y.to(device), clip_denoised=False
+        )
 
     def _shift(self, after, before_step, after_step):
         (a, b), (a_next, b_next) = before_step, after_step
         weight = a_next - a * b_next / b
-        denoised = (after - b_next / b * self._sample.to(after.device)) / weight
+        denoised = (after - b_next / b * self._sample) / weight
         sigma = min(b / a, HIGHEST_LEVEL) if a else HIGHEST_LEVEL
         return weight * self._denoiser.parts(denoised, sigma)[1]
 
 
 def _coefficients(scheduler: Any, timestep: Any) -> tuple[Coefficients, Coefficients]:
     """The coefficients (a, b) of the sample before a step that was just made, and after it."""
-    name = type(scheduler).__name__
-    if name == "DDIMScheduler":
-        return _ddim_coefficients(scheduler, int(timestep))
-    if name not in _OF_LEVELS or "sde" in str(scheduler.config.get("algorithm_type")):
+    name, config = type(scheduler).__name__, scheduler.config
+    if name not in ("DDIMScheduler", *_OF_LEVELS) or "sde" in str(config.get("algorithm_type")):
         known = ", ".join(["DDIMScheduler", *_OF_LEVELS])
         raise ValueError(
             f"{name} cannot be guided from outside: give the pipeline one of {known} without noise"
         )
-    of_level = _OF_LEVELS[name]
+    for key in _NO_SUM.get(name, ()):
+        if config.get(key):
+            raise ValueError(f"{name} with {key} cannot be guided from outside: set {key} to False")
+    if name == "DDIMScheduler":
+        return _ddim_coefficients(scheduler, int(timestep))
+    of_level = _flow if config.get("use_flow_sigmas") else _OF_LEVELS[name]
     levels = [float(level) for level in scheduler.sigmas[scheduler.step_index - 1 :][:2]]
     return of_level(levels[0]), of_level(levels[1])
 

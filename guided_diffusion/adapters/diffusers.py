@@ -10,6 +10,7 @@ arithmetic than the original's, with which the published weights were trained: t
 same folder into the original network.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from guided_diffusion.adapters.pipeline_folder import Pipeline, load_pipeline
 from guided_diffusion.adapters.schedulers import TrainedSchedule
+from guided_diffusion.adapters.texts import TextConditions, is_xl
 from guided_diffusion.denoisers import CFGDenoiser, DiscreteDenoiser
 
 __all__ = ["Pipeline", "PipelineNetwork", "load_pipeline"]
@@ -30,13 +32,17 @@ class PipelineNetwork(nn.Module):
     and a learned variance's channels behind it.
 
     t: (N,), int or float. y: (N,) int64; `null_class` is no class, or the negative prompt. Of a network that
-    is told texts every other y is the prompt; one without conditions does not look at y. num_classes: of a
-    UNet2DModel with class embeddings; one more embedding is the null class. It computes in its own dtype, the
-    answer is like x_t.
+    is told texts every other y is the prompt; one without conditions does not look at y. It computes in its
+    own dtype, the answer is like x_t.
+
+    num_classes: of a UNet2DModel with class embeddings; one more embedding is the null class. sizes: what
+    SD-XL is told beside texts, in pixels, with either prompt: height and width of the original, the top and
+    left that were cut off, height and width of the target; by default S, S, 0, 0, S, S for images of side S.
 
     condition: "text", "class" or "". null_class: None where there is none. learned_variance, in_channels,
-    input_size, latent, is_dit: of the network. Raises ValueError for a prompt that has no use, for one that
-    is missing or too long, and for networks that ask for more.
+    input_size, latent, is_dit: of the network. multiple: of what its sample's sides must be. Raises
+    ValueError for a prompt or sizes that have no use, for a prompt that is missing or too long, and for
+    networks that ask for more.
     """
 
     def __init__(
@@ -46,27 +52,31 @@ class PipelineNetwork(nn.Module):
         prompt: str | None = None,
         negative_prompt: str = "",
         num_classes: int | None = None,
+        sizes: Sequence[float] | None = None,
     ):
         super().__init__()
         self.network, config = pipeline.network.eval().requires_grad_(False), pipeline.network.config
         self.schedule, self.latent = TrainedSchedule(pipeline.scheduler), pipeline.latent
         self.in_channels, self.input_size = config.in_channels, _side(config.sample_size, pipeline.name)
         self.learned_variance = _learns_variance(config, pipeline.name)
-        for key in _MORE_CONDITIONS:
-            if config.get(key) is not None:
-                raise ValueError(
-                    f"{pipeline.name} has {key} {config[key]!r}: its network asks for more than is known"
-                )
-        self.is_dit = "num_embeds_ada_norm" in config
+        self.is_dit, self.multiple = "num_embeds_ada_norm" in config, _multiple(config)
+        _refuse_conditions(config, pipeline.name)
         embeddings = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
         self.condition = "text" if _is_told_text(config) else "class" if embeddings else ""
         self.null_class, self.num_classes = self._classes(config, embeddings, num_classes, pipeline.name)
-        self._bind(pipeline, prompt, negative_prompt)
+        if self.condition == "text":
+            if prompt is None:
+                raise ValueError(f"{pipeline.name} is told a text: give a prompt")
+            self.text = TextConditions(pipeline, prompt, negative_prompt, sizes)
+        elif prompt is not None or negative_prompt or sizes is not None:
+            given = "sizes" if sizes is not None else "a prompt"
+            told = "classes" if self.condition else "nothing"
+            raise ValueError(f"{given}, but the network of {pipeline.name} is told {told}: drop it")
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         x, times = self.schedule.asked(x_t, t)
         x = x.to(next(self.network.parameters()).dtype)
-        answer = self.network(x, times, **self._conditions(y)).sample.to(x_t.dtype)
+        answer = self.network(x, times, **self._conditions(x, y)).sample.to(x_t.dtype)
         prediction, variance = answer[:, : self.in_channels], answer[:, self.in_channels :]
         return torch.cat([self.schedule.answered(prediction, x_t, t), variance], dim=1)
 
@@ -109,36 +119,23 @@ class PipelineNetwork(nn.Module):
             raise ValueError(f"{num_classes} classes: the network of {name} has {embeddings} embeddings")
         return (num_classes, num_classes) if num_classes == embeddings - 1 else (None, embeddings)
 
-    def _bind(self, pipeline, prompt, negative_prompt):
-        if self.condition != "text":
-            if prompt is not None or negative_prompt:
-                told = "classes" if self.condition else "nothing"
-                raise ValueError(f"a prompt, but the network of {pipeline.name} is told {told}: drop it")
-            return
-        if prompt is None:
-            raise ValueError(f"{pipeline.name} is told a text: give a prompt")
-        for name, text in (("prompt", prompt), ("negative", negative_prompt)):
-            self.register_buffer(name, encoded(pipeline, text), persistent=False)
-
-    def _conditions(self, y):
-        if self.condition == "class":
-            return {"class_labels": y}
-        if self.condition == "":
-            return {}
-        texts = torch.where((y == self.null_class)[:, None, None], self.negative, self.prompt)
-        return {"encoder_hidden_states": texts}
+    def _conditions(self, x, y):
+        if self.condition == "text":
+            return self.text(x, y == self.null_class)
+        return {"class_labels": y} if self.condition == "class" else {}
 
 
-@torch.no_grad()
-def encoded(pipeline: Pipeline, text: str) -> Tensor:
-    """The text encoder's hidden states, (1, L, D). Raises ValueError for a text that is cut off."""
-    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder.eval()
-    longest, whole = tokenizer.model_max_length, len(tokenizer(text).input_ids)
-    if whole > longest:
-        raise ValueError(f"the prompt {text!r} has {whole} tokens, and the text encoder reads {longest}")
-    tokens = tokenizer(text, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
-    mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", None) else None
-    return encoder(tokens.input_ids, attention_mask=mask)[0]
+def _refuse_conditions(config, name):
+    """Raise ValueError for a network that asks for what is not known."""
+    for key in _MORE_CONDITIONS:
+        if config.get(key) is not None and not (key == "addition_embed_type" and is_xl(config)):
+            raise ValueError(f"{name} has {key} {config[key]!r}: its network asks for more than is known")
+
+
+def _multiple(config):
+    """A UNet2DModel puts its levels together at the sizes that it halved."""
+    is_plain = not _is_told_text(config) and "num_embeds_ada_norm" not in config
+    return 2 ** (len(config.block_out_channels) - 1) if is_plain else 1
 
 
 def _is_told_text(config):

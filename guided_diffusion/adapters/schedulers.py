@@ -21,8 +21,18 @@ BETAS = (
 )
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
+# What would make another process of the same betas: other times, the straight way from the other end, a
+# variance that is no share of the range.
+_UNKNOWN = {"timestep_type": "continuous", "invert_sigmas": True, "variance_type": "learned"}
 # Where a process ends in noise alone, its level would be infinite.
 HIGHEST_LEVEL = 1e6
+
+
+def require_known_scheduler(name: str) -> None:
+    """Raise ValueError unless the process of a scheduler of this class is known."""
+    if name not in (*FLOW, *BETAS):
+        known = ", ".join(known.removesuffix("Scheduler") for known in (*BETAS, *FLOW))
+        raise ValueError(f"the process of {name} is not known: give a pipeline with one of {known}")
 
 
 class TrainedSchedule:
@@ -31,16 +41,15 @@ class TrainedSchedule:
     prediction: one of PREDICTIONS. log_sigmas: (T,) float64, rising, of the timesteps 0 .. T - 1. scheduler:
     any of BETAS or FLOW; only its configuration and its betas are read.
 
-    Raises ValueError for another scheduler, and for a prediction that is not known.
+    Raises ValueError for another scheduler or prediction, and for a configuration of another process.
     """
 
     def __init__(self, scheduler: Any):
         self.name, self.config = type(scheduler).__name__, scheduler.config
-        if self.name not in (*FLOW, *BETAS):
-            raise ValueError(
-                f"the process of {self.name} is not known: give a pipeline with one of "
-                f"{', '.join(name.removesuffix('Scheduler') for name in (*BETAS, *FLOW))}"
-            )
+        require_known_scheduler(self.name)
+        for key, value in _UNKNOWN.items():
+            if self.config.get(key) == value:
+                raise ValueError(f"the process of a {self.name} with {key} {value} is not known")
         self.prediction = "flow_prediction" if self.name in FLOW else self.config.prediction_type
         if self.prediction not in PREDICTIONS:
             raise ValueError(
@@ -61,18 +70,18 @@ class TrainedSchedule:
         return (1 - s) ** 2 / ((1 - s) ** 2 + s**2)
 
     def timesteps(self, steps: int, spacing: str = "") -> set[int]:
-        """The timesteps that the scheduler takes in so many steps (Lin et al., 2024, table 2).
+        """The timesteps of so many steps, as DDIM of diffusers takes them (Lin et al., 2024, table 2).
 
-        spacing: one of SPACINGS; by default the scheduler's own. Raises ValueError for more steps than there
-        are timesteps.
+        spacing: one of SPACINGS; by default the scheduler's own. An offset of "leading" does not lead beyond
+        the last timestep. Raises ValueError for more steps than there are timesteps.
         """
         trained = self.num_timesteps
         spacing = spacing or self.config.get("timestep_spacing") or "linspace"
         if not 1 <= steps <= trained:
             raise ValueError(f"steps must be from 1 to {trained}, as many as the process has, got {steps}")
         if spacing == "leading":
-            offset = self.config.get("steps_offset") or 0
-            found = np.minimum(np.arange(steps) * (trained // steps) + offset, trained - 1)
+            found = np.arange(steps) * (trained // steps)
+            found = found + min(self.config.get("steps_offset") or 0, trained - 1 - found[-1])
         elif spacing == "trailing":
             found = np.round(trained - np.arange(steps) * (trained / steps)) - 1
         elif spacing == "linspace":
@@ -108,7 +117,7 @@ class TrainedSchedule:
         return x_s, (s.flatten() * self.num_timesteps).to(x_t.dtype)
 
     def answered(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """eps or the clean image from what the network said, like x_t."""
+        """eps, where `prediction` is epsilon, else the clean image, from what the network said; like x_t."""
         if self.prediction in ("epsilon", "sample"):
             return prediction
         sigma = self.sigma(t, x_t.ndim)

@@ -1,5 +1,5 @@
-"""diffusers' configurations, and its copies of DiT: its folder, and its names of the parameters as the
-original's.
+"""diffusers' configurations and files of weights, and its copies of DiT: its folder, and its names of the
+parameters as the original's.
 
 diffusers holds the embeddings of timestep and class once in every block, and its queries, keys and values as
 three layers. Its own arithmetic differs from the original's in two places (the timestep's frequencies, and
@@ -18,6 +18,8 @@ from torch import Tensor
 SETTINGS = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True}
 NUMBERS = ("sample_size", "num_attention_heads")  # what the weights do not say
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# Of diffusers and of transformers; in shards, the index beside them says which.
+SAFETENSORS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _EMBEDDINGS = {
     "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
     "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
@@ -78,6 +80,38 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a configuration of diffusers: it holds no object")
     return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a network's folder: one file, or the index of its shards and these; both, where both
+    are there, since libraries differ in which they prefer.
+
+    Raises FileNotFoundError where there are none, or a shard is not there; ValueError for an index that names
+    files elsewhere.
+    """
+    found = []
+    for name in SAFETENSORS:
+        if (folder / name).is_file():
+            found.append(folder / name)
+        if (index := folder / f"{name}.index.json").is_file():
+            found += [index, *_shards(index)]
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} holds no {' or '.join(SAFETENSORS)}, and pickles are not read: save the pipeline "
+            "again with save_pretrained(FOLDER)"
+        )
+    return found
+
+
+def _shards(index):
+    places = read_config(index).get("weight_map")
+    names = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
+    if not names or any(name != Path(name).name or not name.endswith(".safetensors") for name in names):
+        raise ValueError(f"{index} is no index of the .safetensors beside it")
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index.parent / name} is not there, which {index.name} names")
+    return [index.parent / name for name in names]
 
 
 def original_names(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:

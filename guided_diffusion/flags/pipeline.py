@@ -7,7 +7,7 @@ from typing import Any
 
 from guided_diffusion.flags.adm import SAMPLERS
 from guided_diffusion.flags.dit import DTYPES, ONE_BATCH, LatentFlags, OneBatchFlags
-from guided_diffusion.flags.fields import Flags, Need, above, at_least, between, finite, flag
+from guided_diffusion.flags.fields import Flags, Need, above, at_least, between, finite, flag, some_numbers
 from guided_diffusion.flags.guidance import GuidanceFlags
 from guided_diffusion.flags.mixed import MixedFlags
 from guided_diffusion.flags.needs import OFF_THE_SHELF, SIGMA_DATA, STRENGTH
@@ -28,6 +28,12 @@ class PipelineSamplingFlags(Flags):
     pipeline: str = flag("", "the folder of a diffusers pipeline")
     prompt: str | None = flag(None, "the text of every sample, of a pipeline that is told one", kind=str)
     negative_prompt: str = flag("", "the text that classifier-free guidance leads away from", needs=TEXT)
+    sizes: str = flag(
+        "",
+        "what SD-XL is told, in pixels: height and width of the original, top and left that were cut off, "
+        "height and width of the target; by default the image's and 0,0",
+        check=some_numbers(6),
+    )
     labels: str = flag(
         "random",
         "classes: random, balanced, a list such as 1,2,5-10, or a file; stored shuffled",

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from guided_diffusion.adapters.diffusers import PipelineNetwork, load_pipeline
-from guided_diffusion.adapters.pipeline_folder import pipeline_files
+from guided_diffusion.adapters.pipeline_folder import pipeline_files, text_encoders_of
 from guided_diffusion.denoisers import DiscreteDenoiser
+from guided_diffusion.files.pretrained import existing_file
 from guided_diffusion.flags.adm import NUM_CLASSES
 from guided_diffusion.flags.labels import label_source, labels_file
+from guided_diffusion.flags.parser import parse_floats
 from guided_diffusion.flags.pipeline import PipelineFlags
 from guided_diffusion.flags.solvers import solver_files
 from guided_diffusion.mixed_denoisers import in_one_batch
@@ -37,9 +39,10 @@ def make_job(config: PipelineFlags, classifiers: Any) -> Job:
         **solver_files(config),
         **config.guidance_files(),
     }
-    for flag, folder in (("pipeline", config.pipeline), ("guide_model", config.guide_model)):
-        for name, path in _named(flag, folder, lambda folder: list(pipeline_files(folder))) if folder else ():
-            files[name if flag == "pipeline" else f"{flag}/{name}"] = partial(_existing, path)
+    for flag, prefix in (("pipeline", ""), ("guide_model", "guide_model/")):
+        if folder := getattr(config, flag):
+            found = _named(flag, folder, lambda folder: list(pipeline_files(folder)))
+            files |= {f"{prefix}{name}": partial(existing_file, path) for name, path in found}
     if config.guided_off_the_shelf:
         files |= classifiers.classifier_files(config.classifier_type, config.classifier_path)
         if config.decoder_path:
@@ -54,8 +57,13 @@ def make_job(config: PipelineFlags, classifiers: Any) -> Job:
         drawn_by=drawn_by(config),
         png_name="{:06d}.png".format if config.format == "png" else None,
         npz_too=config.format == "png",
-        packages=["diffusers"],
+        packages=_packages(config, classifiers),
     )
+
+
+def _packages(config, classifiers):
+    texts = ["transformers"] if text_encoders_of(config.pipeline) else []
+    return sorted({"diffusers", *texts, *classifiers.classifier_packages(config.classifier_type)})
 
 
 def build(config: PipelineFlags, classifiers: Any, device: torch.device, tally: Tally) -> Sampler:
@@ -69,6 +77,7 @@ def build(config: PipelineFlags, classifiers: Any, device: torch.device, tally: 
     network = net
     if config.in_one_batch:
         network = in_one_batch(net, net.require_null(), config.cfg_scale, config.cfg_channels)
+    guides, about = _guides(config, classifiers, net, device, tally)
     drawn = Drawn(
         device=device,
         network=network,
@@ -76,21 +85,22 @@ def build(config: PipelineFlags, classifiers: Any, device: torch.device, tally: 
         denoiser_of=_denoisers(config, net, network, diffusion, device, tally)
         if config.asks_denoiser
         else None,
-        guides=_guides(config, classifiers, net, device, tally),
+        guides=guides,
         shape=(net.in_channels, net.input_size, net.input_size),
         clip_denoised=config.clip_denoised and not net.latent,
         labels_of=label_source(config.labels, config.seed, config.num_classes),
         decode=partial(decoded, autoencoder) if autoencoder else None,
     )
-    return sampler_of(config, drawn, config.image_size, _notes(config, net))
+    return sampler_of(config, drawn, config.image_size, [*_notes(config, net), *about])
 
 
 def load_network(config: PipelineFlags, flag: str, device: torch.device, tally: Tally) -> PipelineNetwork:
     """The network of the pipeline that a flag names, with the texts of the flags bound."""
     folder = getattr(config, flag)
     parts = _named(flag, folder, partial(load_pipeline, dtype=getattr(torch, config.dtype)))
-    options = {"prompt": config.prompt, "negative_prompt": config.negative_prompt}
-    net = PipelineNetwork(parts, **options, num_classes=config.num_classes).to(device)
+    told = {"prompt": config.prompt, "negative_prompt": config.negative_prompt}
+    told["sizes"] = parse_floats(config.sizes) if config.sizes else None
+    net = PipelineNetwork(parts, **told, num_classes=config.num_classes).to(device)
     tally.count(NETWORK, net)
     return net
 
@@ -131,9 +141,9 @@ def refuse_for_network(config: PipelineFlags, net: PipelineNetwork, autoencoder:
 def _completed(config, net, autoencoder):
     """The flags with what the pipeline says where they say nothing; the network is told the size."""
     factor = autoencoder.factor if autoencoder else 1
-    size = config.image_size or net.input_size * factor
-    if size % factor or (net.is_dit and size != net.input_size * factor):
-        fits = f"is for {net.input_size * factor}" if net.is_dit else f"takes multiples of {factor}"
+    size, multiple = config.image_size or net.input_size * factor, factor * net.multiple
+    if size % multiple or (net.is_dit and size != net.input_size * factor):
+        fits = f"is for {net.input_size * factor}" if net.is_dit else f"takes multiples of {multiple}"
         raise ValueError(f"--image_size {size}: {config.pipeline} {fits}")
     net.input_size = size // factor
     config = replace(
@@ -145,7 +155,9 @@ def _completed(config, net, autoencoder):
 def _denoisers(config, net, network, diffusion, device, tally):
     """The function (labels, levels) -> denoiser that the flags describe; loads the --guide_model if any."""
     guide = load_network(config, "guide_model", device, tally) if config.guide_model else None
-    for name in ("in_channels", "condition", "num_classes", "learned_variance") if guide else ():
+    alike = ["in_channels", "condition", "num_classes", "learned_variance"]
+    alike += ["input_size"] if net.is_dit else []  # the others take every size
+    for name in alike if guide else ():
         if getattr(guide, name) != getattr(net, name):
             raise ValueError(
                 f"--guide_model {config.guide_model} has {name} {getattr(guide, name)}, but --pipeline has "
@@ -168,22 +180,27 @@ def _denoisers(config, net, network, diffusion, device, tally):
 
 
 def _guides(config, classifiers, net, device, tally):
-    """Guidance by a classifier of images, of decoded ones where the samples are latents; or nothing."""
+    """Guidance by a classifier of images, of decoded ones where the samples are latents, or nothing; and what
+    the log should say of it.
+    """
     if not config.guided_off_the_shelf:
-        return {}
+        return {}, []
     guide = load_off_the_shelf(config, classifiers, config.num_classes, config.image_size)
+    notes = guide.notes
     if net.latent:
         guide = classifiers.DecodedClassifier(guide, load_guide_decoder(config, classifiers, net))
     tally.count(CLASSIFIER, guide.to(device))
-    return {"guidance": tally.timed(config.build_guidance(guide, tally.observe))}
+    return {"guidance": tally.timed(config.build_guidance(guide, tally.observe))}, notes
 
 
 def _notes(config, net):
     notes = [f"without effect in this run: --{name}" for name in config.without_effect()]
     if net.condition and net.null_class is not None and not config.in_one_batch and not config.uses_cfg:
         notes.append(
-            "no classifier-free guidance: pipelines have a scale of 4 (DiT) or 7.5 (text), --cfg_scale"
+            "no classifier-free guidance: pipelines have --cfg_scale 4 (DiT), 7.5 (a text) or 5 (SD-XL)"
         )
+    if net.condition == "text" and not config.guided_off_the_shelf and "labels" in config.given:
+        notes.append("--labels are stored beside the samples: the network is told the prompt alone")
     if net.is_dit:
         notes.append(
             "the DiT computes as diffusers has it; scripts/dit_sample.py has the original arithmetic"
@@ -197,9 +214,3 @@ def _named(flag, value, load):
         return load(value)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"--{flag} {value}: {error}") from error
-
-
-def _existing(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there")
-    return path

@@ -139,6 +139,10 @@ def set_in(file, **values):
     )
 
 
+def truncated(file):
+    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:-10])
+
+
 def pickled(folder):
     (folder / "unet/diffusion_pytorch_model.safetensors").rename(folder / "unet/diffusion_pytorch_model.bin")
 
@@ -163,6 +167,11 @@ def other_weights(folder):
         (set_in("model_index.json", unet=["diffusers", "UNet1DModel"]), "holds a UNet1DModel"),
         (set_in("model_index.json", scheduler=["diffusers", "KarrasVeScheduler"]), "KarrasVe"),
         (set_in("scheduler/scheduler_config.json", prediction_type="odd"), "unknown prediction_type 'odd'"),
+        (set_in("scheduler/scheduler_config.json", beta_schedule="odd"), "scheduler is not a DDIMScheduler"),
+        (set_in("model_index.json", text_encoder=["transformers", "T5EncoderModel"]), "holds a T5EncoderM"),
+        (set_in("model_index.json", text_encoder=[None, None]), "there is no text encoder"),
+        (set_in("vae/config.json", latents_mean=[0.1] * 4), "with latents_mean and latents_std is not known"),
+        (truncated("text_encoder/model.safetensors"), "text_encoder is not a CLIPTextModel"),
         (set_in("unet/config.json", out_channels=3), "unet is not a UNet2DConditionModel"),
         (
             set_in("unet/config.json", class_embed_type="identity"),
@@ -195,6 +204,8 @@ def test_folders_that_are_no_pipeline_are_one_line(folders, tmp_path, edit, mess
         ("dit", ["--class_labels", 10], "class 10 is out of range"),
         ("dit", ["--image_size", 32], "is for 16"),
         ("sd", ["--prompt", "a cat", "--image_size", 15], "takes multiples of 2"),
+        ("ddpm", ["--image_size", 15], "takes multiples of 2"),
+        ("sd", ["--prompt", "a cat", "--sizes", "8,8,0,0,8"], "--sizes takes 6 numbers"),
         ("sd", ["--prompt", "a cat", "--cfg_scale", 2, "--cfg_channels", 5], "the samples have 4"),
         ("ddpm", ["--steps", 2000], "--steps 2000: steps must be from 1 to 1000"),
         ("ddpm", ["--posterior", "learned", *GUIDED, "--num_classes", 10], "--posterior learned needs"),
