@@ -39,13 +39,19 @@ from guided_diffusion.files.figures import plain_style, require_matplotlib, save
 from guided_diffusion.flags.parser import Parser, run_main
 from guided_diffusion.runs.lock import locked
 
-SIZES = {"digits": ("0-4", 1000), "cifar10": ("0-2", 800), "imagenet128": ("0-2", 10000)}
+# Seeds, images of each, and labelled images of the calibration, None for all.
+SIZES = {
+    "digits": ("0-4", 1000, None),
+    "cifar10": ("0-2", 800, 1000),
+    "imagenet128": ("0-2", 10000, 5000),
+}
 
 
 def main():
     args = create_argparser().parse_args()
-    seeds, count = SIZES[args.problem]
-    args.seeds, args.num_samples = args.seeds or seeds, args.num_samples or count
+    for name, size in zip(("seeds", "num_samples", "num_labelled"), SIZES[args.problem], strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, size)
     check_run_flags(args)
     seeds, cells = distinct_numbers(args.seeds, "--seeds"), cells_of(args)
     if args.dry_run:
@@ -71,11 +77,12 @@ def create_argparser():
     parser = Parser(description=__doc__)
     parser.add_argument("problem", choices=tuple(SIZES), metavar="PROBLEM", help=", ".join(SIZES))
     parser.add_argument("--cells", type=Path, metavar="FILE", help="other cells, named in the same way")
-    sizes = ", ".join(f"{name} {seeds} of {count:,}" for name, (seeds, count) in SIZES.items())
+    sizes = ", ".join(f"{name} {seeds} of {count:,}" for name, (seeds, count, _) in SIZES.items())
     parser.add_argument("--seeds", help=f"by default, with the images of each: {sizes}")
     add_run_flags(parser, num_samples=None)
     parser.add_argument("--data_dir", help="labelled images that no network was trained on")
-    parser.add_argument("--num_labelled", type=int, help="of the calibration; by default all of them")
+    labelled = ", ".join(f"{name} {count or 'all'}" for name, (_, _, count) in SIZES.items())
+    parser.add_argument("--num_labelled", type=int, help=f"of the calibration; by default {labelled}")
     parser.add_argument("--num_levels", type=int, default=10, help="noise levels of the calibration")
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="the page of the answers")
     parser.add_argument("--out", type=Path, help="of the runs, by default results/reproduce/PROBLEM")
@@ -145,9 +152,10 @@ def hashes(planned):
 
 def command_of(args):
     """What draws the same numbers elsewhere: without the user's folders."""
-    words, (seeds, count) = ["python scripts/reproduce.py", args.problem], SIZES[args.problem]
+    words, (seeds, count, labelled) = ["python scripts/reproduce.py", args.problem], SIZES[args.problem]
     words += ["--data_dir FOLDER"] if args.data_dir else []
-    defaults = {"seeds": seeds, "num_samples": count, "judge": None, "num_labelled": None, "num_levels": 10}
+    defaults = {"seeds": seeds, "num_samples": count, "judge": None}
+    defaults |= {"num_labelled": labelled, "num_levels": 10}
     for name, default in defaults.items():
         if (value := getattr(args, name)) != default:
             words.append(f"--{name} {shlex.quote(str(value))}")

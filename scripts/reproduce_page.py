@@ -106,8 +106,14 @@ def real_line(real: Sequence[Mapping[str, Any]], problem: Problem) -> list[str]:
     if not real:
         return []
     numbers = [with_error(real, key, form) for key, form in QUALITY.items()]
-    name = f"*{real[0]['images']:,} real images that no network has seen*"
-    return [f"| {' | '.join([name, '', '', with_error(real, problem.distance, '.2f'), '', *numbers])} |"]
+    return [
+        f"| {' | '.join([real_name(real), '', '', with_error(real, problem.distance, '.2f'), '', *numbers])} |"
+    ]
+
+
+def real_name(real: Sequence[Mapping[str, Any]]) -> str:
+    """What stands in front of their line."""
+    return f"*{real[0]['images']:,} real images that no network has seen*"
 
 
 def second_lines(result: Mapping[str, Any], table: Sequence[str], problem: Problem) -> list[str]:
@@ -126,6 +132,9 @@ def second_lines(result: Mapping[str, Any], table: Sequence[str], problem: Probl
         ]
         for name in cells
     ]
+    if real := result["real"]:
+        distances = (with_error(real, key, ".2f") for key in (problem.distance, "second"))
+        lines.append([real_name(real), *(text for distance in distances for text in (distance, "")), "", ""])
     label, other = problem.distance_label, metric_label("fid", problem.second)
     titles = ("", label, "difference", other, "difference", *NEARER.values())
     correlation = rank_correlation(list(first.values()), list(second.values()))

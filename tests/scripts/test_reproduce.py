@@ -5,10 +5,14 @@ import re
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from helpers import ROOT, TINY, call, flags_of, load_script, save_unet
 from PIL import Image
+from scipy.spatial.distance import cdist
 
+from evaluation.networks import feature_network
+from guided_diffusion.files.pretrained import PRETRAINED_DIR, sha256
 from guided_diffusion.flags.presets import PRESETS
 from guided_diffusion.script_util import model_and_diffusion_defaults
 
@@ -89,6 +93,52 @@ def test_answers_come_from_the_rows(finished):
         answers["a deeper classifier guides better"]["answer"] == "cannot be told here"
     )  # there is no such cell
     assert "what is better calibrated guides better (ADM, 3 settings)" in answers
+
+
+def digits_features(images):
+    return feature_network("digits")(images)["pool3"].astype(np.float64)
+
+
+def test_a_second_look_at_the_runs_of_the_table(finished):
+    folder, result = finished[0], result_of(finished[0])
+    opinion, row = result["opinions"][0], result["rows"][0]
+    assert [each["name"] for each in result["opinions"]] == ["table / unguided", "table / off the shelf"] * 2
+    (samples,) = (folder / "out" / "runs" / row["id"]).glob("samples_*.npz")
+    other = PROBLEMS.Quality(PROBLEMS.PROBLEMS["digits"], "digits_mixer")(samples)
+    assert opinion["second"] == pytest.approx(other["fd_digits"])  # under the first network's name
+    images = {}
+    for name in ("reference", "held_out"):
+        with np.load(PRETRAINED_DIR / "digits" / f"{name}.npz", allow_pickle=False) as file:
+            images[name] = file["arr_0"]
+    with np.load(samples, allow_pickle=False) as file:
+        images["samples"] = file["arr_0"]
+    train, unseen, drawn = map(digits_features, images.values())
+    unseen, drawn = (cdist(points, train).min(1) for points in (unseen, drawn))
+    assert opinion["nearer"] == pytest.approx((drawn[:, None] < unseen).mean())
+    assert 0 <= opinion["nearer_confident"] <= 1  # of one image in six
+
+
+def test_real_images_stand_below_the_table(finished):
+    folder, result = finished[0], result_of(finished[0])
+    assert [each["seed"] for each in result["real"]] == [0, 1]
+    assert all(each["images"] == 6 and each["hit"] > 0.8 for each in result["real"])
+    assert result["real"][0]["second"] != result["real"][1]["second"]  # other images
+    page = (folder / "docs" / "results" / "digits.md").read_text()
+    assert page.count("| *6 real images that no network has seen* |") == 2
+    assert f"| unet.safetensors | {sha256(PRETRAINED_DIR / 'digits/unet.safetensors')[:16]}… |" in page
+    assert {"reference", "features digits", "features digits_mixer"} < result["sha256"].keys()
+
+
+def test_what_there_is_nothing_for_is_left_out(finished, tmp_path, capsys):
+    folder, result = finished[0], result_of(finished[0])
+    problem = replace(PROBLEMS.PROBLEMS["digits"], second="dinov2:nowhere")
+    opinions = sys.modules["reproduce_opinion"].Opinions(problem, problem.judge, None, tmp_path)
+    run = folder / "out" / "runs" / result["rows"][0]["id"]
+    assert opinions({"a": run}) == {"a": {"second": None, "nearer": None, "nearer_confident": None}}
+    assert "no second opinion: " in capsys.readouterr().err
+    nothing = [{**each, "second": None, "nearer": None} for each in result["opinions"]]
+    page = PAGE.page({**result, "opinions": nothing, "real": []})
+    assert "A second look" not in page and "real images" not in page
 
 
 def test_the_page_and_the_part_of_the_other_page(finished):
@@ -194,6 +244,7 @@ def imagenet(tmp_path, monkeypatch):
         judge="mnasnet0_5",
         judge_weights="random",
         features="digits",
+        second="digits_mixer",
         images="digits/reference.npz",
     )
     monkeypatch.setitem(PROBLEMS.PROBLEMS, "imagenet128", problem)
@@ -213,7 +264,7 @@ def test_the_dry_run_lists_files_disk_and_hours_and_draws_nothing(imagenet, tmp_
     result = call(REPRODUCE.main, [*imagenet, "--dry_run"])
     assert result.code == 0, result.err
     assert f"found: {tmp_path / 'unet.pt'}, " in result.out and "reference.npz, " in result.out
-    assert re.search(r"\ndisk: 0\.0 GB for 9 cells of 6 images\ntime: some [\d.]+ minutes", result.out)
+    assert re.search(r"\ndisk: 0\.0 GB for 10 cells of 6 images\ntime: some [\d.]+ minutes", result.out)
     assert not (tmp_path / "out").exists()
     (tmp_path / "unet.pt").rename(tmp_path / "128x128_diffusion.pt")
     cells = tmp_path / "cells.txt"

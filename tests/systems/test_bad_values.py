@@ -204,6 +204,25 @@ def test_contradictions(refused, flags, fragments):
     refused(flags, fragments, base=PLAIN_ADM)
 
 
+X_T = "--looks_at noisy --classifier_type digits_guide"
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        ("--looks_at noisy", "--looks_at | --sampler ddpm | --classifier_type"),
+        (f"{X_T} --sampler heun", "--looks_at | --sampler ddpm"),
+        (f"{X_T} --gamma_factor 0.3", "--gamma_factor | --looks_at noisy | drop one"),
+        (f"{X_T} --guidance_strength ddim", "--guidance_strength | --looks_at noisy"),
+        (f"{X_T} --momentum 0.5 --max_shift 1", "--momentum | --looks_at noisy"),
+        (f"{X_T} --fixed_length 1", "--fixed_length | --looks_at noisy"),
+        (f"{X_T} --variance_max first_pixel", "--variance_max | --looks_at noisy"),
+    ],
+)
+def test_a_rule_that_is_given_no_step(refused, flags, fragments):
+    refused(flags, fragments, base=PLAIN_ADM)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "heun"])
 def test_a_flag_of_the_ancestral_sampler_beside_another(refused, sampler):
     refused(f"--sampler {sampler} --variance_max first_pixel", "--variance_max | --sampler ddpm")

@@ -64,6 +64,27 @@ def test_adm_unguided(tmp_path, name, respacing):
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_adm_whose_off_the_shelf_classifier_is_shown_the_noisy_sample(tmp_path, name):
+    flags = ("--timestep_respacing", 3, "--sampler", name, "--num_samples", 2, "--looks_at", "noisy")
+    guide = ("--classifier_type", "digits_guide", "--classifier_scale", 5, "--joint_temperature", 2)
+    BY_NAME[name].run(tmp_path, *flags, *guide, base=PLAIN_ADM)
+    images, labels = load_samples(tmp_path)
+    (model, diffusion), y, noise = digits("3"), torch.from_numpy(labels), SampleNoise(0, range(2))
+    classifier = load_classifier("digits_guide", num_classes=10)
+
+    def cond_fn(x, t, y):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            logits = classifier(x)
+            wanted = 2 * logits.gather(1, y[:, None])[:, 0] - torch.logsumexp(2 * logits, dim=1)
+            return 5 * torch.autograd.grad(wanted.sum(), x)[0]
+
+    draw = {"ddpm": diffusion.p_sample_loop, "ddim": diffusion.ddim_sample_loop}[name]
+    x = draw(model, (2, 3, 16, 16), randn_like=noise, model_kwargs={"y": y}, cond_fn=cond_fn)
+    np.testing.assert_array_equal(images, to_uint8(x, "adm"))
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_adm_under_a_noisy_classifier(tmp_path, name):
     unet, classifier = save_unet(tmp_path / "unet.pt", TINY_64), make_noisy_classifier(num_classes=10)
     noisy = save_random(tmp_path / "noisy.pt", classifier)

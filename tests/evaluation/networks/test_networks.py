@@ -8,9 +8,10 @@ import torch
 from pictures_util import digits_weights
 from safetensors.torch import save_file
 
-from evaluation.networks import NetworkOptions, feature_network
+from evaluation.networks import SHIPPED, NetworkOptions, feature_network
 from evaluation.networks.cifar import CIFARFeatures, cifar_network
 from evaluation.networks.digits import DigitsFeatures, DigitsNetwork
+from guided_diffusion.files.pretrained import PRETRAINED_DIR
 
 IMAGES = np.random.RandomState(3).randint(0, 256, (37, 16, 16, 3), dtype=np.uint8)
 
@@ -53,9 +54,20 @@ def test_cifars_features_are_found_by_the_width_of_their_file(tmp_path):
     assert np.abs(result["logits"] - logits.numpy()).max() <= 1e-6
 
 
-def test_cifars_features_ship():
-    network = feature_network("cifar10")
-    assert network(np.zeros((2, 32, 32, 3), np.uint8))["pool3"].shape == (2, 256)
+@pytest.mark.parametrize("name", SHIPPED)
+def test_features_that_ship(name):
+    network = feature_network(name)
+    result = network(np.zeros((2, network.size, network.size, 3), np.uint8))
+    assert result["pool3"].shape == (2, 64 if "digits" in name else 256)
+    assert network.name == name and result["logits"].shape == (2, 10)
+
+
+def test_the_digits_second_network_knows_digits():
+    with np.load(PRETRAINED_DIR / "digits/held_out.npz", allow_pickle=False) as held_out:
+        images, labels = held_out["arr_0"], held_out["arr_1"]
+    one, other = (feature_network(name)(images) for name in ("digits", "digits_mixer"))
+    assert (other["logits"].argmax(1) == labels).mean() > 0.98
+    assert np.abs(np.corrcoef(one["pool3"].T, other["pool3"].T)[:64, 64:]).max() < 0.99  # not the same
 
 
 OWN = """
