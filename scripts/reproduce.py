@@ -25,7 +25,7 @@ import reproduce_calibration as calibration
 from comparison import distinct_numbers
 from plot_sweep import curves, draw
 from problems import PROBLEMS
-from reproduce_claims import CLAIMS, SHELF, answer, rank_answer
+from reproduce_claims import ALL_CLAIMS, SHELF, answer, rank_answer
 from reproduce_opinion import Opinions
 from reproduce_page import page, part, with_part
 from reproduce_plan import dry_run
@@ -166,7 +166,7 @@ def write(args, cells, rows, runs, about):
     """Write pictures, numbers and pages; return their paths."""
     problem, folder = PROBLEMS[args.problem], args.page.parent / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    ranking, answers = reasoned(problem, cells, rows, calibration.table_of(runs))
+    ranking, answers = reasoned(problem, cells, rows, calibration.table_of(runs), about["opinions"])
     pictures = {"Distance and precision against recall": f"{problem.name}.png"}
     compared = [row for row in rows if panel_of(row["name"])[0] == "table"]
     shelf = next(row["command"] for row in compared if row["name"] == SHELF)
@@ -201,13 +201,16 @@ def write(args, cells, rows, runs, about):
     return [*(folder / name for name in pictures.values()), folder / f"{problem.name}.json", *texts]
 
 
-def reasoned(problem, cells, rows, table):
+def reasoned(problem, cells, rows, table, opinions):
     """(the ranked settings by label, the answer to each claim)."""
     numbers = {}
     for cell in cells:
         same = [row for row in rows if (row["name"], row["command"]) == (cell.name, cell.command)]
         keys = {"distance": problem.distance, "precision": "precision", "recall": "recall"}
         numbers[cell.name] = {name: by_seed(same, key) for name, key in keys.items()}
+    if all(each["second"] is not None for each in opinions):
+        for each in opinions:
+            numbers[each["name"]].setdefault("second", {})[each["seed"]] = each["second"]
     ranking = {}
     for label, group in calibration.ranked(cells).items():
         for cell in group:
@@ -219,7 +222,7 @@ def reasoned(problem, cells, rows, table):
             ranking.setdefault(label, []).append(setting)
     if ranking:
         numbers |= calibration.compared(cells, table)
-    answers = [answer(claim, numbers) for claim in CLAIMS]
+    answers = [answer(claim, numbers) for claim in ALL_CLAIMS]
     answers += [
         rank_answer(label, [each["ece"] for each in group], [each["distance"] for each in group])
         for label, group in ranking.items()

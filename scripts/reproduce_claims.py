@@ -5,7 +5,7 @@ A claim is of two cells by their names, and of the sign of a difference. It agre
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import _beside  # noqa: F401
@@ -43,6 +43,15 @@ CLAIMS = (
     Claim("the predicted x0 lowers the ECE of x_t", "calibration / predicted x0", "calibration / x_t", "ece"),
     Claim("Softplus lowers the ECE", "calibration / Softplus", "calibration / predicted x0", "ece"),
 )
+
+
+def by_second(claim: Claim) -> Claim:
+    """The same of the distance by the problem's second network."""
+    return replace(claim, text=f"{claim.text}, by the second network", number="second")
+
+
+OF_TABLE = tuple(claim for claim in CLAIMS if claim.number == "distance" and claim.ours.startswith(SHELF))
+ALL_CLAIMS = (*CLAIMS, *map(by_second, OF_TABLE))
 
 
 def answer(claim: Claim, numbers: Numbers) -> dict[str, Any]:

@@ -235,7 +235,18 @@ def part(folder: Path) -> list[str]:
     claims = list(dict.fromkeys(claim for of_one in answers.values() for claim in of_one))
     head = ["claim of the paper", *(f"[{name}]({folder.name}/{name}.md)" for name in answers)]
     rows = [[claim, *(of_one.get(claim, UNTOLD) for of_one in answers.values())] for claim in claims]
-    return markdown([head, *rows])
+    return [*markdown([head, *rows]), *(line for each in found for line in ("", *measured_by(each)))]
+
+
+def measured_by(result: Mapping[str, Any]) -> list[str]:
+    """The command of a problem, what ran it and for how long."""
+    minutes = sum(result["seconds"].values()) / 60
+    machines = "; ".join(sorted({row["machine"] for row in result["rows"]}))
+    return [
+        "    " + result["command"],
+        "",
+        *textwrap.wrap(f"{machines}; {minutes:.0f} minutes of one process.", WIDTH),
+    ]
 
 
 def with_part(text: str, lines: Sequence[str]) -> str:

@@ -56,6 +56,9 @@ class SamplingFlags(Flags):
     )
     use_ddim: bool = flag(False, "the same as --sampler ddim", compared=False)
     clip_denoised: bool = flag(True, "clamp the predicted clean image to [-1, 1]")
+    compile: bool = flag(
+        False, "torch.compile the network: a minute at the start, then faster steps, rounded otherwise"
+    )
     variance_max: str = flag(
         "schedule",
         "first_pixel is EluCD's, where batches matter",

@@ -128,15 +128,17 @@ def load_network(config: ADMFlags, device: torch.device, tally: Tally) -> tuple[
     load_into(model, weights, path)
     del weights
     # The file's tensors took the place of the network's own, and with it their memory format.
-    model.to(device, memory_format=memory_format(device)).eval().requires_grad_(False).reuse_activations()
+    model.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
+    model.reuse_activations(not config.compile)  # a compiler does that by itself
     if config.use_fp16:
         model.convert_to_fp16()
-    tally.count(NETWORK, model)
+    called = torch.compile(model, dynamic=False) if config.compile else model
+    tally.count(NETWORK, called)
 
     def network(x, t, y):
         if not config.class_cond:
-            return model(x, t)
-        return model(x, t, torch.full_like(y, config.num_classes) if config.unconditional else y)
+            return called(x, t)
+        return called(x, t, torch.full_like(y, config.num_classes) if config.unconditional else y)
 
     return network, diffusion
 

@@ -25,6 +25,7 @@ from guided_diffusion.denoisers import DiscreteDenoiser, GuidedDenoiser
 from guided_diffusion.edm import EDMPrecond, edm_sampler, load_edm_network
 from guided_diffusion.files.checkpoints import load_state_dict
 from guided_diffusion.files.pixels import to_uint8
+from guided_diffusion.files.run_folder import read_run
 from guided_diffusion.guidance import ClassifierGuidance, released_edm_guidance
 from guided_diffusion.runs import loop, workers
 from guided_diffusion.runs.noise import SampleNoise
@@ -61,6 +62,16 @@ def test_adm_unguided(tmp_path, name, respacing):
         draw = {"ddpm": diffusion.p_sample_loop, "ddim": diffusion.ddim_sample_loop}[name]
         x = draw(model, (2, 3, 16, 16), randn_like=noise, model_kwargs={"y": y})
     np.testing.assert_array_equal(images, to_uint8(x, "adm"))
+
+
+def test_adm_compiled_is_asked_as_often(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(options) or model)
+    for out, flags in ((tmp_path / "a", ()), (tmp_path / "b", ("--compile", True))):
+        DDPM.run(out, "--timestep_respacing", 2, "--num_samples", 2, *flags, base=PLAIN_ADM)
+    assert compiled == [{"dynamic": False}]
+    assert read_run(tmp_path / "b")["totals"]["network_evaluations"] == 2 * 2
+    np.testing.assert_array_equal(load_samples(tmp_path / "a")[0], load_samples(tmp_path / "b")[0])
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])

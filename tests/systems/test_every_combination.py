@@ -1,0 +1,48 @@
+"""README's "What works with what": the cells that no other file holds. Latents of DiT and a diffusers
+pipeline under every solver and under rules by flags.
+"""
+
+import pytest
+from helpers import call, load_samples, load_script
+from samplers import DIT, manifest
+from tiny_pipelines import tiny
+
+from guided_diffusion.flags.adm import SAMPLERS
+
+pytest.importorskip("diffusers")
+QUICK = ("--num_samples", 1, "--steps", 2)
+GUIDED = ("--classifier_type", "digits_guide", "--softplus_beta", 3, "--classifier_scale", 5)
+RULES = ("--reverse_kl", 0.5, "--adam", "0.5,0.8", "--fixed_length", 0.3, "--parallel_part", 0)
+
+
+@pytest.fixture(scope="module")
+def systems(tmp_path_factory):
+    """{name: (main, flags of a guided run of one image)}."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny("ddpm", folder)
+    pipeline = ("--pipeline", folder, *GUIDED, "--num_classes", 10, "--device", "cpu")
+    return {
+        "dit": (load_script("dit_sample").main, (*DIT, *QUICK, "--cfg_scale", 2)),
+        "pipeline": (load_script("pipeline_sample").main, (*pipeline, *QUICK)),
+    }
+
+
+def drawn(systems, name, out, *flags):
+    main, base = systems[name]
+    result = call(main, [*base, *flags, "--out", out])
+    assert result.code == 0, result.err
+    return load_samples(out)[0]
+
+
+@pytest.mark.parametrize("name", ["dit", "pipeline"])
+def test_every_sampler_is_guided(systems, name, tmp_path):
+    for sampler in SAMPLERS:
+        images = drawn(systems, name, tmp_path / sampler, "--sampler", sampler)
+        assert images.std() > 0
+        assert manifest(tmp_path / sampler)["totals"]["classifier_passes"] >= 2, sampler
+
+
+@pytest.mark.parametrize("name", ["dit", "pipeline"])
+def test_rules_by_flags(systems, name, tmp_path):
+    plain = drawn(systems, name, tmp_path / "plain")
+    assert (drawn(systems, name, tmp_path / "rules", *RULES) != plain).any()
