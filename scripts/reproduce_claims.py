@@ -33,7 +33,7 @@ CLAIMS = (
     Claim("an off-the-shelf classifier lowers the distance", SHELF, "table / unguided"),
     Claim("an off-the-shelf classifier raises precision", SHELF, "table / unguided", "precision", 1),
     Claim("an off-the-shelf classifier lowers recall", SHELF, "table / unguided", "recall"),
-    Claim("it guides better than a classifier of noisy images", SHELF, "table / noisy classifier"),
+    Claim("it guides better than a noisy classifier", SHELF, "table / noisy classifier"),
     Claim("it guides better than classifier-free guidance", SHELF, "table / classifier-free"),
     Claim("a deeper classifier guides better", f"{SHELF}, deeper", SHELF),
     Claim("the predicted x0 guides better than x_t", "ablation / predicted x0", "ablation / x_t"),
@@ -47,7 +47,7 @@ CLAIMS = (
 
 def by_second(claim: Claim) -> Claim:
     """The same of the distance by the problem's second network."""
-    return replace(claim, text=f"{claim.text}, by the second network", number="second")
+    return replace(claim, text=f"{claim.text}, second network", number="second")
 
 
 OF_TABLE = tuple(claim for claim in CLAIMS if claim.number == "distance" and claim.ours.startswith(SHELF))
