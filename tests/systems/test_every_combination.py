@@ -2,11 +2,14 @@
 pipeline under every solver and under rules by flags.
 """
 
+import numpy as np
 import pytest
 from helpers import call, load_samples, load_script
 from samplers import DIT, manifest
 from tiny_pipelines import tiny
 
+from evaluation.networks import feature_network
+from evaluation.sets import measure, open_set
 from guided_diffusion.flags.adm import SAMPLERS
 
 pytest.importorskip("diffusers")
@@ -43,6 +46,10 @@ def test_every_sampler_is_guided(systems, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dit", "pipeline"])
-def test_rules_by_flags(systems, name, tmp_path):
-    plain = drawn(systems, name, tmp_path / "plain")
-    assert (drawn(systems, name, tmp_path / "rules", *RULES) != plain).any()
+def test_rules_by_flags_and_metrics_of_the_folder(systems, name, tmp_path):
+    six = ("--num_samples", 6, "--batch_size", 6)
+    plain = drawn(systems, name, tmp_path / "plain", *six)
+    network = feature_network("digits")
+    measured = measure(open_set(tmp_path / "plain", network), network, progress=False)
+    np.testing.assert_array_equal(measured.features.pool3, network(plain)["pool3"])
+    assert (drawn(systems, name, tmp_path / "rules", *six, *RULES) != plain).any()
