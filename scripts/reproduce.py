@@ -36,6 +36,7 @@ from sweep_statistics import by_seed, panel_of
 from guided_diffusion.files.atomic import renamed_when_complete, write_json
 from guided_diffusion.files.console import print_result
 from guided_diffusion.files.figures import plain_style, require_matplotlib, save_figure
+from guided_diffusion.files.grid import save_grid
 from guided_diffusion.flags.parser import Parser, run_main
 from guided_diffusion.runs.lock import locked
 
@@ -131,9 +132,11 @@ def looked_at(args, planned, seeds, out):
     problem, held_out = PROBLEMS[args.problem], held_out_of(args)
     opinions = Opinions(problem, args.judge or problem.judge, held_out, out)
     of_table = [each for each in planned if panel_of(each.cell.name)[0] == "table"]
+    shelf = next(each for each in of_table if each.cell.name == SHELF)
     found = opinions({each.id: each.job.folder for each in of_table})
     return {
         "seeds": seeds,
+        "pairs": opinions.nearest_pairs(shelf.job.folder),
         "opinions": [{**each.about(), **found[each.id]} for each in of_table],
         "real": [{"seed": seed, **opinions.real(seed, args.num_samples)} for seed in seeds if held_out],
         "training_images": opinions.training_images(),
@@ -167,16 +170,7 @@ def write(args, cells, rows, runs, about):
     problem, folder = PROBLEMS[args.problem], args.page.parent / "results"
     folder.mkdir(parents=True, exist_ok=True)
     ranking, answers = reasoned(problem, cells, rows, calibration.table_of(runs), about["opinions"])
-    pictures = {"Distance and precision against recall": f"{problem.name}.png"}
-    compared = [row for row in rows if panel_of(row["name"])[0] == "table"]
-    shelf = next(row["command"] for row in compared if row["name"] == SHELF)
-    summaries = summed(compared, numbers_of(problem), shelf)
-    with plain_style():
-        figure = draw(curves(summaries), "recall", [problem.distance, "precision"])
-        save_figure(figure, folder / f"{problem.name}.png", dpi=110)
-    if runs:
-        pictures["Calibration over the timesteps"] = f"{problem.name}-calibration.png"
-        shutil.copy(runs[0].with_suffix(".png"), folder / f"{problem.name}-calibration.png")
+    pictures = drawn(problem, folder, rows, runs, about.pop("pairs"))
     each_once = {row["id"]: row for row in rows}.values()
     result = {
         "problem": problem.name,
@@ -199,6 +193,26 @@ def write(args, cells, rows, runs, about):
         with renamed_when_complete(path) as file:
             file.write(text.encode())
     return [*(folder / name for name in pictures.values()), folder / f"{problem.name}.json", *texts]
+
+
+def drawn(problem, folder, rows, runs, pairs):
+    """{what it shows: the file} of the pictures in a folder."""
+    name = problem.name
+    compared = [row for row in rows if panel_of(row["name"])[0] == "table"]
+    shelf = next(row["command"] for row in compared if row["name"] == SHELF)
+    summaries = summed(compared, numbers_of(problem), shelf)
+    pictures = {"Distance and precision against recall": f"{name}.png"}
+    with plain_style():
+        figure = draw(curves(summaries), "recall", [problem.distance, "precision"])
+        save_figure(figure, folder / f"{name}.png", dpi=110)
+    if runs:
+        pictures["Calibration over the timesteps"] = f"{name}-calibration.png"
+        shutil.copy(runs[0].with_suffix(".png"), folder / f"{name}-calibration.png")
+    if pairs:
+        pictures["What the judge is surest of, above the nearest training images"] = f"{name}-nearest.png"
+        scale = -(-48 // pairs[0].shape[1])
+        save_grid(folder / f"{name}-nearest.png", pairs, scale, len(pairs[0]), ["off the shelf", "nearest"])
+    return pictures
 
 
 def reasoned(problem, cells, rows, table, opinions):

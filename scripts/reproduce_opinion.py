@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from problems import Problem, Quality
 
 from classifiers.registry import Classifier, classifier_files
-from evaluation.memorisation import nearer_share, nearest_training
+from evaluation.memorisation import Nearest, nearer_share, nearest_training
 from guided_diffusion import dist_util
 from guided_diffusion.files.atomic import renamed_when_complete, write_json
 from guided_diffusion.files.labelled import LabelledImages, read_labelled
@@ -26,7 +26,7 @@ from guided_diffusion.files.pretrained import sha256
 from guided_diffusion.files.run_folder import read_samples
 
 CONFIDENT = 0.1  # the share of samples that the judge is most sure of
-REAL = "real images, held out"
+PAIRS = 20  # in the picture
 
 
 @dataclass
@@ -61,6 +61,17 @@ class Opinions:
         run = self._as_run(f"real{seed}", self._unseen.images[chosen], labels[chosen])
         return {**judge(run, self._judge), **self._first(run), "second": self._second(run)}
 
+    def nearest_pairs(self, run: Path) -> list[NDArray[np.uint8]] | None:
+        """[the samples that the judge is surest of, the training image nearest to each], (n, S, S, 3) both;
+        None where the reference has not the images of all its features.
+        """
+        with np.load(self.problem.reference, allow_pickle=False) as reference:
+            images = reference.get("arr_0", [])
+        if len(images) != self.training_images():
+            return None
+        first = np.argsort(-self._confidence(run), kind="stable")[:PAIRS]
+        return [read_samples(run)[0][first], images[self._nearest(run).which[first]]]
+
     def hashes(self) -> dict[str, str]:
         """{what judges: the SHA-256 of its weights or file}."""
         own = self.judge_name == self.problem.judge
@@ -83,17 +94,17 @@ class Opinions:
     def _nearness(self, run):
         if self.held_out is None:
             return {"nearer": None, "nearer_confident": None}
-        distances, sure = self._to_training(run), self._confidence(run)
+        distances, sure = self._nearest(run).distances, self._confidence(run)
         first = np.argsort(-sure, kind="stable")[: max(1, round(CONFIDENT * len(sure)))]
         return {
             "nearer": nearer_share(distances, self._unseen_to_training),
             "nearer_confident": nearer_share(distances[first], self._unseen_to_training),
         }
 
-    def _to_training(self, run) -> NDArray[np.float64]:
-        """(N,) from each image to the nearest training image."""
+    def _nearest(self, run) -> Nearest:
+        """From each image to the nearest training image."""
         points, train = self._first.measured(run).features, self._first.reference.features
-        return nearest_training(train=train, points=points.pool3).distances
+        return nearest_training(train=train, points=points.pool3)
 
     def _confidence(self, run) -> NDArray[np.float32]:
         """(N,) the judge's probability of the class that it finds likeliest."""
@@ -117,7 +128,8 @@ class Opinions:
     @cached_property
     def _unseen_to_training(self) -> NDArray[np.float64]:
         images = self._unseen.images
-        return self._to_training(self._as_run("held_out", images, np.zeros(len(images), np.int64)))
+        run = self._as_run("held_out", images, np.zeros(len(images), np.int64))
+        return self._nearest(run).distances
 
     @cached_property
     def _judge(self) -> Classifier:

@@ -156,8 +156,8 @@ def test_the_page_and_the_part_of_the_other_page(finished):
     assert printed.out.split() == [
         str(docs / path)
         for path in [
-            *("results/digits.png", "results/digits-calibration.png", "results/digits.json"),
-            *("results/digits.md", "results.md"),
+            *("results/digits.png", "results/digits-calibration.png", "results/digits-nearest.png"),
+            *("results/digits.json", "results/digits.md", "results.md"),
         ]
     ]
 
