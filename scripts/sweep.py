@@ -27,6 +27,7 @@ from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import _beside  # noqa: F401
+import torch
 from comparison import cost, distinct_numbers, judge, require_one_process, spread, with_error
 from problems import SMALLEST, Quality, problem_of
 from sweep_cells import named_cell, plan, problem_of_all, read_cells, refuse_twins
@@ -74,7 +75,9 @@ def add_run_flags(parser, num_samples):
     """The flags that `measured` looks at."""
     parser.add_argument("--num_samples", type=int, default=num_samples, help="images of each cell and seed")
     parser.add_argument("--judge", help="the classifier that counts hits; by default the problem's own")
-    parser.add_argument("--processes", type=int, default=1, help="runs that are drawn side by side")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="runs that are drawn side by side, on all GPUs in turn"
+    )
 
 
 def check_run_flags(args):
@@ -127,7 +130,9 @@ def drawn(missing, args, out) -> Iterator[tuple]:
             print(f"{number}/{len(missing)}: {each.cell}, seed {each.seed}", file=sys.stderr)
             yield each, attempt(each, args.judge)
         return
-    pool = ProcessPoolExecutor(args.processes, get_context("spawn"), initializer=end_with_parent)
+    context = get_context("spawn")
+    devices, number = visible_devices(os.environ, torch.cuda.device_count()), context.Value("i", 0)
+    pool = ProcessPoolExecutor(args.processes, context, begin_worker, (devices, number))
     try:
         begun = {pool.submit(plan_and_attempt, each.cell, each.seed, args, out): each for each in missing}
         for number, future in enumerate(as_completed(begun), 1):
@@ -143,8 +148,18 @@ def drawn(missing, args, out) -> Iterator[tuple]:
             process.terminate()
 
 
-def end_with_parent():
-    """Let this process end where the sweep is killed."""
+def visible_devices(environment, count):
+    """The names of the GPUs that the sweep's processes take in turn, as CUDA_VISIBLE_DEVICES has them."""
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(count)]
+
+
+def begin_worker(devices, number):
+    """Take the next GPU, and let this process end where the sweep is killed."""
+    if devices:
+        with number.get_lock():
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices[number.value % len(devices)]
+            number.value += 1
 
     def watch():
         parent_process().join()
