@@ -93,7 +93,7 @@ def rank_answer(label: str, ece: Sequence[Any], distance: Sequence[Any]) -> dict
     """As `answer`, for "the better calibrated setting guides better": the difference is the correlation."""
     correlation = rank_correlation(ece, distance)
     return {
-        "claim": f"what is better calibrated guides better ({label}, {len(ece)} settings)",
+        "claim": f"what is better calibrated guides better ({label})",
         "of": [f"ranking / {label}", "ece", "distance"],
         "answer": judged(correlation, 1),
         "difference": correlation,

@@ -73,6 +73,8 @@ def about(result: Mapping[str, Any]) -> list[str]:
         f"each line. {'; '.join(machines)}. "
         f"Sampling took {drawn} minutes of one process, calibration {calibrated}."
     )
+    if result["real"] and result["real"][0]["images"] < result["num_samples"]:
+        text += " The real images are fewer, which alone makes their distances larger."
     return textwrap.wrap(text, WIDTH)
 
 
