@@ -24,7 +24,7 @@ FIXED_CLASS = Need(lambda config: config.fix_class, lambda config: "without --fi
 ANCESTRAL = Need(
     lambda config: A_RULE.met(config) and config.sampler == "ddpm",
     lambda config: (
-        A_RULE.text(config)
+        A_RULE.text(config)  # type: ignore[misc]
         if config.is_cond_fn
         else "without the ancestral sampler under an off-the-shelf classifier: "
         "drop it, or add --sampler ddpm and --classifier_type"
