@@ -43,7 +43,7 @@ from guided_diffusion.runs.lock import locked
 # Seeds, images of each, and labelled images of the calibration, None for all.
 SIZES = {
     "digits": ("0-4", 1000, None),
-    "cifar10": ("0-2", 800, 1000),
+    "cifar10": ("0-2", 700, 1000),
     "imagenet128": ("0-2", 10000, 5000),
 }
 
@@ -128,7 +128,7 @@ def held_out_of(args):
 
 
 def looked_at(args, planned, seeds, out):
-    """What the page says beside the rows: opinions of the table's runs, real images, and of what it all is."""
+    """What the page says beside the rows: opinions of the table's runs, real images, and what all is of."""
     problem, held_out = PROBLEMS[args.problem], held_out_of(args)
     opinions = Opinions(problem, args.judge or problem.judge, held_out, out)
     of_table = [each for each in planned if panel_of(each.cell.name)[0] == "table"]

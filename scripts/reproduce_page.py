@@ -69,8 +69,8 @@ def about(result: Mapping[str, Any]) -> list[str]:
         "and noise in each seed: a difference is taken seed by seed, and stands with its 95 % interval "
         "(Student's t); in brackets where zero is inside, so that it cannot be told. Of twenty differences "
         "that are none, one is still told apart. The first table compares with the line off the shelf, the "
-        f"others with the line above. Labels: {', '.join(result['labels'])}. [{file}]({file}) has the flags of "
-        f"each line. {'; '.join(machines)}. "
+        f"others with the line above. Labels: {', '.join(result['labels'])}. [{file}]({file}) has the flags "
+        f"of each line. {'; '.join(machines)}. "
         f"Sampling took {drawn} minutes of one process, calibration {calibrated}."
     )
     if result["real"] and result["real"][0]["images"] < result["num_samples"]:
@@ -107,10 +107,9 @@ def real_line(real: Sequence[Mapping[str, Any]], problem: Problem) -> list[str]:
     """The last line of the table: real images, as if they were drawn; none without any."""
     if not real:
         return []
+    distance = with_error(real, problem.distance, ".2f")
     numbers = [with_error(real, key, form) for key, form in QUALITY.items()]
-    return [
-        f"| {' | '.join([real_name(real), '', '', with_error(real, problem.distance, '.2f'), '', *numbers])} |"
-    ]
+    return [f"| {' | '.join([real_name(real), '', '', distance, '', *numbers])} |"]
 
 
 def real_name(real: Sequence[Mapping[str, Any]]) -> str:

@@ -38,8 +38,8 @@ class NetworkOptions:
     features: str = field(
         default="inception",
         metadata={
-            "help": "inception; digits or cifar10, or FILE.safetensors with weights of one of these two; digits_mixer or "
-            "cifar10_mixer, a second opinion on these; "
+            "help": "inception; digits or cifar10, or FILE.safetensors with weights of one of these two; "
+            "digits_mixer or cifar10_mixer, a second opinion on these; "
             "dinov2 or clip, or dinov2:FOLDER, clip:FOLDER; FILE.py:builder, your own"
         },
     )

@@ -19,8 +19,8 @@ def noisy_classifier_gradient(
     Nichol, 2021).
 
     classifier(x_t, t) -> logits. The result goes to the loops as `cond_fn=`, not as `guidance=`: it is taken
-    at x_t. direction: see guidance/directions.py. on_nonfinite and observe: as in `ClassifierGradient`, but that the original timestep t stands in
-    the place of the index, in the error as well.
+    at x_t. direction: see guidance/directions.py. on_nonfinite and observe: as in `ClassifierGradient`, but
+    that the original timestep t stands in the place of the index, in the error as well.
     """
     gradient_of = ClassifierGradient(
         direction, scale=classifier_scale, on_nonfinite=on_nonfinite, observe=observe

@@ -4,11 +4,8 @@ draws it.
 
 import csv
 import json
-import os
 import shlex
 import shutil
-from multiprocessing import get_context
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -211,26 +208,6 @@ def test_processes_side_by_side_draw_the_same_rows(finished, file, tmp_path):
     for row in (*rows, *alone):
         del row["seconds_per_image"]
     assert rows == alone
-
-
-@pytest.mark.parametrize(
-    ("environment", "count", "taken"),
-    [
-        ({}, 2, ["0", "1", "0"]),
-        ({"CUDA_VISIBLE_DEVICES": "3,5"}, 2, ["3", "5", "3"]),
-        ({"CUDA_VISIBLE_DEVICES": "MIG-a"}, 1, ["MIG-a"] * 3),
-        ({"CUDA_VISIBLE_DEVICES": ""}, 0, ["unset"] * 3),
-    ],
-)
-def test_processes_take_the_gpus_in_turn(monkeypatch, environment, count, taken):
-    devices, number = SWEEP.visible_devices(environment, count), get_context("spawn").Value("i", 0)
-    monkeypatch.setattr(SWEEP.threading, "Thread", lambda **options: SimpleNamespace(start=lambda: None))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "unset")
-    found = []
-    for _ in taken:
-        SWEEP.begin_worker(devices, number)
-        found.append(os.environ["CUDA_VISIBLE_DEVICES"])
-    assert found == taken
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_drawn(finished, file, tmp_path, monkeypatch):
