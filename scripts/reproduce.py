@@ -2,7 +2,7 @@
 choices alone, and whether calibration ranks classifiers as the distance does.
 
     python scripts/reproduce.py digits --processes 2
-    python scripts/reproduce.py cifar10 --data_dir cifar-10-batches-py --processes 2
+    python scripts/reproduce.py cifar10 --data_dir cifar-10-batches-py/test_batch --processes 2
     python scripts/reproduce.py imagenet128 --dry_run
 
 The cells are those of docs/results/PROBLEM.txt, in the form of scripts/sweep.py. --data_dir has labelled
@@ -34,6 +34,7 @@ from sweep_cells import plan, problem_of_all, read_cells
 from sweep_statistics import by_seed, panel_of
 
 from guided_diffusion.files.atomic import renamed_when_complete, write_json
+from guided_diffusion.files.cifar_batches import is_cifar_folder
 from guided_diffusion.files.console import print_result
 from guided_diffusion.files.figures import plain_style, require_matplotlib, save_figure
 from guided_diffusion.files.grid import save_grid
@@ -54,6 +55,7 @@ def main():
         if getattr(args, name) is None:
             setattr(args, name, size)
     check_run_flags(args)
+    held_out_of(args)
     seeds, cells = distinct_numbers(args.seeds, "--seeds"), cells_of(args)
     if args.dry_run:
         return dry_run(PROBLEMS[args.problem], cells, len(seeds), args)
@@ -123,8 +125,14 @@ def calibrated(args, cells, seeds, out):
 
 def held_out_of(args):
     """Labelled images that no network was trained on: the user's, else the problem's; None if it has none."""
-    shipped = PROBLEMS[args.problem].held_out
-    return Path(args.data_dir) if args.data_dir else shipped if shipped.exists() else None
+    if args.data_dir is None:
+        shipped = PROBLEMS[args.problem].held_out
+        return shipped if shipped.exists() else None
+    if is_cifar_folder(args.data_dir):
+        raise ValueError(
+            f"--data_dir {args.data_dir} has the images that networks are trained on: give its test_batch"
+        )
+    return Path(args.data_dir)
 
 
 def looked_at(args, planned, seeds, out):
@@ -138,7 +146,7 @@ def looked_at(args, planned, seeds, out):
         "seeds": seeds,
         "pairs": opinions.nearest_pairs(shelf.job.folder),
         "opinions": [{**each.about(), **found[each.id]} for each in of_table],
-        "real": [{"seed": seed, **opinions.real(seed, args.num_samples)} for seed in seeds if held_out],
+        "real": opinions.real(args.num_samples, len(seeds)),
         "training_images": opinions.training_images(),
         "labels": sorted({str(each.job.settings().get("labels")) for each in planned}),
         "sha256": {**hashes(planned), **opinions.hashes()},
@@ -149,14 +157,16 @@ def hashes(planned):
     """{file: its SHA-256} of the networks that sampled and guided."""
     found = {}
     for job in (each.job for each in planned):
-        found |= {job.files[flag]().name: digest for flag, digest in job.settings()["sha256"].items()}
+        hashed = job.settings()["sha256"]
+        found |= {"/".join(job.files[flag]().parts[-2:]): digest for flag, digest in hashed.items()}
     return found
 
 
 def command_of(args):
     """What draws the same numbers elsewhere: without the user's folders."""
     words, (seeds, count, labelled) = ["python scripts/reproduce.py", args.problem], SIZES[args.problem]
-    words += ["--data_dir FOLDER"] if args.data_dir else []
+    words += [f"--cells {args.cells.name}"] if args.cells else []
+    words += ["--data_dir UNSEEN"] if args.data_dir else []
     defaults = {"seeds": seeds, "num_samples": count, "judge": None}
     defaults |= {"num_labelled": labelled, "num_levels": 10}
     for name, default in defaults.items():
@@ -201,7 +211,12 @@ def drawn(problem, folder, rows, runs, pairs):
     compared = [row for row in rows if panel_of(row["name"])[0] == "table"]
     shelf = next(row["command"] for row in compared if row["name"] == SHELF)
     summaries = summed(compared, numbers_of(problem), shelf)
-    pictures = {"Distance and precision against recall": f"{name}.png"}
+    for summary in summaries:
+        summary["name"] = panel_of(summary["name"])[1]
+    about = (
+        "Distance and precision against recall; bars are standard deviations over the seeds, and no line is "
+    )
+    pictures = {f"{about}better in both numbers than one with a ring": f"{name}.png"}
     with plain_style():
         figure = draw(curves(summaries), "recall", [problem.distance, "precision"])
         save_figure(figure, folder / f"{name}.png", dpi=110)

@@ -24,6 +24,7 @@ from sweep_statistics import panel_of
 
 import classifiers
 from guided_diffusion.files.atomic import write_json
+from guided_diffusion.files.pretrained import sha256
 from guided_diffusion.flags.fields import configure
 from guided_diffusion.runs.systems import system_of
 
@@ -61,7 +62,7 @@ def setting_of(cell: Cell) -> Setting:
     for name in sorted(given.keys() & USED - RUN):
         words += [f"--{name}", str(given[name])]
     # The released rule of EDM looks at the noisy sample too.
-    shown = "x_t" if config.is_cond_fn or config.unit_gradient else "x0"
+    shown = "x_t" if config.shown_noisy or config.unit_gradient else "x0"
     return Setting(tuple(words), shown, config.softplus_beta, config.joint_temperature)
 
 
@@ -101,7 +102,9 @@ def _digest(words, argv):
     """A name that says all that decides, the files of the networks too."""
     system = system_of(words[1])
     job = system.make_job(configured(system, list(words)), classifiers)
-    decisive = [argv, job.settings()["sha256"]]
+    data = Path(argv[argv.index("--data_dir") + 1])
+    argv = [word for word in argv if word != str(data)]
+    decisive = [argv, sha256(data) if data.is_file() else str(data), job.settings()["sha256"]]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,18 +1,23 @@
 """What the paper says, held against measured numbers, one seed beside the other. It is no script of its own.
 
 A claim is of two cells by their names, and of the sign of a difference. It agrees, or disagrees, where the
-95 % interval of that difference leaves zero out; else, and where a cell is missing, it cannot be told.
+95 % interval of that difference leaves zero out; else it cannot be told. That of a ranking asks besides how
+often such a rank correlation comes about by chance, over the settings.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any
 
 import _beside  # noqa: F401
-from scipy.stats import spearmanr
+import numpy as np
+from scipy.stats import rankdata, spearmanr
 from sweep_statistics import REAL, paired
 
 AGREES, DISAGREES, UNTOLD = "agrees", "disagrees", "cannot be told here"
+UNMEASURED = "not measured here"
+CHANCE, EXACT = 0.05, 8  # the most settings of which all orders are counted
 # By cell and key the number of each seed.
 Numbers = Mapping[str, Mapping[str, Mapping[int, float]]]
 
@@ -68,7 +73,9 @@ def answer(claim: Claim, numbers: Numbers) -> dict[str, Any]:
 
 def judged(difference: Mapping[str, Any] | None, sign: int) -> str:
     """Whether a difference has that sign, as far as can be told."""
-    if difference is None or difference["verdict"] != REAL:
+    if difference is None:
+        return UNMEASURED
+    if difference["verdict"] != REAL:
         return UNTOLD
     return AGREES if difference["mean"] * sign > 0 else DISAGREES
 
@@ -89,12 +96,29 @@ def rank_correlation(
     )
 
 
+def by_chance(one: Sequence[Mapping[int, float]], other: Sequence[Mapping[int, float]]) -> float:
+    """The share of all orders of the settings whose rank correlation, of the means over the seeds, is as far
+    from 0 as this one or farther; by Student's t of more than `EXACT` settings.
+    """
+    x, y = (rankdata([np.mean(list(each.values())) for each in values]) for values in (one, other))
+    if len(x) > EXACT:
+        return float(spearmanr(x, y).pvalue)
+    orders = np.array(list(permutations(y - y.mean())))
+    products = np.abs(orders @ (x - x.mean()))
+    return float((products >= products[0] - 1e-9).mean())
+
+
 def rank_answer(label: str, ece: Sequence[Any], distance: Sequence[Any]) -> dict[str, Any]:
-    """As `answer`, for "the better calibrated setting guides better": the difference is the correlation."""
+    """As `answer`, for "the better calibrated setting guides better": the difference is the correlation, and
+    "by_chance" how often it comes about by chance, None of fewer than three settings.
+    """
     correlation = rank_correlation(ece, distance)
+    chance = None if correlation is None else by_chance(ece, distance)
+    told = chance is not None and chance < CHANCE
     return {
         "claim": f"what is better calibrated guides better ({label})",
         "of": [f"ranking / {label}", "ece", "distance"],
-        "answer": judged(correlation, 1),
+        "answer": judged(correlation, 1) if told else UNTOLD,
         "difference": correlation,
+        "by_chance": chance,
     }

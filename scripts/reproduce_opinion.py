@@ -26,18 +26,18 @@ from guided_diffusion.files.pretrained import sha256
 from guided_diffusion.files.run_folder import read_samples
 
 CONFIDENT = 0.1  # the share of samples that the judge is most sure of
-PAIRS = 20  # in the picture
+PAIRS = 20  # of the picture
 
 
 @dataclass
 class Opinions:
-    """Called on finished runs by their ids, it gives {id: numbers}: those that FOLDER/opinions.json has, and
-    else those that it measures, which it keeps there.
+    """Called on finished runs by their ids, it gives {id: numbers}: those that FOLDER/opinions.json has of
+    the same networks, reference and held-out images, and else those that it measures, which it keeps there.
 
     "second": the distance by the problem's second network; None where its weights are not there. "nearer":
     the probability that a sample lies nearer to a training image than a held-out image does, 0.5 for an
-    honest generator; "nearer_confident": of the samples that the judge is most sure of. Both are None without
-    held_out, a set of labelled images.
+    honest generator; "nearer_confident": of the samples that the judge is most sure of, to be set beside that
+    of the held-out images (`real`). Both are None without held_out, a set of labelled images.
     """
 
     problem: Problem
@@ -46,20 +46,37 @@ class Opinions:
     folder: Path
 
     def __call__(self, runs: Mapping[str, Path]) -> dict[str, dict[str, float | None]]:
-        path = self.folder / "opinions.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        path, of = self.folder / "opinions.json", self.hashes()
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        known = kept["runs"] if kept.get("of") == of else {}
         for key, run in runs.items():
             if key not in known:
                 known[key] = {"second": self._second(run), **self._nearness(run)}
-                write_json(path, known)
+                write_json(path, {"of": of, "runs": known})
         return {key: known[key] for key in runs}
 
-    def real(self, seed: int, count: int) -> dict[str, Any]:
-        """The numbers of `count` held-out images, or of all if they are fewer, drawn with `seed`."""
+    def real(self, count: int, most: int) -> list[dict[str, Any]]:
+        """The numbers of up to `most` sets of `count` held-out images that share none, or of all of them if
+        they are fewer. "nearer_confident" is that of all held-out images.
+        """
+        if self.held_out is None:
+            return []
         labels = self._unseen.require_labels(str(self.held_out), self.problem.num_classes)
-        chosen = np.random.RandomState(seed).permutation(len(labels))[:count]
-        run = self._as_run(f"real{seed}", self._unseen.images[chosen], labels[chosen])
-        return {**judge(run, self._judge), **self._first(run), "second": self._second(run)}
+        count = min(count, len(labels))
+        order = np.random.RandomState(0).permutation(len(labels))[: most * count]
+        return [
+            self._of_real(f"real{part}", order[start : start + count], labels)
+            for part, start in enumerate(range(0, len(order) - count + 1, count))
+        ]
+
+    def _of_real(self, name, chosen, labels):
+        run = self._as_run(name, self._unseen.images[chosen], labels[chosen])
+        numbers = {**judge(run, self._judge), **self._first(run), "second": self._second(run)}
+        return {
+            **numbers,
+            "seed": name,
+            "nearer_confident": self._nearness(self._all_unseen)["nearer_confident"],
+        }
 
     def nearest_pairs(self, run: Path) -> list[NDArray[np.uint8]] | None:
         """[the samples that the judge is surest of, the training image nearest to each], (n, S, S, 3) both;
@@ -77,11 +94,14 @@ class Opinions:
         own = self.judge_name == self.problem.judge
         judged_by = classifier_files(self.judge_name, self.problem.judge_weights if own else None)
         files = {f"judge, {path.name}": path for find in judged_by.values() if (path := find())}
-        files["reference"] = self.problem.reference
         networks = [quality.network for quality in (self._first, self._other) if quality]
+        for network in networks:
+            files[f"reference, {network.name}"] = self.problem.reference_for(network.name)
+        if self.held_out and self.held_out.is_file():
+            files[f"held out, {self.held_out.name}"] = self.held_out
         return {
             **{name: sha256(path) for name, path in files.items()},
-            **{f"features {network.name}": network.sha256 for network in networks},
+            **{f"features, {network.name}": network.sha256 for network in networks},
         }
 
     def training_images(self) -> int:
@@ -126,10 +146,13 @@ class Opinions:
         return read_labelled(self.held_out, self._first.reference.measured.resolution[0])
 
     @cached_property
-    def _unseen_to_training(self) -> NDArray[np.float64]:
+    def _all_unseen(self) -> Path:
         images = self._unseen.images
-        run = self._as_run("held_out", images, np.zeros(len(images), np.int64))
-        return self._nearest(run).distances
+        return self._as_run("held_out", images, np.zeros(len(images), np.int64))
+
+    @cached_property
+    def _unseen_to_training(self) -> NDArray[np.float64]:
+        return self._nearest(self._all_unseen).distances
 
     @cached_property
     def _judge(self) -> Classifier:

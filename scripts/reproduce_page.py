@@ -12,7 +12,7 @@ from typing import Any
 import _beside  # noqa: F401
 import numpy as np
 from problems import PROBLEMS, Problem
-from reproduce_claims import AGREES, DISAGREES, UNTOLD, rank_correlation
+from reproduce_claims import AGREES, CHANCE, DISAGREES, UNMEASURED, rank_correlation
 from sweep_statistics import EQUAL, REAL, by_seed, paired, panel_of, standard_error
 
 from evaluation.metrics import metric_label
@@ -34,7 +34,7 @@ def page(result: Mapping[str, Any]) -> str:
             *real_line(result["real"], problem),
         ],
         "A second look": second_lines(result, table, problem),
-        "Each choice added to the ones above": section(rows, "ablation", problem, lambda i: i - 1),
+        "Choice by choice": [*chain_lines(), *section(rows, "ablation", problem, lambda i: i - 1)],
         "Calibration and distance": ranking_lines(result["ranking"], problem),
         "Claims of the paper": claim_lines(result["answers"]),
         "Files": file_lines(result["sha256"]),
@@ -74,7 +74,7 @@ def about(result: Mapping[str, Any]) -> list[str]:
         f"Sampling took {drawn} minutes of one process, calibration {calibrated}."
     )
     if result["real"] and result["real"][0]["images"] < result["num_samples"]:
-        text += " The real images are fewer, which alone makes their distances larger."
+        text += " The real images are all that there are; fewer alone makes their distances larger."
     return textwrap.wrap(text, WIDTH)
 
 
@@ -101,6 +101,17 @@ def section(rows: Rows, panel: str, problem: Problem, base: Callable[[int], int]
     costs = ("evaluations", "classifier passes")
     titles = ("", *costs, problem.distance_label, "difference", "precision", "recall", "wanted class")
     return markdown([titles, *lines])
+
+
+def chain_lines() -> list[str]:
+    """What the lines of the ablation are."""
+    note = (
+        "From x_t to the sine term each line adds one choice of the paper to the line above, all at the "
+        "scale of the recipe, which was tuned for the sine term's. The last two are ours: the posterior's "
+        "strength in the place of the paper's, and the preset of few steps as a whole (solver, levels, "
+        "temperatures, scale). Claims about these lines stand on the first network alone."
+    )
+    return [*textwrap.wrap(note, WIDTH), ""]
 
 
 def real_line(real: Sequence[Mapping[str, Any]], problem: Problem) -> list[str]:
@@ -135,7 +146,10 @@ def second_lines(result: Mapping[str, Any], table: Sequence[str], problem: Probl
     ]
     if real := result["real"]:
         distances = (with_error(real, key, ".2f") for key in (problem.distance, "second"))
-        lines.append([real_name(real), *(text for distance in distances for text in (distance, "")), "", ""])
+        nearness = ("0.500", f"{real[0]['nearer_confident']:.3f}")  # of all of them
+        lines.append(
+            [real_name(real), *(text for distance in distances for text in (distance, "")), *nearness]
+        )
     label, other = problem.distance_label, metric_label("fid", problem.second)
     titles = ("", label, "difference", other, "difference", *NEARER.values())
     correlation = rank_correlation(list(first.values()), list(second.values()))
@@ -143,7 +157,8 @@ def second_lines(result: Mapping[str, Any], table: Sequence[str], problem: Probl
         f"{other} is the distance by another network, trained on the same images. *Nearer*: the probability "
         f"that a sample lies nearer, by the first network, to one of {result['training_images']:,} training "
         "images than an image that no network has seen does: 0.5 for an honest generator, 1 for one that "
-        "copies; then of the tenth of the samples that the judge is surest of."
+        "copies. Then of the tenth that the judge is surest of: such images are typical and lie nearer, "
+        "those that no network has seen, too."
     )
     if correlation:
         orders = "Spearman's rank correlation of the two distances over these lines"
@@ -188,10 +203,17 @@ def claim_lines(answers: Sequence[Mapping[str, Any]]) -> list[str]:
     """Claim by claim."""
     note = (
         f"'{AGREES}' and '{DISAGREES}' say that the 95 % interval leaves zero out. Of a ranking, the number "
-        "is Spearman's rank correlation over these settings, its interval that over the seeds: it says "
-        "nothing of other settings. Without a difference, nothing was measured."
+        "is Spearman's rank correlation, its interval that over the seeds, and besides it must come about by "
+        f"chance, over all orders of these settings, less often than {CHANCE:.0%}. All settings of a ranking "
+        "are at one scale."
     )
-    lines = [[each["claim"], each["answer"], bracketed(each["difference"], ".3f")] for each in answers]
+    lines = []
+    for each in answers:
+        number = bracketed(each["difference"], ".3f")
+        chance = each.get("by_chance")
+        lines.append(
+            [each["claim"], each["answer"], number + (f", by chance {chance:.1%}" if chance else "")]
+        )
     return [*textwrap.wrap(note, WIDTH), "", *markdown([("", "here", "difference"), *lines])]
 
 
@@ -235,7 +257,7 @@ def part(folder: Path) -> list[str]:
     }
     claims = list(dict.fromkeys(claim for of_one in answers.values() for claim in of_one))
     head = ["claim of the paper", *(f"[{name}]({folder.name}/{name}.md)" for name in answers)]
-    rows = [[claim, *(of_one.get(claim, UNTOLD) for of_one in answers.values())] for claim in claims]
+    rows = [[claim, *(of_one.get(claim, UNMEASURED) for of_one in answers.values())] for claim in claims]
     return [*markdown([head, *rows]), *(line for each in found for line in ("", *measured_by(each)))]
 
 

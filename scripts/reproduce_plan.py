@@ -74,9 +74,12 @@ def files(problem: Problem, configs: Sequence[Any], args: Any) -> list[tuple[str
         wanted += system.make_job(config, classifiers).files.values()
     judge = None if args.judge else problem.judge_weights
     wanted += classifiers.classifier_files(args.judge or problem.judge, judge).values()
-    for network in (problem.network, problem.second):
-        wanted += [partial(feature_file, network), partial(reference_file, problem, network)]
-    return list(dict.fromkeys(line for find in wanted if (line := told(find))))
+    wanted += [partial(feature_file, problem.network), partial(reference_file, problem, problem.network)]
+    second = [partial(feature_file, problem.second), partial(reference_file, problem, problem.second)]
+    of_second = [
+        (f"{line} (of the second network, optional)", True) for line, _ in filter(None, map(told, second))
+    ]
+    return list(dict.fromkeys([*filter(None, map(told, wanted)), *of_second]))
 
 
 def told(find: Callable[[], Path | None]) -> tuple[str, bool] | None:

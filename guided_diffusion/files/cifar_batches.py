@@ -16,6 +16,7 @@ from guided_diffusion.files.pickle_data import Record, Span, Window, expect, rea
 
 FOLDER = "cifar-10-batches-py"
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
+TEST_BATCH = "test_batch"
 SIZE = 32
 _ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 _NAMES = {*_ARRAYS, "numpy.ndarray", "numpy.dtype", "_codecs.encode"}

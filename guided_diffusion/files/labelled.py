@@ -5,7 +5,7 @@
 | npz                      | arr_1                                                                         |
 | zip                      | dataset.json, as EDM's tools write it; else as in a folder                    |
 | folder of pictures       | the sub-folder that a picture lies in; else its name before "_"               |
-| torchvision's CIFAR10    | in its batches (cifar-10-batches-py)                                          |
+| torchvision's CIFAR10    | in its batches (cifar-10-batches-py): those to train on, or one by its path   |
 
 Pictures are cut as guided-diffusion cuts them: halved by boxes while twice as large, then bicubic, then the
 centre. The classes of folders and names are numbered in the order of their names.
@@ -23,7 +23,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from guided_diffusion.files.archives import ArrayImages
-from guided_diffusion.files.cifar_batches import is_cifar_folder, read_cifar_folder
+from guided_diffusion.files.cifar_batches import (
+    BATCHES,
+    TEST_BATCH,
+    is_cifar_folder,
+    read_batch,
+    read_cifar_folder,
+)
 from guided_diffusion.files.image_sets import archive_kind
 from guided_diffusion.files.images import DAMAGED, ENDINGS, FORMATS
 
@@ -82,6 +88,8 @@ def read_labelled(path: str | Path, image_size: int) -> LabelledImages:
         if is_cifar_folder(path):
             return _resized(LabelledImages(*read_cifar_folder(path)), image_size)
         return _of_folder(path, image_size)
+    if path.name in (*BATCHES, TEST_BATCH):
+        return _resized(LabelledImages(*read_batch(path)), image_size)
     kind = archive_kind(path)
     if kind == "npz":
         return _resized(_of_npz(path), image_size)

@@ -25,7 +25,7 @@ ANCESTRAL = Need(
     lambda config: A_RULE.met(config) and config.sampler == "ddpm",
     lambda config: (
         A_RULE.text(config)  # type: ignore[misc]
-        if config.is_cond_fn
+        if config.shown_noisy
         else "without the ancestral sampler under an off-the-shelf classifier: "
         "drop it, or add --sampler ddpm and --classifier_type"
     ),
@@ -157,7 +157,7 @@ class ADMFlags(
         return replace(config, labels=str(config.fix_class_index)) if config.fix_class else config
 
     @property
-    def is_cond_fn(self) -> bool:
+    def shown_noisy(self) -> bool:
         return self.guided_off_the_shelf and self.looks_at == "noisy"
 
     @property

@@ -137,7 +137,7 @@ class GuidanceFlags(RuleFlags):
     @property
     def has_strength(self) -> bool:
         """Whether a rule guides whose strength is to choose."""
-        settled = self.is_cond_fn or self.unit_gradient or (self.through_network and self.guides_denoiser)
+        settled = self.shown_noisy or self.unit_gradient or (self.through_network and self.guides_denoiser)
         return self.guided_off_the_shelf and not settled
 
     @property
@@ -156,7 +156,7 @@ class GuidanceFlags(RuleFlags):
         return False
 
     @property
-    def is_cond_fn(self) -> bool:
+    def shown_noisy(self) -> bool:
         """Whether an off-the-shelf classifier guides as one of noisy images does, by a `cond_fn`."""
         return False
 

@@ -31,8 +31,8 @@ SCALABLE = Need(
     lambda config: f"without a classifier: add {config.HOW_TO_GUIDE}",
 )
 A_RULE = Need(
-    lambda config: config.guided_off_the_shelf and not config.is_cond_fn,
-    lambda config: _at_noisy() if config.is_cond_fn else _unguided(config),
+    lambda config: config.guided_off_the_shelf and not config.shown_noisy,
+    lambda config: _at_noisy() if config.shown_noisy else _unguided(config),
 )
 NOT_FIXED = Need(
     lambda config: A_RULE.met(config) and not config.fixed_length,
@@ -60,7 +60,7 @@ def _strengthless(config: Any, otherwise: str) -> str:
     """What is missing where a rule has no strength to choose; `otherwise` where it has one."""
     if not config.guided_off_the_shelf:
         return _unguided(config)
-    if config.is_cond_fn:
+    if config.shown_noisy:
         return _at_noisy()
     if config.unit_gradient:
         return "with --guidance_form released, which has a schedule of its own: add --guidance_form score"

@@ -150,7 +150,7 @@ def load_guides(
     if config.guided_off_the_shelf:
         classifier = load_guide(config, classifiers, device)
         tally.count(CLASSIFIER, classifier)
-        if config.is_cond_fn and config.classifier_scale != 0:
+        if config.shown_noisy and config.classifier_scale != 0:
             gradient = noisy_classifier_gradient(
                 lambda x, t: classifier(x),
                 config.classifier_scale,
