@@ -213,10 +213,7 @@ def drawn(problem, folder, rows, runs, pairs):
     summaries = summed(compared, numbers_of(problem), shelf)
     for summary in summaries:
         summary["name"] = panel_of(summary["name"])[1]
-    about = (
-        "Distance and precision against recall; bars are standard deviations over the seeds, and no line is "
-    )
-    pictures = {f"{about}better in both numbers than one with a ring": f"{name}.png"}
+    pictures = {"Distance and precision against recall": f"{name}.png"}
     with plain_style():
         figure = draw(curves(summaries), "recall", [problem.distance, "precision"])
         save_figure(figure, folder / f"{name}.png", dpi=110)

@@ -19,6 +19,10 @@ from evaluation.metrics import metric_label
 
 BEGIN, END = "<!-- scripts/reproduce.py: begin -->", "<!-- scripts/reproduce.py: end -->"
 WIDTH = 110
+ON_PICTURES = (
+    "In the first picture bars are standard deviations over the seeds, and no line is better in both numbers "
+    "than one with a ring."
+)
 QUALITY = {"precision": ".3f", "recall": ".3f", "hit": ".1%"}
 NEARER = {"nearer": "nearer", "nearer_confident": "nearer, the surest"}
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # of each cell, in the order of the file
@@ -42,6 +46,7 @@ def page(result: Mapping[str, Any]) -> str:
     lines = [f"# {problem.name}, reproduced", "", f"    {result['command']}", "", *about(result), ""]
     for title, content in sections.items():
         lines += [f"## {title}", "", *content, ""] if content else []
+    lines += [*textwrap.wrap(ON_PICTURES, WIDTH), ""]
     lines += [f"![{alt}]({name})" for alt, name in result["pictures"].items()]
     return "\n".join(lines).rstrip() + "\n"
 
