@@ -76,7 +76,7 @@ def add_run_flags(parser, num_samples):
     parser.add_argument("--num_samples", type=int, default=num_samples, help="images of each cell and seed")
     parser.add_argument("--judge", help="the classifier that counts hits; by default the problem's own")
     parser.add_argument(
-        "--processes", type=int, default=1, help="runs that are drawn side by side, on all GPUs in turn"
+        "--processes", type=int, default=1, help="runs that are drawn side by side, each on the next GPU"
     )
 
 

@@ -34,7 +34,7 @@ LOOP_GUIDED = Need(
     lambda config: config.guided_off_the_shelf and not config.asks_denoiser,
     lambda config: (
         "without a loop of the process under an off-the-shelf classifier: "
-        "drop it, or add --sampler ddpm and --classifier_type"
+        "drop it, or add --sampler ddpm or ddim and --classifier_type"
     ),
 )
 
@@ -57,7 +57,9 @@ class SamplingFlags(Flags):
     use_ddim: bool = flag(False, "the same as --sampler ddim", compared=False)
     clip_denoised: bool = flag(True, "clamp the predicted clean image to [-1, 1]")
     compile: bool = flag(
-        False, "torch.compile the network: a minute at the start, then faster steps, rounded otherwise"
+        False,
+        "torch.compile the network, which takes a C++ compiler and a minute for each size of batch, for "
+        "faster steps, rounded otherwise",
     )
     variance_max: str = flag(
         "schedule",

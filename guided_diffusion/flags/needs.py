@@ -30,6 +30,7 @@ SCALABLE = Need(
     lambda config: A_CLASSIFIER.met(config) or config.classifier_scale == 0,
     lambda config: f"without a classifier: add {config.HOW_TO_GUIDE}",
 )
+# Of what a guidance may do beyond its direction: a cond_fn is given no step.
 A_RULE = Need(
     lambda config: config.guided_off_the_shelf and not config.shown_noisy,
     lambda config: _at_noisy() if config.shown_noisy else _unguided(config),

@@ -110,7 +110,7 @@ PRESETS = {
         "softplus_beta": 10.0,
         "margin_temperature_discount": 0.0,
     },
-    # At the best scales of docs/results/digits-tuning.txt and docs/cifar10/tuning.txt.
+    # At the best scales of docs/results/digits-tuning.txt and docs/cifar10/tuning.txt, as far as these tell.
     **_baselines("digits", _DIGITS, {"noisy": 32.0, "noisy-ddim": 32.0, "cfg": 3.0, "autoguidance": 2.0}),
     **_baselines("cifar10", _CIFAR10, {"noisy": 8.0, "noisy-ddim": 4.0, "cfg": 2.0, "autoguidance": 2.0}),
     "imagenet128-unguided": _ADM_128,

@@ -1,11 +1,11 @@
-"""README's "What works with what": the cells that no other file holds. Latents of DiT and a diffusers
-pipeline under every solver and under rules by flags.
+"""README's "What works with what": the cells that no other file holds. DiT and a diffusers pipeline under
+every sampler and rules by flags; torchvision's networks by name under all but ADM.
 """
 
 import numpy as np
 import pytest
 from helpers import call, load_samples, load_script
-from samplers import DIT, manifest
+from samplers import DIT, RELEASED, manifest
 from tiny_pipelines import tiny
 
 from evaluation.networks import feature_network
@@ -25,6 +25,7 @@ def systems(tmp_path_factory):
     tiny("ddpm", folder)
     pipeline = ("--pipeline", folder, *GUIDED, "--num_classes", 10, "--device", "cpu")
     return {
+        "edm": (RELEASED.main, (*RELEASED.flags, "--seeds", 0, "--steps", 2)),
         "dit": (load_script("dit_sample").main, (*DIT, *QUICK, "--cfg_scale", 2)),
         "pipeline": (load_script("pipeline_sample").main, (*pipeline, *QUICK)),
     }
@@ -43,6 +44,13 @@ def test_every_sampler_is_guided(systems, name, tmp_path):
         images = drawn(systems, name, tmp_path / sampler, "--sampler", sampler)
         assert images.std() > 0
         assert manifest(tmp_path / sampler)["totals"]["classifier_passes"] >= 2, sampler
+
+
+@pytest.mark.parametrize("name", ["dit", "pipeline", "edm"])
+def test_torchvisions_networks_by_name(systems, name, tmp_path):
+    by_name = ("--classifier_type", "shufflenet_v2_x0_5", "--classifier_path", "random")
+    drawn(systems, name, tmp_path, *by_name)
+    assert manifest(tmp_path)["totals"]["classifier_passes"] >= 2
 
 
 @pytest.mark.parametrize("name", ["dit", "pipeline"])
