@@ -15,6 +15,12 @@ from guided_diffusion.flags.adm import SAMPLERS
 pytest.importorskip("diffusers")
 QUICK = ("--num_samples", 1, "--steps", 2)
 GUIDED = ("--classifier_type", "digits_guide", "--softplus_beta", 3, "--classifier_scale", 5)
+OWN = """
+from torch import nn
+
+def build(num_classes):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 10))
+"""
 RULES = ("--reverse_kl", 0.5, "--adam", "0.5,0.8", "--fixed_length", 0.3, "--parallel_part", 0)
 
 
@@ -47,10 +53,13 @@ def test_every_sampler_is_guided(systems, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dit", "pipeline", "edm"])
-def test_torchvisions_networks_by_name(systems, name, tmp_path):
-    by_name = ("--classifier_type", "shufflenet_v2_x0_5", "--classifier_path", "random")
-    drawn(systems, name, tmp_path, *by_name)
-    assert manifest(tmp_path)["totals"]["classifier_passes"] >= 2
+def test_torchvisions_networks_by_name_and_ones_own(systems, name, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    for kind in ("shufflenet_v2_x0_5", f"{tmp_path / 'own.py'}:build"):
+        path = ("--classifier_path", "random") if "own" not in kind else ()
+        out = tmp_path / str(len(kind))
+        drawn(systems, name, out, "--classifier_type", kind, *path)
+        assert manifest(out)["totals"]["classifier_passes"] >= 2
 
 
 @pytest.mark.parametrize("name", ["dit", "pipeline"])
