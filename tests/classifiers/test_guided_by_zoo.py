@@ -1,10 +1,12 @@
 """Every kind of classifier under guidance: a few steps of the digits' samplers, in this process."""
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 from helpers import call, load_samples, load_script
+from tiny_pipelines import tiny
 
 PAIR = "digits_guide+hf:VIT"
 # Classifier, its weights, softplus_beta, prompts (FILE is one for each digit), a word of the log.
@@ -20,6 +22,21 @@ RUNS = {
     "adm": ("classifier_sample", ["--preset", "digits", "--num_samples", 2, "--steps", 2]),
     "edm": ("edm_sample", ["--preset", "digits-edm", "--seeds", "0-1", "--steps", 2]),
 }
+if find_spec("diffusers"):
+    RUNS["dit"] = ("dit_sample", ["--preset", "digits-dit", "--num_samples", 2, "--steps", 2])
+    flags = [
+        "--pipeline",
+        "PIPELINE",
+        "--num_classes",
+        10,
+        "--num_samples",
+        2,
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+    ]
+    RUNS["pipeline"] = ("pipeline_sample", flags)
 SCRIPTS = {script: load_script(script) for script, _ in RUNS.values()}
 
 
@@ -27,8 +44,13 @@ SCRIPTS = {script: load_script(script) for script, _ in RUNS.values()}
 def draw(tmp_path_factory):
     """A run of two images: (images, run.json, log.txt)."""
 
+    pipeline = tmp_path_factory.mktemp("pipeline")
+    if "pipeline" in RUNS:
+        tiny("ddpm", pipeline)
+
     def draw(system, *flags):
         script, base = RUNS[system]
+        base = [pipeline if word == "PIPELINE" else word for word in base]
         out = tmp_path_factory.mktemp("run")
         done = call(SCRIPTS[script].main, [*base, "--out", out, *flags])
         assert done.code == 0, done.err
@@ -39,8 +61,8 @@ def draw(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unguided(draw):
-    off = {"adm": ("--classifier_scale", 0), "edm": ("--use_classifier", False)}
-    return {system: draw(system, *flags)[0] for system, flags in off.items()}
+    off = {"adm": ("--classifier_scale", 0), "edm": ("--use_classifier", False), "pipeline": ()}
+    return {system: draw(system, *off.get(system, off["adm"]))[0] for system in RUNS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -53,7 +75,7 @@ def test_it_guides_the_digits(draw, unguided, request, prompts, system, kind):
         if part in name:
             name = name.replace(part, str(request.getfixturevalue(f"{part.lower()}_folder")))
     flags = ["--classifier_type", name, "--softplus_beta", beta]
-    flags += {"adm": ["--fixed_length", 0.3], "edm": []}[system]  # a random network has a small gradient
+    flags += [] if system == "edm" else ["--fixed_length", 0.3]  # a random network has a small gradient
     flags += ["--classifier_path", weights] if weights else []
     flags += ["--prompts", str(prompts) if words == "FILE" else words] if words else []
     images, run, log = draw(system, *flags)

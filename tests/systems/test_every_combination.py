@@ -5,7 +5,8 @@ every sampler and rules by flags; torchvision's networks by name under all but A
 import numpy as np
 import pytest
 from helpers import call, load_samples, load_script
-from samplers import DIT, RELEASED, manifest
+from safetensors.torch import load_file, save_file
+from samplers import DIGITS_DIT, DIT, RELEASED, manifest
 from tiny_pipelines import tiny
 
 from evaluation.networks import feature_network
@@ -60,6 +61,15 @@ def test_torchvisions_networks_by_name_and_ones_own(systems, name, tmp_path):
         out = tmp_path / str(len(kind))
         drawn(systems, name, out, "--classifier_type", kind, *path)
         assert manifest(out)["totals"]["classifier_passes"] >= 2
+
+
+def test_a_worse_dit_guides(systems, tmp_path):
+    weights = load_file(DIGITS_DIT / "dit.safetensors")
+    save_file({name: 0.9 * tensor for name, tensor in weights.items()}, tmp_path / "worse.safetensors")
+    guided = ("--guide_model", tmp_path / "worse.safetensors", "--guide_scale", 2, "--sampler", "euler")
+    plain = drawn(systems, "dit", tmp_path / "plain", "--sampler", "euler")
+    assert (drawn(systems, "dit", tmp_path / "guided", *guided) != plain).any()
+    assert manifest(tmp_path / "guided")["totals"]["network_evaluations"] > 2 * 2
 
 
 @pytest.mark.parametrize("name", ["dit", "pipeline"])
