@@ -128,6 +128,8 @@ def held_out_of(args):
     if args.data_dir is None:
         shipped = PROBLEMS[args.problem].held_out
         return shipped if shipped.exists() else None
+    if not Path(args.data_dir).exists():
+        raise FileNotFoundError(f"--data_dir {args.data_dir}: there is nothing; give a folder, zip or npz")
     if is_cifar_folder(args.data_dir):
         raise ValueError(
             f"--data_dir {args.data_dir} has the images that networks are trained on: give its test_batch"

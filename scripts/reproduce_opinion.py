@@ -2,7 +2,9 @@
 near they come to the training images; and real images as if they were a run. It is no script of its own.
 """
 
+import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,7 +63,7 @@ class Opinions:
         """
         if self.held_out is None:
             return []
-        labels = self._unseen.require_labels(str(self.held_out), self.problem.num_classes)
+        labels = self._unseen_labels
         count = min(count, len(labels))
         order = np.random.RandomState(0).permutation(len(labels))[: most * count]
         return [
@@ -72,11 +74,7 @@ class Opinions:
     def _of_real(self, name, chosen, labels):
         run = self._as_run(name, self._unseen.images[chosen], labels[chosen])
         numbers = {**judge(run, self._judge), **self._first(run), "second": self._second(run)}
-        return {
-            **numbers,
-            "seed": name,
-            "nearer_confident": self._nearness(self._all_unseen)["nearer_confident"],
-        }
+        return {**numbers, "seed": name, "nearer_confident": self._unseen_confident}
 
     def nearest_pairs(self, run: Path) -> list[NDArray[np.uint8]] | None:
         """[the samples that the judge is surest of, the training image nearest to each], (n, S, S, 3) both;
@@ -97,10 +95,13 @@ class Opinions:
         networks = [quality.network for quality in (self._first, self._other) if quality]
         for network in networks:
             files[f"reference, {network.name}"] = self.problem.reference_for(network.name)
-        if self.held_out and self.held_out.is_file():
-            files[f"held out, {self.held_out.name}"] = self.held_out
+        unseen = {}
+        if self.held_out:
+            digest = hashlib.sha256(self._unseen.images.tobytes() + self._unseen_labels.tobytes())
+            unseen[f"held out, {len(self._unseen_labels):,} images and labels"] = digest.hexdigest()
         return {
             **{name: sha256(path) for name, path in files.items()},
+            **unseen,
             **{f"features, {network.name}": network.sha256 for network in networks},
         }
 
@@ -136,7 +137,8 @@ class Opinions:
     def _as_run(self, name, images, labels) -> Path:
         """Images as the folder of a finished run."""
         run = self.folder / name
-        run.mkdir(exist_ok=True)
+        shutil.rmtree(run, ignore_errors=True)  # an earlier call's may be of other images
+        run.mkdir()
         with renamed_when_complete(run / f"samples_{'x'.join(map(str, images.shape))}.npz") as file:
             np.savez(file, arr_0=images, arr_1=labels)
         return run
@@ -146,9 +148,16 @@ class Opinions:
         return read_labelled(self.held_out, self._first.reference.measured.resolution[0])
 
     @cached_property
+    def _unseen_labels(self) -> NDArray[np.int64]:
+        return self._unseen.require_labels(str(self.held_out), self.problem.num_classes)
+
+    @cached_property
     def _all_unseen(self) -> Path:
-        images = self._unseen.images
-        return self._as_run("held_out", images, np.zeros(len(images), np.int64))
+        return self._as_run("held_out", self._unseen.images, self._unseen_labels)
+
+    @cached_property
+    def _unseen_confident(self) -> float:
+        return self._nearness(self._all_unseen)["nearer_confident"]
 
     @cached_property
     def _unseen_to_training(self) -> NDArray[np.float64]:

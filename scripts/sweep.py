@@ -139,6 +139,7 @@ def drawn(missing, args, out) -> Iterator[tuple]:
             each = begun[future]
             print(f"{number}/{len(missing)} done: {each.cell}, seed {each.seed}", file=sys.stderr)
             yield each, future.result()
+        pool.shutdown()
     except BrokenExecutor:
         fewer = f"fewer --processes than {args.processes}"
         raise ValueError(f"a process of the sweep died, perhaps for want of memory: {fewer}") from None

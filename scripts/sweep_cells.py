@@ -38,7 +38,11 @@ class Cell:
 
 
 def read_cells(path):
-    """The cells of a file. Raises ValueError with the line for one that is not understood."""
+    """The cells of a file. Raises FileNotFoundError without one, and ValueError with the line for a cell that
+    is not understood.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of cells, lines such as unguided: digits-unguided")
     cells = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if text := line.partition("#")[0].strip():

@@ -74,6 +74,14 @@ class Attack:
         return print, ("ran",)
 
 
+def test_a_batch_by_its_path(tmp_path):
+    planes = np.random.RandomState(0).randint(0, 256, (3, 3072), dtype=np.uint8)
+    (tmp_path / "test_batch").write_bytes(pickle.dumps({"data": planes, "labels": [4, 0, 9]}))
+    found = read_labelled(tmp_path / "test_batch", 32)
+    np.testing.assert_array_equal(found.images, planes.reshape(3, 3, 32, 32).transpose(0, 2, 3, 1))
+    assert found.labels.tolist() == [4, 0, 9]
+
+
 def test_a_batch_that_asks_for_more_is_refused(tmp_path, capsys):
     (tmp_path / "data_batch_1").write_bytes(pickle.dumps({"data": Attack(), "labels": []}))
     with pytest.raises(ValueError, match="data_batch_1 is damaged, or no batch of CIFAR-10"):

@@ -134,7 +134,13 @@ def test_real_images_stand_below_the_table(finished):
     networks = {
         f"{what}, {name}" for what in ("reference", "features") for name in ("digits", "digits_mixer")
     }
-    assert networks | {"held out, held_out.npz"} < result["sha256"].keys()
+    assert networks | {"held out, 360 images and labels"} < result["sha256"].keys()
+
+
+def test_real_images_are_not_those_of_an_earlier_call(tmp_path):
+    problem, held_out = PROBLEMS.PROBLEMS["digits"], PRETRAINED_DIR / "digits/held_out.npz"
+    opinions = sys.modules["reproduce_opinion"].Opinions(problem, problem.judge, held_out, tmp_path)
+    assert [opinions.real(count, 1)[0]["images"] for count in (12, 6, 500)] == [12, 6, 360]
 
 
 def test_what_there_is_nothing_for_is_left_out(finished, tmp_path, capsys):
@@ -247,10 +253,19 @@ def test_claims_are_of_cells_that_the_files_have(problem):
         ("table / a: digits", [], "cells.txt has no cell 'table / off the shelf'"),
         ("a: digits", ["--num_samples", 5], "--num_samples must be at least 6, got 5"),
         ("a: digits", ["--seeds", "1,1"], "--seeds 1,1 names a number twice"),
+        ("a: digits", ["--cells", "none.txt"], "none.txt: no such file of cells"),
+        ("a: digits", ["--data_dir", "none.npz"], "--data_dir none.npz: there is nothing"),
+        (
+            "a: digits",
+            ["--data_dir", "TRAIN"],
+            "has the images that networks are trained on: give its test_batch",
+        ),
     ],
 )
 def test_refusals(tmp_path, cells, more, message):
     (tmp_path / "cells.txt").write_text(cells)
+    (tmp_path / "data_batch_1").touch()
+    more = [tmp_path if word == "TRAIN" else word for word in more]
     result = call(REPRODUCE.main, ["digits", "--cells", tmp_path / "cells.txt", *flags(tmp_path), *more])
     assert result.code == 1 and message in result.err and "\n" not in result.err.strip()
     assert not (tmp_path / "out").exists()
